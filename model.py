@@ -320,8 +320,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, dy_ptr, o_ptr, lse_ptr, delt
         keys = start + tl.arange(0, BLOCK_N)
         k = tl.load(k_ptr + b * k_b + h * k_h + keys[:, None] * k_n + c, mask=keys[:, None] < n_max, other=0.0)
         v = tl.load(v_ptr + b * v_b + h * v_h + keys[:, None] * v_n + c, mask=keys[:, None] < n_max, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None]  # (t, n)
-        p = tl.exp2(tl.where(keys[None, :] < n[:, None], s, float("-inf")))
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])  # (t, n)
+        p = tl.where(keys[None, :] < n[:, None], p, 0.0)
         ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     dq *= tl.load(gate_ptr) * scale * 0.6931471805599453  # ln 2: back from base 2
@@ -543,9 +543,13 @@ class GatedCrossAttention(nn.Module):
     def forward(self, x, kv, n_keys, backend="auto"):
         """x (B, T, D), kv of keys_values, n_keys (B,) or (B, T) -> (B, T, D)."""
         q = self.attn.to_q(self.attn.norm(x)).view(*x.shape[:2], self.heads, self.d)  # (B, T, 8, 64)
-        y = gated_cross_attention(q, kv[:, :, 0], kv[:, :, 1], n_keys, self.attn_gate, backend)
-        x = x + self.attn.to_out(y.flatten(2))
-        return x + self.ff_gate.tanh() * self.ff(x)
+        y = gated_cross_attention(q, *kv.unbind(2), n_keys, self.attn_gate, backend).flatten(2)  # (B, T, 512)
+        weight = self.attn.to_out.weight
+        if x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = torch.addmm(x.flatten(0, 1), y.flatten(0, 1), weight.t()).view_as(x)  # no separate addition
+        else:  # autocast would round the float32 residual to bf16
+            x = x + self.attn.to_out(y)
+        return x + self.ff_gate.tanh().to(x.dtype) * self.ff(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -858,6 +862,13 @@ class AudioFlamingo(nn.Module):
         n_keys = slots.sum(1) * self.clap.tokens_per_window
         return self.audio_transformer(audio.flatten(1, 2), n_keys), n_keys
 
+    def keys_values(self, audio):
+        """audio (B, S, C) -> {block: (B, S, 2, H, d)} for all gated blocks, in one product."""
+        blocks = [int(i) for i in self.xattn]
+        kv = F.linear(audio, torch.cat([x.attn.to_kv.weight for x in self.xattn.values()]))
+        some = self.xattn[str(blocks[0])]
+        return dict(zip(blocks, kv.view(*audio.shape[:2], len(blocks), 2, some.heads, some.d).unbind(2)))
+
     def hidden(self, ids, audio, n_keys, kv=None, cache=None, positions=None):
         """ids (B, T) -> (B, T, D) before the head. audio: tokens of listen, or kv: the keys and values made from them."""
         x = self.lm.embed_tokens(ids)
@@ -904,7 +915,7 @@ class AudioFlamingo(nn.Module):
         T = max(map(len, rows))
         ids = torch.tensor([r + [self.pad_id] * (T - len(r)) for r in rows], device=device)
         audio, n_keys = self.listen(windows.to(device), n_windows)
-        kv = {int(i): gated.keys_values(audio) for i, gated in self.xattn.items()}  # once, not at every token
+        kv = self.keys_values(audio)  # once, not at every token
         cache = KVCache(self.lm, len(rows), T + max_new_tokens, device, kv[min(kv)].dtype)
         noise = torch.Generator().manual_seed(seed)
         stops = torch.tensor(self.stop_ids, device=device)

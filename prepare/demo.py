@@ -1,0 +1,112 @@
+"""The whole path on real sound (make demo): render, CLAP, pretrain, an answer, evaluation, a picture.
+
+    python prepare/demo.py          # a second run goes on where the first one stopped
+
+Leaves out/demo/: clap/epoch_16.pt, checkpoint_0.pt, log.jsonl, eval/*.jsonl, scores.json, demo.png.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+import config as settings
+
+RUN = "out/demo"
+SPLITS = ["GM-Family-AQA/test", "GM-FamilyMC-AQA/test", "GM-Instrument-AQA/test", "GM-Register-AQA/test",
+          "GM-Loudness-AQA/test", "GM-Count-AQA/test", "GM-Order-AQA/test", "GM-Family-AQA/test_programs",
+          "GM-FamilyMC-AQA/test_programs"]
+
+
+def step(title, *command):
+    """Run one command, shown as a person would type it; stop where it fails."""
+    print(f"\n== {title}\n$ python {' '.join(command)}", flush=True)
+    if (code := subprocess.run([sys.executable, *command]).returncode) != 0:
+        sys.exit(code)
+
+
+def attention_over_time(model, prompt, windows, n_windows):
+    """Cross-attention weight of the last prompt token, mean over gated blocks, heads and frequency bins: one number per
+    time step of the clip's windows, (sum over time = 1)."""
+    ids = torch.tensor([model.prompt_ids(prompt)])
+    audio, n_keys = model.listen(windows, n_windows)
+    x = model.lm.embed_tokens(ids)
+    from model import rotary_table
+    rope = rotary_table(torch.arange(ids.shape[1]), model.lm.config.d, model.lm.config.rope_theta)
+    weights = []
+    for i, block in enumerate(model.lm.layers):
+        if str(i) in model.xattn:
+            gated = model.xattn[str(i)]
+            kv = gated.keys_values(audio)
+            q = gated.attn.to_q(gated.attn.norm(x[:, -1])).view(gated.heads, gated.d)
+            score = torch.einsum("hd,nhd->hn", q, kv[0, :, 0]) / gated.d ** 0.5
+            weights.append(score.softmax(-1).mean(0))
+            x = gated(x, kv, n_keys, model.backend)
+        x = block(x, rope)
+    per_window = torch.stack(weights).mean(0).view(len(windows), 2, -1)  # token = frequency bin x time step
+    return per_window.sum(1).flatten()
+
+
+@torch.no_grad()
+def picture(path, clip, prompt):
+    """Log-mel, cross-attention over time, prompt and answer as title, the loss curve beside."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from model import AudioFlamingo, log_mel
+    from sample import load_clips
+    model = AudioFlamingo.from_pretrained(RUN)
+    windows, n_windows = load_clips([clip], model)
+    answer = model.generate([prompt], windows, n_windows, 32)[0]
+    mel, weight = log_mel(windows).flatten(0, 1), attention_over_time(model, prompt, windows, n_windows)
+    losses = [json.loads(line) for line in open(f"{RUN}/log.jsonl")]
+    losses = [(entry["step"], entry["loss"]) for entry in losses if "loss" in entry]
+    figure, axes = plt.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1], width_ratios=[2, 1],
+                                      figsize=(11, 4.2), layout="constrained")
+    seconds = len(mel) / 100
+    axes["mel"].imshow(mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
+    axes["mel"].set(ylabel="mel band", xticks=[])
+    axes["attention"].stairs(weight, torch.linspace(0, seconds, len(weight) + 1), fill=True)
+    axes["attention"].set(xlabel="seconds", ylabel="attention", xlim=(0, seconds))
+    axes["loss"].plot(*zip(*losses), lw=1.5)
+    axes["loss"].set(xlabel="step", ylabel="loss", title="training", yscale="log")
+    axes["loss"].grid(alpha=0.3)
+    figure.suptitle(f"“{prompt}” → “{answer.strip()}”")
+    figure.savefig(path + ".tmp.png", dpi=110)
+    os.replace(path + ".tmp.png", path)
+    return answer
+
+
+def main(c):
+    start = time.time()
+    manifests, test = c.dataset_file_root, "GM-Family-AQA/test"
+    step("real instruments", "prepare/gm_notes.py", "--out", c.data_root)
+    if not os.path.exists(c.clap_checkpoint):
+        step("audio encoder: CLAP on captions", "prepare/clap.py", "config/demo_clap.py")
+    step("pretrain: gated cross-attention", "train.py", "config/demo.py")
+    item = json.load(open(f"{manifests}/{test}.json"))
+    item, folder = item["data"]["0"], item["split_path"]
+    clip = f"{c.data_root}/{folder}/{item['name']}"
+    step(f"a sound it never heard ({item['output']})", "sample.py", "--audio", clip, "--prompt", item["prompt"], "--init_from", RUN)
+    step("scores on held-out notes", "eval.py", "--split", ",".join(SPLITS), "--init_from", RUN,
+         "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "32")
+    picture(f"{RUN}/demo.png", clip, item["prompt"])
+    scores = json.load(open(f"{RUN}/scores.json"))
+    scores["seconds"] = round(time.time() - start + float(os.environ.get("DEMO_SETUP_SECONDS", 0)), 1)
+    with open(f"{RUN}/scores.json", "w") as f:
+        json.dump(scores, f, indent=1)
+    print(f"\n{'task':34} {'accuracy':>9} {'chance':>8} {'n':>5}")
+    for name, row in scores["tasks"].items():
+        print(f"{name:34} {row['accuracy']:9.1%} {row['chance']:8.1%} {row['n']:5}")
+    print(f"\npicture: {RUN}/demo.png | scores: {RUN}/scores.json | {scores['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    os.chdir(settings.ROOT)
+    sys.argv[1:1] = ["config/demo.py"]
+    settings.run(main, "prepare/demo.py")

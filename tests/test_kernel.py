@@ -1,0 +1,400 @@
+"""Gated cross-attention: every backend against the naive spec in float64; resources of the kernels; a GPU if any.
+
+    python -m pytest -q test_kernel.py       # without a GPU the kernels run in Triton's interpreter (not in bfloat16)
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the module with the kernels is imported
+
+import model
+from model import gated_cross_attention, pick_backend
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter's bfloat16 dot is wrong
+# the interpreter computes masked lanes too: a token without keys has lse -1e30
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: speed and bfloat16 are measured on a GPU only")
+
+
+def make_inputs(B, T, N, H, d, dtype=torch.float32, gate=0.3, seed=0):
+    """-> q, kv, gate as leaves and dy; k and v are the strided halves of kv (B, N, 2, H, d)."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=rng).to(DEVICE, dtype)
+    leaf = lambda x: x.requires_grad_()
+    q, kv, dy = draw(B, T, H, d), draw(B, N, 2, H, d), draw(B, T, H, d)
+    return leaf(q), leaf(kv), leaf(torch.tensor([gate], device=DEVICE)), dy
+
+
+def run(backend, q, kv, gate, dy, n_keys, dtype=None):
+    """-> y, dq, dkv, dgate, computed in dtype."""
+    q, kv, gate = ((x.to(dtype) if dtype else x).detach().requires_grad_() for x in (q, kv, gate))
+    y = gated_cross_attention(q, *kv.unbind(2), n_keys, gate, backend)
+    return y.detach(), *torch.autograd.grad(y, (q, kv, gate), dy.to(y.dtype))
+
+
+def check_errors(q, kv, gate, dy, n_keys, backend="triton"):
+    """Asserts error <= 2x (output), 3x (gradients) of the naive form's in the same dtype; -> the ratios."""
+    exact = run("naive", q, kv, gate, dy, n_keys, torch.float64)
+    plain, ours = (run(name, q, kv, gate, dy, n_keys) for name in ("naive", backend))
+    # the gate's gradient is one number, which plain torch may hit by luck: measured against the size of its summands
+    few = n_keys.view(n_keys.shape[0], -1).expand(q.shape[:2])
+    few = dy[(few > 0) & (few < 3)]  # tokens with a key or two: plain torch has ds = 0 exactly, ours subtracts
+    unit, eps = torch.full_like(gate, 20).double(), torch.finfo(q.dtype).eps  # tanh(20) = 1
+    o = gated_cross_attention(q.double(), *kv.double().unbind(2), n_keys, unit, "naive")
+    ratios = []
+    for name, most, reference, theirs, mine in zip(("y", "dq", "dkv", "dgate"), (2, 3, 3, 3), exact, plain, ours,
+                                                   strict=True):
+        assert torch.isfinite(mine).all() and mine.shape == reference.shape, name
+        error, allowed = ((x.double() - reference).norm().item() for x in (mine, theirs))
+        if name == "dgate":
+            allowed = max(allowed, eps * (o * dy).norm().item())
+        elif name != "y":
+            allowed = math.hypot(allowed, 1.2e-7 * few.double().norm().item() * gate.tanh().item())
+        assert error <= most * allowed, f"{name}: {error:.3g}, plain {allowed:.3g}"
+        ratios.append(error / allowed if allowed else 0.0)
+    return ratios
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [0.0, 0.7])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_matches_float64(dtype, gate, per_token):
+    N, T = 130, 37  # no multiple of any block
+    q, kv, gate, dy = make_inputs(6, T, N, 1, 32, dtype, gate)
+    n_keys = torch.tensor([0, 1, 63, 64, 65, N], device=DEVICE)
+    if per_token:  # one text about several clips: token by token more windows
+        steps = torch.tensor([0, 1, 63, 64, 65, N], device=DEVICE)
+        n_keys = steps[torch.arange(T, device=DEVICE) * 6 // T].repeat(6, 1).roll(3, dims=1)
+    ratios = check_errors(q, kv, gate, dy, n_keys)
+    print(f"\n{dtype} gate {gate.item():.1f} per_token {per_token}: y {ratios[0]:.2f} dq {ratios[1]:.2f} "
+          f"dkv {ratios[2]:.2f} of plain torch's error; dgate {ratios[3]:.2f}")
+    if gate == 0:
+        _, dq, dkv, dgate = run("triton", q, kv, gate, dy, n_keys)
+        assert not dq.any() and not dkv.any() and dgate.abs() > 0.01
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 70])
+def test_every_length_alone(n):
+    q, kv, gate, dy = make_inputs(1, 20, 70, 1, 64)
+    n_keys = torch.tensor([n], device=DEVICE)
+    check_errors(q, kv, gate, dy, n_keys)
+    _, _, dkv, dgate = run("triton", q, kv, gate, dy, n_keys)
+    assert not dkv[:, n:].any()  # exactly zero
+    assert n or not dgate.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_head_dims(dtype, d):
+    q, kv, gate, dy = make_inputs(2, 17, 67, 1, d, dtype, gate=-0.5)
+    check_errors(q, kv, gate, dy, torch.tensor([67, 40], device=DEVICE))
+
+
+@pytest.mark.parametrize("T", [1, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_splits_keys(T, dtype, monkeypatch):
+    N, launched = 300, []
+    q, kv, gate, dy = make_inputs(3, T, N, 2, 32, dtype)
+    for n_keys in (torch.tensor([0, 5, 300]), torch.tensor([[300], [65], [1]]).expand(3, T)):
+        check_errors(q, kv, gate, dy, n_keys.to(DEVICE))
+    kernels = sys.modules[model.attend.__module__]
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **__: launched.append((kernel, grid)))
+    gated_cross_attention(q.detach(), *kv.detach().unbind(2), torch.tensor([0, 5, 300]), gate.detach(), "triton")
+    (first, grid), (second, _) = launched
+    assert first is model.forward_kernel and grid[2] > 1 and second is model.combine_kernel
+
+
+@pytest.mark.parametrize("backend", ["naive", "sdpa"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_torch_backends(backend, per_token):
+    q, kv, gate, dy = make_inputs(3, 9, 70, 2, 32)
+    n_keys = torch.tensor([0, 33, 70], device=DEVICE)
+    if per_token:
+        n_keys = torch.randint(0, 71, (3, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        n_keys[0] = 0
+    check_errors(q, kv, gate, dy, n_keys, backend)
+    y, dq, dkv, _ = run(backend, q, kv, gate, dy, n_keys)
+    assert not y[0].any() and not dq[0].any() and not dkv[0].any()
+    if not per_token:
+        assert not dkv[1, 33:].any()
+
+
+def poison(monkeypatch):
+    """Fresh memory holds NaN, so that an output that no kernel wrote shows. -> the sizes asked for."""
+    empty, sizes = torch.empty, []
+
+    def poisoned(*shape, **options):
+        fresh = empty(*shape, **options)
+        sizes.append(fresh.numel())
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: poisoned(x.shape, dtype=x.dtype, device=x.device))
+    return sizes
+
+
+@pytest.mark.parametrize("T", [3, 40])
+def test_poisoned_memory_and_padding(T, monkeypatch):
+    q, kv, gate, dy = make_inputs(4, T, 130, 2, 32)
+    n_keys = torch.tensor([0, 40, 64, 129], device=DEVICE)
+    clean = run("triton", q, kv, gate, dy, n_keys)
+    with torch.no_grad():
+        for clip, n in zip(kv, n_keys, strict=True):
+            clip[n:] = float("nan")  # what padding holds does not matter
+    sizes = poison(monkeypatch)
+    dirty = run("triton", q, kv, gate, dy, n_keys)
+    assert sizes, "the test does not reach the allocations"
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+    for clip, n in zip(dirty[2], n_keys, strict=True):
+        assert not clip[n:].any()
+
+
+def test_two_backwards_are_bit_equal():
+    q, kv, gate, dy = make_inputs(2, 70, 130, 2, 32, torch.float16)
+    n_keys = torch.tensor([130, 77], device=DEVICE)
+    for a, b in zip(run("triton", q, kv, gate, dy, n_keys), run("triton", q, kv, gate, dy, n_keys), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_finite_differences():
+    q, kv, gate, dy = make_inputs(1, 3, 5, 1, 32)
+    n_keys = torch.tensor([4], device=DEVICE)
+    gradients = run("triton", q, kv, gate, dy, n_keys)[1:]
+    f = lambda *x: (gated_cross_attention(x[0], *x[1].unbind(2), n_keys, x[2], "naive") * dy).sum().item()
+    point, step = [x.detach().double() for x in (q, kv, gate)], 1e-5
+    for which, gradient in enumerate(gradients):
+        for seed in range(4):
+            rng = torch.Generator().manual_seed(seed)
+            u = torch.randn(point[which].shape, generator=rng).to(DEVICE).double()
+            ahead, behind = ([x + e * u if i == which else x for i, x in enumerate(point)] for e in (step, -step))
+            slope = (f(*ahead) - f(*behind)) / (2 * step)
+            assert (gradient * u).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # gradcheck prefers float64
+def test_gradcheck_float32():
+    q, kv, gate, _ = make_inputs(1, 2, 3, 1, 32)
+    n_keys = torch.tensor([[2, 3]], device=DEVICE)
+    f = lambda q, kv, gate: gated_cross_attention(q, *kv.unbind(2), n_keys, gate, "triton")
+    assert torch.autograd.gradcheck(f, (q, kv, gate), eps=1e-2, atol=2e-3, rtol=1e-2, fast_mode=True, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("view", ["heads first", "sliced", "expanded", "channels strided"])
+def test_strided_views(view):
+    q, kv, gate, dy = make_inputs(2, 6, 40, 2, 32)
+    k, v = kv.detach().unbind(2)
+    q = q.detach()
+    if view == "heads first":
+        q, k, v, dy = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dy))
+    elif view == "sliced":  # of a product for all layers, at an odd offset
+        wide = torch.cat([q, q, q], -1).flatten(2)[..., 33:33 + 64]
+        q, k, v = wide.view(2, 6, 2, 32), k[:, 3:31], v[:, 5:33]
+    elif view == "expanded":
+        k, v, dy = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), dy[:1, :1, :1, :1].expand(dy.shape)
+    else:
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    n_keys = torch.tensor([3, 25], device=DEVICE)
+    results = []
+    for backend in ("naive", "triton"):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, gate)]
+        y = gated_cross_attention(*leaves[:3], n_keys, leaves[3], backend)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_fuzz():
+    seed = int(os.environ.get("FUZZ_SEED", time.time_ns() % 2**31))
+    print(f"\nFUZZ_SEED={seed}")
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=rng))
+    for _ in range(6):
+        B, T, N, H, d = draw(1, 3), draw(1, 75), draw(1, 150), draw(1, 2), 32 * 2 ** draw(0, 1)
+        dtype, gate = DTYPES[draw(0, len(DTYPES) - 1)], draw(-20, 20) / 10
+        q, kv, gate, dy = make_inputs(B, T, N, H, d, dtype, gate, draw(0, 2**31))
+        if draw(0, 1):  # padding around q and kv: other strides
+            q = torch.cat([q.detach(), q.detach()], 1)[:, T:]
+            kv = torch.cat([kv.detach(), kv.detach()], 4)[..., d:]
+        shape = (B, T) if draw(0, 1) else (B,)
+        n_keys = torch.randint(0, N + 1, shape, generator=rng, dtype=[torch.int32, torch.int64][draw(0, 1)]).to(DEVICE)
+        try:
+            check_errors(q, kv, gate, dy, n_keys)
+        except AssertionError as error:
+            raise AssertionError(f"FUZZ_SEED={seed}: {B=} {T=} {N=} {H=} {d=} {dtype} {n_keys.tolist()}") from error
+
+
+def test_gate_of_another_dtype():
+    q, kv, gate, dy = make_inputs(2, 6, 40, 2, 32, torch.float16)
+    n_keys = torch.tensor([3, 40], device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        other = gate.detach().to(dtype).requires_grad_()
+        for backend in ("naive", "sdpa", "triton"):
+            y = gated_cross_attention(q, *kv.unbind(2), n_keys, other, backend)
+            (dgate,) = torch.autograd.grad(y, other, dy)
+            assert y.dtype == q.dtype and dgate.dtype == dtype and dgate.shape == (1,)
+
+
+def test_only_what_needs_it_gets_a_gradient():
+    q, kv, gate, _ = make_inputs(1, 3, 5, 1, 32)
+    n_keys = torch.tensor([5], device=DEVICE)
+    y = gated_cross_attention(q.detach(), *kv.detach().unbind(2), n_keys, gate, "triton")
+    assert len(torch.autograd.grad(y.sum(), (gate,))) == 1
+    assert not gated_cross_attention(q.detach(), *kv.detach().unbind(2), n_keys, gate.detach(), "triton").requires_grad
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_saved_and_formed_memory(per_token, monkeypatch):
+    B, T, N, H, d = 1, 128, 96, 2, 32
+    q, kv, gate, dy = make_inputs(B, T, N, H, d)
+    n_keys = torch.full((B, T) if per_token else (B,), 100, device=DEVICE)
+    formed, saved = poison(monkeypatch), []
+
+    def pack(x):
+        saved.append((x.data_ptr(), x.numel() * x.element_size()))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = gated_cross_attention(q, *kv.unbind(2), n_keys, gate, "triton")
+    needed = 4 * (2 * B * T * H * d + 2 * B * N * H * d + B * H * T) + n_keys.numel() * 8  # q, o, k, v, lse, n_keys
+    assert sum(dict(saved).values()) <= needed + 64  # and the gate
+    torch.autograd.grad(y, (q, kv, gate), dy)
+    assert max(formed) < B * H * T * N
+    formed.clear()
+    saved.clear()
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        gated_cross_attention(q, *kv.unbind(2), n_keys, gate, "triton")
+    assert not saved
+    formed.clear()
+    model.attend(q[:1], *kv[:1].unbind(2), n_keys[:1], gate.tanh(), False)
+    assert formed[0] == T * H * d and formed[1:3] == [0, 0]  # y alone; neither o nor lse
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["auto", "naive", "sdpa", "triton"])
+def test_torch_compile_whole_graph(backend):
+    q, kv, gate, dy = make_inputs(2, 6, 40, 2, 32)
+    n_keys = torch.tensor([3, 40], device=DEVICE)
+    f = lambda q, kv, gate: gated_cross_attention(q, *kv.unbind(2), n_keys, gate, backend) * 2
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for a, b in ((f(q, kv, gate), compiled(q, kv, gate)),
+                 *zip(*(torch.autograd.grad(g(q, kv, gate), (q, kv, gate), dy) for g in (f, compiled)), strict=True)):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(f(q, kv, gate), compiled(q, kv, gate))
+
+
+def test_opcheck():
+    q, kv, gate, _ = make_inputs(2, 5, 20, 1, 32)
+    k, v = kv.detach().unbind(2)
+    for n_keys in (torch.tensor([3, 20]), torch.tensor([[3], [20]]).expand(2, 5)):
+        arguments = (q, k.requires_grad_(), v.requires_grad_(), n_keys.to(DEVICE), gate.detach().tanh(), True)
+        torch.library.opcheck(model.attend_op, arguments)
+
+
+def test_errors_name_what_was_expected():
+    q, kv, gate, _ = make_inputs(2, 5, 20, 1, 32)
+    k, v = kv.unbind(2)
+    n_keys = torch.tensor([3, 20], device=DEVICE)
+    for wrong, message in (
+            (lambda: gated_cross_attention(q, k[:, :4], v, n_keys, gate), "q, k, v"),
+            (lambda: gated_cross_attention(q, k.half(), v, n_keys, gate), "float16"),
+            (lambda: gated_cross_attention(q, k, v, n_keys[:1], gate), "n_keys"),
+            (lambda: gated_cross_attention(q, k, v, n_keys.float(), gate), "n_keys"),
+            (lambda: gated_cross_attention(q, k, v, n_keys, gate, "cuda"), "expected 'auto'"),
+            (lambda: gated_cross_attention(q.double(), k.double(), v.double(), n_keys, gate, "triton"), "float64")):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_pick_backend():
+    name, reason = pick_backend(DEVICE)
+    assert name in ("triton", "sdpa") and reason
+    assert pick_backend(torch.device("cpu"))[0] == "sdpa"
+
+
+def python(code):
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *code], cwd=HERE, env=inherited, capture_output=True, text=True, timeout=900,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_without_triton():
+    """A machine without triton imports the module and attends with naive and sdpa."""
+    python(["-c", """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+sys.modules["triton"] = None
+import torch
+from model import gated_cross_attention
+q, n_keys, gate = torch.randn(1, 2, 1, 32), torch.tensor([2]), torch.ones(1)
+a, b, c = (gated_cross_attention(q, q, q, n_keys, gate, name) for name in ("naive", "sdpa", "auto"))
+torch.testing.assert_close(a, b)
+torch.testing.assert_close(a, c)
+try:
+    gated_cross_attention(q, q, q, n_keys, gate, "triton")
+except ValueError as error:
+    assert "expected triton" in str(error)
+else:
+    raise AssertionError
+"""])
+
+
+def test_ahead_of_time():
+    """Every kernel and table entry: no spills, <= 99 KB of shared memory; compiles for an MI300 as well."""
+    rows = json.loads(python(["-c", "import bench, json; print(json.dumps(bench.aot_report()))"]).splitlines()[-1])
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        mine = [row for row in rows if row["arch"] == arch]
+        assert {(row["kernel"], row["dtype"], row["d"]) for row in mine} >= {
+            (kernel, dtype, d) for kernel in ("forward", "dq", "dkv", "combine") for dtype in ("bfloat16", "float32")
+            for d in (32, 64, 128)}
+        for row in mine:
+            assert row["spill_bytes"] == 0 and row["blocks_per_sm"] >= 1, row
+            assert row["shared_bytes"] <= (64 if arch == "gfx942" else 99) * 1024, row
+
+
+def test_bench_kernel():
+    figures = json.loads(python(["bench.py", "kernel"]).splitlines()[-1])
+    assert (figures["gpu"] is not None) == GPU
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        assert figures["aot"][arch]["spill_bytes"] == 0 and figures["aot"][arch]["shared_bytes"] <= 99 * 1024
+    command = [sys.executable, "bench.py", "kernels"]
+    wrong = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "expected one of kernel" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, N, per_token", [(512, 768, False), (512, 768, True), (100, 1920, False), (1, 1920, False)])
+def test_full_size_on_gpu(dtype, T, N, per_token):
+    q, kv, gate, dy = make_inputs(4, T, N, 8, 64, dtype)
+    rng = torch.Generator().manual_seed(0)
+    n_keys = torch.randint(0, N + 1, (4, T) if per_token else (4,), generator=rng).to(DEVICE)
+    print(dtype, T, N, per_token, check_errors(q, kv, gate, dy, n_keys))
+    for a, b in zip(run("triton", q, kv, gate, dy, n_keys), run("triton", q, kv, gate, dy, n_keys), strict=True):
+        assert torch.equal(a, b)
+
+
+@on_gpu
+def test_faster_than_naive_on_gpu():
+    sys.path.insert(0, HERE)
+    import bench
+    rows = bench.kernel_rows(DEVICE, torch.bfloat16, [(8, 256, 768, 0), (1, 1, 1920, 0)], ["naive", "sdpa", "triton"])
+    for backward in (False, True):
+        ms = {row["backend"]: row["ms"] for row in rows if row["T"] == 256 and row["backward"] == backward}
+        print(f"backward {backward}: {ms['naive'] / ms['triton']:.2f}x naive, {ms['sdpa'] / ms['triton']:.2f}x sdpa")
+        assert ms["triton"] < ms["naive"]

@@ -1,0 +1,215 @@
+"""The model's promises, against Hugging Face's own language model and against itself computed another way."""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import config
+from model import AudioFlamingo, gated_blocks, pick
+from tests.helpers import ROOT
+
+torch.manual_seed(0)
+
+
+def build(settings, gates=0.0):
+    torch.manual_seed(1)
+    model = AudioFlamingo.from_config(SimpleNamespace(**(config.defaults() | settings))).eval().requires_grad_(False)
+    for gated in model.xattn.values():
+        gated.attn_gate.fill_(gates)
+        gated.ff_gate.fill_(-gates)
+    return model
+
+
+def batch(model, n=(2, 1, 2), T=(9, 14, 5), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    windows = torch.randn(sum(n), 40000, generator=g).clamp(-1, 1)
+    ids = torch.full((len(T), max(T)), model.pad_id)
+    labels = torch.full_like(ids, -100)
+    for b, t in enumerate(T):
+        ids[b, :t] = torch.randint(1, 250, (t,), generator=g)
+        labels[b, t // 2:t] = ids[b, t // 2:t]
+    return ids, windows, torch.tensor(n), labels
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_closed_gates_are_the_plain_language_model_exactly(tiny_lm, tiny_settings, tmp_path, family):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    folder = tiny_lm
+    if family == "qwen2":
+        folder = str(tmp_path)
+        torch.manual_seed(3)
+        Qwen2ForCausalLM(Qwen2Config(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+                                     num_key_value_heads=3, vocab_size=300, tie_word_embeddings=False)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(folder)
+    model = build(tiny_settings | {"lang_encoder_path": folder})
+    ids, windows, n, _ = batch(model)
+    ids = ids.clamp(max=256)
+    logits, _ = model(ids, windows, n)
+    assert torch.equal(logits, model.lm.logits(model.lm(ids)))  # exactly
+    theirs = AutoModelForCausalLM.from_pretrained(folder)(ids).logits  # and the plain one is Hugging Face's
+    assert (logits[..., :257] - theirs[..., :257]).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_batched_or_alone_packed_or_padded(tiny_settings):
+    model = build(tiny_settings, gates=0.7)
+    ids, windows, n, _ = batch(model)
+    logits, _ = model(ids, windows, n)
+    first = 0
+    for b, t in enumerate((9, 14, 5)):
+        alone, _ = model(ids[b:b + 1, :t], windows[first:first + n[b]], n[b:b + 1])
+        assert (alone[0] - logits[b, :t]).abs().max() < 1e-4
+        first += n[b]
+
+
+def test_answers_do_not_depend_on_the_batch(tiny_settings):
+    model = build(tiny_settings, gates=0.9)
+    _, windows, n, _ = batch(model)
+    prompts = ["What?", "A much longer question about the sound, is it a dog?", "hm"]
+    for options in ({}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 5}):
+        together = model.generate(prompts, windows, n, max_new_tokens=12, **options)
+        first = 0
+        for b, prompt in enumerate(prompts):
+            alone = model.generate([prompt], windows[first:first + n[b]], n[b:b + 1], max_new_tokens=12, **options)
+            assert alone == [together[b]]
+            first += n[b]
+    assert model.generate(prompts, windows, n, 12, 1.0, seed=1) != model.generate(prompts, windows, n, 12, 1.0, seed=2)
+    with pytest.raises(ValueError, match="do not belong together"):
+        model.generate(prompts[:2], windows, n)
+
+
+def test_loss_is_the_naive_loss(tiny_settings):
+    model = build(tiny_settings, gates=0.5)
+    ids, windows, n, labels = batch(model)
+    logits, _ = model(ids, windows, n)
+    _, loss = model(ids, windows, n, labels=labels)
+    naive = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert abs(loss - naive) < 1e-5
+    assert model(ids, windows, n, labels=torch.full_like(labels, -100))[1] == 0  # nothing to learn is no NaN
+
+
+def test_gradient_checkpointing_and_finite_differences(tiny_settings):
+    model = build(tiny_settings, gates=0.3)
+    model.requires_grad_(True)
+    ids, windows, n, labels = batch(model)
+    gradients = []
+    for recompute in (False, True):
+        model.config.gradient_checkpointing = recompute
+        model.train()
+        model.clap.eval()
+        model.zero_grad()
+        model(ids, windows, n, labels=labels)[1].backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    model.eval()
+    assert all((gradients[0][name] - g).abs().max() <= 1e-5 * max(g.abs().max(), 1e-3) for name, g in gradients[1].items())
+    model.double()
+    for name in ("xattn.0.attn_gate", "xattn.2.ff_gate"):
+        p, difference = dict(model.named_parameters())[name], []
+        for shift in (1e-4, -1e-4):
+            with torch.no_grad():
+                p += shift
+                logits = model.lm.logits(model.hidden(ids, *listen_double(model, windows, n)))
+                difference.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item())
+                p -= shift
+        assert (difference[0] - difference[1]) / 2e-4 == pytest.approx(gradients[0][name].item(), rel=2e-3, abs=1e-6)
+
+
+def listen_double(model, windows, n):
+    model.clap.float()
+    tokens = model.clap(windows).double()
+    model.clap.double()
+    slots = torch.arange(int(n.max())) < n[:, None]
+    audio = tokens.new_zeros(*slots.shape, *tokens.shape[1:])
+    audio[slots] = tokens
+    n_keys = slots.sum(1) * model.clap.tokens_per_window
+    return model.audio_transformer(audio.flatten(1, 2), n_keys), n_keys
+
+
+def test_silence_and_one_batch_overfits(tiny_settings):
+    model = build(tiny_settings)
+    model.set_trainable(SimpleNamespace(**config.defaults()))
+    ids, windows, n, labels = batch(model)
+    windows[0] = 0  # a silent window answers, and trains, like any other
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    for _ in range(60):
+        _, loss = model(ids, windows, n, labels=labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05 and all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings, trained", [
+    ({}, {"audio_transformer", "xattn", "lm.embed_tokens"}),
+    ({"freeze_lm_embeddings": True}, {"audio_transformer", "xattn"}),
+    ({"freeze_lm_embeddings": "added"}, {"audio_transformer", "xattn", "lm.embed_tokens.added"}),
+    ({"clap_finetune": True, "freeze_lm_embeddings": True}, {"audio_transformer", "xattn", "clap"}),
+    ({"unfreeze_full_lm": True}, {"audio_transformer", "xattn", "lm"})])
+def test_what_trains(tiny_settings, settings, trained):
+    model = build(tiny_settings)
+    model.set_trainable(SimpleNamespace(**(config.defaults() | settings)))
+    model.train()
+    ids, windows, n, labels = batch(model)
+    for gated in model.xattn.values():  # behind a closed gate no gradient flows
+        gated.attn_gate.data.fill_(0.5)
+        gated.ff_gate.data.fill_(0.5)
+    model(ids, windows, n, labels=labels)[1].backward()
+    for name, p in model.named_parameters():
+        expected = name.startswith(tuple(trained)) and "mel_conv2d" not in name and "fusion_model" not in name
+        assert p.requires_grad == expected and (p.grad is not None) == expected, name
+    assert model.clap.training == bool(settings.get("clap_finetune"))
+
+
+def test_release_round_trip(tiny_settings, tmp_path):
+    model = build(tiny_settings, gates=0.4)
+    ids, windows, n, _ = batch(model)
+    model.save_pretrained(str(tmp_path / "release"))
+    again = AudioFlamingo.from_pretrained(str(tmp_path / "release"))
+    assert torch.equal(again(ids, windows, n)[0], model(ids, windows, n)[0])
+    assert again.config.clap_spec_size == 128 and again.config.max_num_window == 2
+
+
+def test_strict_loading_lists_what_is_wrong(tiny_settings, tmp_path):
+    import json
+
+    from safetensors.torch import load_file, save_file
+    model = build(tiny_settings)
+    model.save_pretrained(str(tmp_path))
+    file = str(tmp_path / "safe_ckpt/weight_0.safetensors")
+    state = load_file(file)
+    gone = state.pop("audio_transformer_clap.layer_stack.0.slf_attn.fc.weight")
+    state["surprise"] = gone
+    state["lang_encoder.model.norm.weight"] = torch.ones(7)
+    save_file(state, file)
+    json.dump({"weight_0": list(state)}, open(tmp_path / "safe_ckpt/metadata.json", "w"))
+    with pytest.raises(ValueError, match=r"missing: audio_transformer.*fc.weight; unexpected: surprise; wrong shape: lm.norm.weight"):
+        AudioFlamingo.from_pretrained(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        AudioFlamingo.from_pretrained(str(tmp_path / "nothing"))
+
+
+def test_gated_blocks():
+    assert gated_blocks(1, 3) == [0, 1, 2] and gated_blocks(2, 5) == [1, 3] and gated_blocks([0, 2], 3) == [0, 2]
+    for bad in (4, [3], []):
+        with pytest.raises(ValueError, match="cross_attn_every_n_layers"):
+            gated_blocks(bad, 3)
+
+
+def test_sampling_follows_the_softmax():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    g = torch.Generator().manual_seed(0)
+    draws = torch.cat([pick(logits, 1.0, None, None, g) for _ in range(4000)])
+    assert (torch.bincount(draws, minlength=4) / 4000 - logits.exp()[0]).abs().max() < 0.03
+    assert {int(pick(logits, 1.0, 2, None, g)) for _ in range(200)} == {0, 1}
+    assert {int(pick(logits, 1.0, None, 0.75, g)) for _ in range(200)} == {0, 1}
+    assert int(pick(logits, 0.0, None, None, g)) == 0
+
+
+def test_import_needs_no_network_and_no_torchvision():
+    code = ("import sys, socket\nsocket.socket.connect = lambda *a: (_ for _ in ()).throw(OSError('network'))\n"
+            "import model, data, train, sample, eval\nmodel.load_htsat_class()\n"
+            "assert 'torchvision' not in sys.modules and 'laion_clap' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})

@@ -1,0 +1,131 @@
+"""train.py as a user runs it: one process, two processes (gloo), resumed, from a checkpoint, with bad files."""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from model import AudioFlamingo, load_pickle
+from tests.helpers import fails_with_one_line, run, write_manifest
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def train(config, out, name, *options, launcher=()):
+    return run(*launcher, "train.py", config, f"--expdir={out}", f"--run_name={name}", *options)
+
+
+def log(out, name, key="loss"):
+    return [entry[key] for line in open(f"{out}/{name}/log.jsonl") if key in (entry := json.loads(line))]
+
+
+def weights(out, name, epoch=1):
+    return load_pickle(f"{out}/{name}/checkpoint_{epoch}.pt")["model_state_dict"]
+
+
+def close(a, b, tolerance):
+    assert set(a) == set(b)
+    return all((a[k].double() - b[k].double()).abs().max() <= tolerance * max(1e-2, b[k].double().abs().max()) for k in a)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    return out, train(tiny_config, out, "straight", "--batch_size=4", "--save_steps=1")
+
+
+def test_run_leaves_what_is_promised(straight):
+    out, result = straight
+    run_folder = f"{out}/straight"
+    assert sorted(os.listdir(run_folder)) == ["checkpoint_0.pt", "checkpoint_1.pt", "log.jsonl"]
+    assert "cross-attention: sdpa" in result.stdout and "trainable" in result.stdout and "| eta 0h00m" in result.stdout
+    assert len(log(out, "straight")) == 2 and log(out, "straight", "valid")[-1].keys() == {"toy-AQA/val"}
+    saved = load_pickle(f"{run_folder}/checkpoint_1.pt")
+    assert {"epoch", "model_state_dict", "optimizer_state_dict", "lr_scheduler_state_dict"} <= set(saved)
+    assert not any(name.startswith(("clap.", "lang_encoder.model.layers.0.decoder_layer")) for name in saved["model_state_dict"])
+    model = AudioFlamingo.from_pretrained(run_folder)
+    for name, tensor in saved["model_state_dict"].items():
+        assert torch.equal(tensor, model.published_state()[name]), name
+
+
+def test_two_ranks_equal_one_with_twice_the_batch(straight, tiny_config):
+    out, _ = straight
+    train(tiny_config, out, "two", "--batch_size=2", launcher=TORCHRUN)
+    assert log(out, "two") == pytest.approx(log(out, "straight"), abs=1e-5)
+    assert close(weights(out, "two"), weights(out, "straight"), 1e-4)
+
+
+def test_accumulation_equals_a_larger_batch(straight, tiny_config):
+    out, _ = straight
+    train(tiny_config, out, "accumulated", "--batch_size=2", "--gradient_accumulation_steps=2")
+    assert log(out, "accumulated") == pytest.approx(log(out, "straight"), abs=1e-5)
+    assert close(weights(out, "accumulated"), weights(out, "straight"), 1e-4)
+
+
+@pytest.mark.parametrize("launcher", [(), TORCHRUN])
+def test_resume_equals_a_straight_run(tiny_config, tmp_path, launcher):
+    options = ["--batch_size=1", "--save_steps=1", "--clap_finetune=False"]
+    train(tiny_config, tmp_path, "whole", *options, launcher=launcher)
+    steps = len(log(tmp_path, "whole"))
+    # stop in the middle of an epoch as a kill would: the interim checkpoint of step 1 is what is left
+    script = ("import train, sys, os, config\nsave = train.save_atomically\ndef stop(content, path):\n    save(content, path)\n"
+              "    if content['step'] == 1: os._exit(9)\ntrain.save_atomically = stop\n"
+              "train.main(config.load(sys.argv[1:], 'train.py'))\n")
+    stopper = tmp_path / "stop.py"
+    stopper.write_text("import sys; sys.path.insert(0, '.')\n" + script)
+    assert run(*launcher, stopper, tiny_config, f"--expdir={tmp_path}", "--run_name=part", *options, ok=False).returncode != 0
+    assert os.listdir(tmp_path / "part").count("checkpoint_interim.pt") == 1
+    result = train(tiny_config, tmp_path, "part", *options, launcher=launcher)
+    assert "resumed" in result.stdout and log(tmp_path, "part", "step")[-1] == log(tmp_path, "whole", "step")[-1] == steps or launcher
+    assert close(weights(tmp_path, "part"), weights(tmp_path, "whole"), 1e-6)
+    assert not os.path.exists(tmp_path / "part/checkpoint_interim.pt")
+
+
+def test_fine_tuning_starts_from_a_run(straight, tiny_config):
+    out, _ = straight
+    result = train(tiny_config, out, "sft", f"--pretrained_path={out}/straight", "--pretrained_ckpt=checkpoint_1.pt",
+                   "--clap_finetune=true", "--clap_learning_rate=1e-4", "--num_epochs=1")
+    assert "audio encoder (CLAP)" in result.stdout
+    tuned = AudioFlamingo.from_pretrained(f"{out}/sft")
+    before = AudioFlamingo.from_pretrained(f"{out}/straight")
+    changed = {n.split(".")[0] for n, t in tuned.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
+    assert changed == {"clap", "audio_transformer", "xattn", "lm"}
+    assert torch.equal(tuned.lm.layers[0].mlp.up_proj.weight, before.lm.layers[0].mlp.up_proj.weight)
+
+
+def test_other_frozen_weights_are_noticed(straight, tiny_config, tiny_settings, tmp_path):
+    from safetensors.torch import load_file, save_file
+    out, _ = straight
+    shutil.copytree(tiny_settings["lang_encoder_path"], tmp_path / "lm")
+    state = load_file(tmp_path / "lm/model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"] += 0.1
+    save_file(state, tmp_path / "lm/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="frozen weights"):
+        AudioFlamingo.from_pretrained(f"{out}/straight", lang_encoder_path=str(tmp_path / "lm"))
+
+
+def test_unreadable_clips_are_skipped_counted_and_bounded(tiny_config, tiny_data, tmp_path):
+    items = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(7)] + [("gone.wav", "Tone?", "noise")]
+    write_manifest(tmp_path / "m", "toy-AQA/train", items)
+    options = [f"--dataset_file_root={tmp_path}/m", "--valid_dataset_config={}", "--dataset_blending_global_weight=1.0"]
+    result = train(tiny_config, tmp_path, "some", *options, "--num_epochs=1", "--max_bad_fraction=0.5")
+    assert "gone.wav" in result.stderr and "gone.wav" in open(f"{tmp_path}/some/log.jsonl").read() and "bad 1" in result.stdout
+    fails_with_one_line("train.py", tiny_config, *options, f"--expdir={tmp_path}", "--run_name=none", "--max_bad_fraction=0.0",
+                        saying=["max_bad_fraction", "gone.wav"])
+
+
+def test_blending_record(tiny_config, tmp_path):
+    train(tiny_config, tmp_path, "blend", f"--dataset_blending_output={tmp_path}/blend.jsonl", "--valid_dataset_config={}")
+    rows = [json.loads(line) for line in open(f"{tmp_path}/blend.jsonl")]
+    assert [(row["epoch"], row["first"], row["stop"]) for row in rows] == [(0, 0, 4), (1, 4, 8)]
+
+
+@pytest.mark.parametrize("options, saying", [
+    (["--bach_size=3"], ["bach_size", "batch_size"]), (["--batch_size=x"], ["batch_size", "int"]),
+    (['--dataset_blending_config={"no-AQA/train": 1.0}'], "no-AQA/train.json: no such manifest"),
+    (["--lang_encoder_path=nowhere"], "nowhere"), (["--clap_checkpoint=none.pt"], "none.pt: no such file"),
+    (["--lr_scheduler=step"], ["lr_scheduler", "cosine"]), (["--device=cuda:9"], "cuda"), (["--precision=fp8"], "precision"),
+    (["--audio_transformer_n_head=7"], "audio_transformer_n_head"), (["--cross_attn_every_n_layers=9"], "cross_attn")])
+def test_bad_input_is_one_line(tiny_config, tmp_path, options, saying):
+    fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", *options, saying=saying)

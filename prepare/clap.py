@@ -58,14 +58,11 @@ def text_states(model, texts, device, layers):
 
 
 def contrast(similarity, positive, own):
-    """similarity (B, K), positive (B, K) captions of each clip, own (B, K) captions a clip is contrasted with.
-    -> mean over both directions of -log(sum over positives / sum over all)."""
-    similarity = similarity.masked_fill(~own, -math.inf)
-    to_text = similarity.logsumexp(1) - similarity.masked_fill(~positive, -math.inf).logsumexp(1)
-    asked = positive.any(0)
-    similarity, positive = similarity[:, asked], positive[:, asked]
-    to_audio = similarity.logsumexp(0) - similarity.masked_fill(~positive, -math.inf).logsumexp(0)
-    return (to_text.mean() + to_audio.mean()) / 2
+    """similarity (B, K); positive (B, K): captions of each clip; own (B, K): captions a clip is contrasted with.
+    -> mean over pairs and both directions of -log(e^s / (e^s + sum over negatives)): every positive has to stand out
+    from the negatives, and none competes with another."""
+    negative = similarity.masked_fill(positive | ~own, -math.inf)
+    return sum(F.softplus(negative.logsumexp(dim, keepdim=True) - similarity)[positive].mean() for dim in (0, 1)) / 2
 
 
 def main(c):

@@ -27,7 +27,7 @@ import numpy as np
 
 RATE, SECONDS = 16000, 2.5
 RENDER_RATE = 32000  # the synth does not filter what it pitches up: play at 32 kHz, then resample without aliasing
-RECIPE = 1  # raise when the same settings would give other files
+RECIPE = 2  # raise when the same settings would give other files
 
 # The 128 programs in General-MIDI order, without the brackets of the standard's names ("Lead 1 (square)").
 # * is held out for test_programs: a typical member of its family with close relatives left in train (a viola beside
@@ -126,6 +126,14 @@ def caption(clip):
     plural = "" if clip["count"] == "one" else "s"
     trend = f", getting {clip['trend']}" if clip["trend"] else ""
     return f"{clip['count']} {clip['register']} note{plural} of {instrument}, {family} instrument{trend}"
+
+
+def parts_of_caption(clip):
+    """What is true of the clip, one thing at a time: further captions for the audio encoder (prepare/clap.py)."""
+    if clip["kind"] == "duo":
+        return ["first {}".format(clip["families"][0]), "then {}".format(clip["families"][1])]
+    parts = [clip["family"], clip["instrument"], f"{clip['register']} pitch", f"{clip['count']} in number"]
+    return parts + ([f"getting {clip['trend']}"] if clip["trend"] else [])
 
 
 def balanced(clips, answer, n, rng):
@@ -244,6 +252,9 @@ def build(out, args, soundfont):
         for task, items in questions(split, clips, asked, rng).items():
             data = {str(i): {"name": clip["name"], "prompt": prompt, "output": output, "duration": SECONDS}
                     for i, (clip, prompt, output) in enumerate(items)}
+            if task.endswith("AudioCaptioning"):
+                for item, (clip, *_) in zip(data.values(), items):
+                    item["positives"] = parts_of_caption(clip)
             manifest = {"split": split, "split_path": f"audio/{split}", "flamingo_task": task,
                         "total_num": len(data), "data": data}
             os.makedirs(f"{out}/manifests/{task}", exist_ok=True)

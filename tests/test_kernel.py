@@ -1,6 +1,6 @@
 """Gated cross-attention: every backend against the naive spec in float64; resources of the kernels; a GPU if any.
 
-    python -m pytest -q test_kernel.py       # without a GPU the kernels run in Triton's interpreter (not in bfloat16)
+    python -m pytest -q tests/test_kernel.py     # without a GPU the kernels run in Triton's interpreter (not in bfloat16)
 """
 import json
 import math
@@ -19,7 +19,7 @@ if not GPU:
 import model
 from model import gated_cross_attention, pick_backend
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the project
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter's bfloat16 dot is wrong
 # the interpreter computes masked lanes too: a token without keys has lse -1e30

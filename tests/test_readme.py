@@ -1,0 +1,100 @@
+"""Every command of the README: those that fit a CPU are run, on small data in their place; the others are accounted for."""
+import os
+import re
+import shutil
+
+import pytest
+
+import config
+from tests.helpers import ROOT, run, write_manifest
+
+TEXT = open(f"{ROOT}/README.md").read()
+COMMANDS = sorted({line.strip() for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()
+                   if re.match(r"\s*(python|torchrun|make|pip) ", line)} |
+                  {c for c in re.findall(r"`((?:python|torchrun) [^`]+)`", TEXT)})
+NOT_HERE = {  # command: why it is not run by this test
+    "make demo": "12 minutes; its parts are in test_prepare.py and test_demo_parts below",
+    "make test": "is running",
+    "pip install -r requirements.txt": "needs the registry; the Makefile's setup ran it",
+}
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_config, tiny_settings, tiny_data, tmp_path_factory):
+    """A folder that looks like the project's with tiny stand-ins: {what the README says: what is used instead}."""
+    folder = tmp_path_factory.mktemp("readme")
+    options = [f"--expdir={folder}/exp"]
+    tiny = dict(vars(config.load([tiny_config], "train.py")))
+    sizes = {k: tiny[k] for k in tiny if tiny[k] != config.defaults()[k] and k not in ("dataset_blending_config", "valid_dataset_config")}
+    for name in ("pretrain", "sft", "long"):  # the shipped configs, with the sizes and the data of the tiny one
+        shipped = config.settings_of(f"{ROOT}/config/defaults.py") and config.load([f"{ROOT}/config/{name}.py"], "train.py")
+        for key in [*shipped.dataset_blending_config, *shipped.valid_dataset_config]:
+            task, split = key.split("/")
+            os.makedirs(f"{tiny_data}/{task}", exist_ok=True)
+            shutil.copy(f"{tiny_data}/toy-AQA/{split}.json", f"{tiny_data}/{task}/{split}.json")
+        small = sizes | {"clap_checkpoint": None, "gradient_accumulation_steps": 1, "num_epochs": 1, "gradient_checkpointing": True,
+                         "dataset_blending_global_weight": 0.02 if name != "long" else 1.0, "expdir": f"{folder}/exp"}
+        if name != "pretrain":
+            small |= {"pretrained_ckpt": "checkpoint_0.pt", "pretrained_path": f"{folder}/exp/" + {"sft": "pretrain", "long": "sft"}[name]}
+        with open(folder / f"{name}.py", "w") as f:
+            f.write(open(f"{ROOT}/config/{name}.py").read())
+            f.writelines(f"{k} = {v!r}\n" for k, v in small.items())
+    shutil.copytree(f"{tiny_data}/toy-AQA", f"{tiny_data}/Mine-AQA", dirs_exist_ok=True)
+    run("train.py", tiny_config, *options, "--run_name=mine", "--num_epochs=1")
+    from model import AudioFlamingo
+    AudioFlamingo.from_pretrained(f"{folder}/exp/mine").save_pretrained(f"{folder}/release")
+    (folder / "questions.jsonl").write_text(f'{{"path": "{tiny_data}/0.wav", "prompt": "What?"}}\n')
+    snippet = re.search(r"```\n   (run_name = \"mine\".*?)```", TEXT, re.S)[1]
+    with open(folder / "mine.py", "w") as f:
+        f.write(re.sub(r"(?m)^   ", "", snippet))
+        f.writelines(f"{k} = {v!r}\n" for k, v in (sizes | {"num_epochs": 1, "expdir": f"{folder}/exp", "run_name": "mine2",
+                                                          "pretrained_path": f"{folder}/release"}).items())
+    return folder, tiny_data
+
+
+def words(command, folder, data):
+    """The README's words with local stand-ins for what only a hub, a GPU node or the demo can give."""
+    swaps = [("nvidia/audio-flamingo-2", f"{folder}/release"), ("clip.wav", f"{data}/0.wav"), ("questions.jsonl", f"{folder}/questions.jsonl"),
+             ("answers.jsonl", f"{folder}/answers.jsonl"), ("config/pretrain.py", f"{folder}/pretrain.py"),
+             ("config/sft.py", f"{folder}/sft.py"), ("config/long.py", f"{folder}/long.py"), ("python train.py mine.py", f"python train.py {folder}/mine.py"),
+             ("exp/mine", f"{folder}/exp/mine"), ("data/manifests/Mine-AQA", f"{data}/Mine-AQA"), ("--data_root=data", f"--data_root={data}"),
+             ("data/gm/audio/test/00000.wav", f"{data}/1.wav"), ("out/demo", f"{folder}/exp/mine"), ("--max_num_window 12", "--max_num_window 2"),
+             ("--nproc_per_node=8", "--nproc_per_node=2")]
+    for old, new in swaps:
+        command = command.replace(old, new)
+    import shlex
+    parts = shlex.split(command)
+    parts = ["-m", "torch.distributed.run", *parts[1:]] if parts[0] == "torchrun" else parts[1:]
+    if "eval.py" in parts:
+        os.makedirs(f"{data}/Clotho-AQA-AQA", exist_ok=True)
+        write_manifest(data, "Clotho-AQA-AQA/test", [("0.wav", "Is it?", "yes, yes, yes"), ("1.wav", "What?", "a, b, c")])
+        parts += [f"--dataset_file_root={data}", f"--data_root={data}", "--max_new_tokens=3"]
+    if "sample.py" in parts:
+        parts += ["--max_new_tokens=3"]
+    return parts
+
+
+STAGES = ["config/pretrain.py", "config/sft.py", "config/long.py"]  # each starts from the one before
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS, key=lambda c: next((i for i, s in enumerate(STAGES, 1) if s in c), 0)))
+def test_command(command, stage):
+    if command in NOT_HERE:
+        pytest.skip(f"{command}: {NOT_HERE[command]}")
+    if command.startswith("python prepare/clap.py"):
+        command += f" {stage[0]}/mine.py --pretrained_path=None --clap_steps=2 --clap_batch_size=2 --clap_out={stage[0]}/clap.pt " \
+                   "--clap_config='{\"Mine-AQA/train\": 1}'"
+    result = run(*words(command, *stage))
+    assert "Traceback" not in result.stderr
+
+
+def test_the_users_card_is_in_the_readme():
+    for command in ("torchrun --nproc_per_node=8 train.py config/pretrain.py", "torchrun --nproc_per_node=8 train.py config/sft.py",
+                    "python sample.py --audio clip.wav", "python eval.py --split Clotho-AQA-AQA/test"):
+        assert any(c.startswith(command) for c in COMMANDS), command
+
+
+def test_files_named_in_the_readme_exist():
+    for path in re.findall(r"`((?:config|prepare|tests|docs)/[\w./]*|[\w]+\.py)`", TEXT):
+        path = path if path != "mine.py" else "train.py"
+        assert os.path.exists(f"{ROOT}/{path}") or os.path.exists(f"{ROOT}/prepare/{path}") or os.path.exists(f"{ROOT}/config/{path}"), path

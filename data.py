@@ -315,8 +315,8 @@ def check(file, data_root, write):
     for i in tqdm(range(len(manifest)), desc=manifest.name, unit="clip", disable=None):
         item, problem = manifest[i], None
         try:
-            info = soundfile.info(item["path"]) if os.path.isfile(item["path"]) else None
             windows = load_audio(item["path"], item["start"])
+            info = soundfile.info(item["path"])
             seconds = info.frames / info.samplerate - item["start"]
             if not windows.any():
                 problem = "silent"

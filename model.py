@@ -143,7 +143,7 @@ def rotary_table(positions, r, base):
 def rotate(x, cos, sin):
     """x (B, H, T, d); cos, sin (T, r) or (B, 1, T, r), r <= d: the other channels pass through. In float32."""
     r = cos.shape[-1]
-    head = x[..., :r].float()
+    head = x[..., :r]  # times float32 tables: float32 (or float64) arithmetic whatever x is
     half = torch.cat([-head[..., r // 2:], head[..., :r // 2]], -1)
     head = (head * cos + half * sin).to(x.dtype)
     return head if r == x.shape[-1] else torch.cat([head, x[..., r:]], -1)
@@ -584,7 +584,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        x32 = x.float()
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 

@@ -27,8 +27,8 @@ def tone(seconds, rate, channels=1, hz=440):
 def test_formats(tmp_path, name, subtype):
     path = tmp_path / name
     rate = 48000 if name.endswith("opus") else 44100
-    soundfile.write(path, tone(3.0, rate, 2), rate, subtype=subtype, format="OGG" if name.endswith("opus") else None,
-                    **({"subtype": "OPUS"} if name.endswith("opus") else {}))
+    opus = {"format": "OGG", "subtype": "OPUS"} if name.endswith("opus") else {"subtype": subtype}
+    soundfile.write(path, tone(3.0, rate, 2), rate, **opus)
     x = load_audio(str(path))
     assert x.shape == (1, 160000) and x.dtype == np.float32 and 0.99 < np.abs(x).max() <= 1
     spectrum = np.abs(np.fft.rfft(x[0, 8000:40000]))
@@ -140,8 +140,9 @@ def test_cut_and_unreadable_samples_are_counted(tmp_path, tokenizer):
     c = settings.load([], "train.py")
     clips = Clips([Manifest(path, str(tmp_path))], None, c)
     batch = Collate(tokenizer, 40, 160000)([clips[i] for i in range(3)])
-    assert batch["cut"] == 1 and len(batch["bad"]) == 1 and "no.wav" in batch["bad"][0] and batch["n_windows"].tolist() == [1, 1]
-    assert batch["windows"].shape == (2, 160000) and (batch["labels"][0] == -100).all() and (batch["labels"][1] != -100).sum() == 3
+    assert batch["cut"] == 1 and len(batch["bad"]) == 1 and "no.wav" in batch["bad"][0]
+    assert batch["n_windows"].tolist() == [1, 1] and batch["windows"].shape == (2, 160000)
+    assert (batch["labels"][0] == -100).all() and (batch["labels"][1] != -100).sum() == 3
     nothing = Collate(tokenizer, 40, 160000)([clips[1]])
     assert (nothing["labels"] == -100).all() and not nothing["windows"].any()
 
@@ -150,10 +151,11 @@ def test_check_command(tmp_path):
     soundfile.write(tmp_path / "good.wav", tone(2, 16000), 16000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(32000), 16000)
     open(tmp_path / "broken.wav", "w").write("x")
-    path = write_manifest(tmp_path, "a-AQA/test", [(f, "p", "o") for f in ("good.wav", "silent.wav", "broken.wav", "gone.wav")])
+    files = ("good.wav", "silent.wav", "broken.wav", "gone.wav")
+    path = write_manifest(tmp_path, "a-AQA/test", [(f, "p", "o") for f in files])
     before = open(path).read()
-    result = subprocess.run([sys.executable, f"{ROOT}/data.py", "check", path, f"--data_root={tmp_path}", f"--write={tmp_path}/clean"],
-                            capture_output=True, text=True)
+    options = [f"--data_root={tmp_path}", f"--write={tmp_path}/clean"]
+    result = subprocess.run([sys.executable, f"{ROOT}/data.py", "check", path, *options], capture_output=True, text=True)
     assert result.returncode == 1 and "4 items, 1 good" in result.stdout, result
     assert open(path).read() == before
     assert [item["name"] for item in Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path)).items] == ["good.wav"]

@@ -1023,14 +1023,13 @@ class AudioFlamingo(nn.Module):
             raise ValueError(f"{path}: no model_state_dict in it; is it a training checkpoint?")
         config = SimpleNamespace(**(base | saved.get("config", {}) | settings))
         if config.pretrained_path:
-            start = os.path.join(config.pretrained_path, config.pretrained_ckpt or "")
-            model = cls.from_pretrained(start.rstrip("/"), **(saved.get("config", {}) | settings | dict(
-                pretrained_path=None, pretrained_ckpt=None)))
+            start = os.path.join(config.pretrained_path, config.pretrained_ckpt or "").rstrip("/")
+            model = cls.from_pretrained(start, **settings)  # that run knows where its own frozen weights came from
             model.config = config
         else:
             model = cls.from_config(config)
         own = model.state_dict()
-        frozen = {n: own[n] for n in own if n not in saved["trained"]} if "trained" in saved else {}
+        frozen = {n: own[n] for n in own if n not in saved["kept"]} if "kept" in saved else {}
         if saved.get("frozen_hash", fingerprint(frozen)) != fingerprint(frozen):
             raise ValueError(f"{path}: the frozen weights it was trained with are not those found now under "
                              f"{saved['frozen_from']}")
@@ -1038,10 +1037,10 @@ class AudioFlamingo(nn.Module):
         return model
 
     def load_trained(self, saved, path):
-        """Copy a training checkpoint's tensors in: ours say what they trained; published ones may lack LM and CLAP."""
+        """Copy a training checkpoint's tensors in: ours say what they keep; published ones may lack LM and CLAP."""
         state = from_published(saved["model_state_dict"], self.lm.config.tied, self.lm.config.vocab)
         own = self.state_dict()
-        lacking = [n for n in own if n not in saved["trained"]] if "trained" in saved else ("lm.", "clap.")
+        lacking = [n for n in own if n not in saved["kept"]] if "kept" in saved else ("lm.", "clap.")
         load_strictly(self, {n: t.to(own[n].dtype) if n in own else t for n, t in state.items()}, path, lacking)
 
     @classmethod
@@ -1122,8 +1121,8 @@ class AudioFlamingo(nn.Module):
         AutoConfig.from_pretrained(local_or_hub(self.config.lang_encoder_path, self.config.cache_dir, "*.json")
                                    ).save_pretrained(os.path.join(folder, "lm"))
         self.tokenizer.save_pretrained(os.path.join(folder, "lm"))
-        settings = {n: v for n, v in vars(self.config).items() if re.match("clap_|audio_tr|cross_|window|max_|lang_", n)}
-        for name, content in (("config.json", settings),
+        from config import model_settings
+        for name, content in (("config.json", model_settings(self.config, only_given=False)),
                               ("safe_ckpt/metadata.json", {f"weight_{i}": list(s) for i, s in enumerate(shards)})):
             with open(os.path.join(folder, name), "w") as f:
                 json.dump(content, f, indent=1)

@@ -42,18 +42,10 @@ def load_model(c):
     source = c.init_from or newest_run(dict.fromkeys([c.expdir, "exp", "out"]))
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
-    overrides = {name: value for name, value in vars(c).items() if name in given(c)}
-    model = AudioFlamingo.from_pretrained(source, device=device, dtype=dtype, **overrides)
+    model = AudioFlamingo.from_pretrained(source, device=device, dtype=dtype, **settings.model_settings(c))
     backend = (model.backend, "asked for") if model.backend != "auto" else pick_backend(device)
     print(f"model {source} | {device} | {dtype} ({reason}) | cross-attention: {backend[0]} ({backend[1]})", file=sys.stderr)
     return source, model
-
-
-def given(c):
-    """Model settings that the user changed from their defaults: these override what the checkpoint says."""
-    defaults = settings.defaults()
-    return [name for name in defaults if getattr(c, name) != defaults[name] and
-            name.split("_")[0] in ("window", "max", "lang", "tokenizer", "cache", "clap", "attention", "audio", "cross")]
 
 
 def load_clips(paths, model):

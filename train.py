@@ -133,7 +133,9 @@ def main(c):
     saved_file = newest_checkpoint(run)
     if c.pretrained_path:
         start = os.path.join(c.pretrained_path, c.pretrained_ckpt) if c.pretrained_ckpt else c.pretrained_path
-        model = AudioFlamingo.from_pretrained(start, **{n: v for n, v in vars(c).items() if n in settings.defaults()})
+        model = AudioFlamingo.from_pretrained(start, **settings.model_settings(c))
+        vars(c).update(settings.model_settings(model.config, only_given=False))  # sizes that were not given are its own
+        model.config = c
     else:
         model = AudioFlamingo.from_config(c)
     table = model.set_trainable(c)
@@ -142,8 +144,10 @@ def main(c):
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     if c.clap_finetune:
         trained |= {n for n, _ in model.named_buffers() if n.startswith("clap.htsat.bn0.")}
-    frozen = {n: t for n, t in model.state_dict().items() if n not in trained}
-    frozen_hash = fingerprint(frozen)
+    kept = set(trained)  # what a checkpoint holds: what trains, and what was drawn at random here
+    if not c.pretrained_path:
+        kept |= {n for n in model.state_dict() if n.endswith(".added") or n.startswith("clap.") and not c.clap_checkpoint}
+    frozen_hash = fingerprint({n: t for n, t in model.state_dict().items() if n not in kept})
     optimizer = torch.optim.AdamW(parameter_groups(model, c), betas=(0.9, 0.999), fused=device.type == "cuda")
     peaks = [group["lr"] for group in optimizer.param_groups]
 
@@ -151,7 +155,7 @@ def main(c):
     first_epoch, first_micro, step, seen = 0, 0, 0, {"bad": 0, "items": 0, "cut": 0}
     if saved_file:
         saved = load_pickle(saved_file)
-        if saved["frozen_hash"] != frozen_hash or set(saved["trained"]) != trained:
+        if saved["frozen_hash"] != frozen_hash or set(saved["kept"]) != kept:
             raise ValueError(f"{saved_file}: this run was started with other frozen weights or trained parts; give "
                              f"another run_name, or remove {run}")
         model.load_trained(saved, saved_file)
@@ -184,9 +188,9 @@ def main(c):
     def save(name, next_epoch, next_micro):
         if main_rank:
             save_atomically({"epoch": next_epoch - (next_micro == 0), "step": step, "next_epoch": next_epoch,
-                             "next_micro": next_micro, "seen": seen, "config": vars(c), "trained": sorted(trained),
+                             "next_micro": next_micro, "seen": seen, "config": vars(c), "kept": sorted(kept),
                              "frozen_hash": frozen_hash, "frozen_from": c.pretrained_path or c.lang_encoder_path,
-                             "model_state_dict": model.published_state(trained),
+                             "model_state_dict": model.published_state(kept),
                              "optimizer_state_dict": optimizer.state_dict(), "lr_scheduler_state_dict": {"step": step}},
                             os.path.join(run, name))
             interim = os.path.join(run, "checkpoint_interim.pt")

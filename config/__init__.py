@@ -70,18 +70,19 @@ def load(argv, script):
         for name, (kind, default, reason) in known.items():
             print(f"  --{name}={default!r}".ljust(44), reason)
         sys.exit(0)
-    overrides, i = {}, 0
+    overrides, given, i = {}, set(), 0
     while i < len(argv):
         arg, where = argv[i], "command line"
         if not arg.startswith("--"):
             path = arg if os.path.exists(arg) else os.path.join(ROOT, arg)
             if not arg.endswith(".py") or not os.path.isfile(path):
-                raise ValueError(f"{where}: {arg!r} is neither --name=value nor a config file (something.py that exists)")
+                raise ValueError(f"{where}: {arg!r} is neither --name=value nor a config file that exists (something.py)")
             scope = {}
             exec(compile(open(path).read(), path, "exec"), scope)
             for name, value in scope.items():
                 if not name.startswith("_") and not isinstance(value, types.ModuleType):
                     values[name] = check(name, value, known, arg)
+                    given.add(name)
         else:
             name, equals, text = arg[2:].partition("=")
             if not equals:
@@ -92,11 +93,17 @@ def load(argv, script):
             kind = known[name][0] if name in known else None
             overrides[name] = check(name, parse(text, kind), known, where)
         i += 1
-    return SimpleNamespace(**(values | overrides))
+    return SimpleNamespace(**(values | overrides), given=sorted(given | set(overrides)))
+
+
+def model_settings(config, only_given=True):
+    """{name: value} of the settings that shape the model or what it hears, those that the user gave or all."""
+    pattern = re.compile("clap_|audio_transformer_|cross_attn_|lang_enc|tokenizer_|cache_dir|window_|max_num_w|attention_b")
+    return {n: getattr(config, n) for n in defaults() if pattern.match(n) and (not only_given or n in config.given)}
 
 
 def run(main, script):
-    """main(config) with the one-line errors that users get: ValueError, FileNotFoundError, MissingExtra -> exit code 2."""
+    """main(config); what is wrong with the input is printed in one line, with exit code 2."""
     try:
         main(load(sys.argv[1:], script))
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:

@@ -28,10 +28,10 @@ dataset_blending_config = {
     "GM-Loudness-AQA/train": 1.0,
     "GM-Count-AQA/train": 1.0,
     "GM-Order-AQA/train": 1.0,
-    "GM-Note-AudioCaptioning/train": 0.25,
+    "GM-Note-AudioCaptioning/train": 0.1,
 }
 valid_dataset_config = {"GM-Family-AQA/val": 1, "GM-Order-AQA/val": 1}
-dataset_blending_global_weight = 0.25
+dataset_blending_global_weight = 0.2
 num_epochs = 1
 batch_size = 16
 num_workers = 0  # clips are small and cached

@@ -52,4 +52,8 @@ dataset_blending_config = {
     "musdbhq-InstrClassification/train": 2.0,
     "FMA-GenreClassification/train": 1.0,
 }
-valid_dataset_config = {"Clotho-AQA-AQA/val": 1.0, "Clotho-v2-AudioCaptioning/val": 1.0, "CochlScene-SceneClassification/val": 1.0}
+valid_dataset_config = {
+    "Clotho-AQA-AQA/val": 1.0,
+    "Clotho-v2-AudioCaptioning/val": 1.0,
+    "CochlScene-SceneClassification/val": 1.0,
+}

@@ -35,6 +35,7 @@ clap_steps: int = 1000  # optimizer steps
 clap_batch_size: int = 32  # clips per step
 clap_peak_lr: float = 2e-3  # of AdamW, one cycle: 10 % warm-up, cosine to zero
 clap_text_bank: int = 4096  # captions contrasted per step: the batch's own, then others drawn at random
+clap_augment: bool = True  # SpecAugment and drop path, as HTS-AT has them; a few hundred steps learn faster without
 clap_text_layers: int = 1000  # of the language model's blocks to read captions with; more than it has: all
 clap_temperature: float = 0.07  # start value; learned
 
@@ -74,9 +75,16 @@ def main(c):
     torch.manual_seed(c.seed)
     model = AudioFlamingo.from_config(c).requires_grad_(False).cast(dtype).to(device)
     clap = model.clap.float().requires_grad_(True)
-    unused = [p for name, p in clap.named_parameters() if "mel_conv2d" in name or "fusion_model" in name]
-    for p in unused:
-        p.requires_grad_(False)
+    for name, p in clap.named_parameters():
+        if "mel_conv2d" in name or "fusion_model" in name:  # the branch for longer clips gets no gradient
+            p.requires_grad_(False)
+    for module in clap.modules():
+        if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not of 32
+            nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
+        if not c.clap_augment and type(module).__name__ == "DropPath":
+            module.drop_prob = 0.0
+    if not c.clap_augment:
+        clap.htsat.spec_augmenter = nn.Identity()
 
     manifests = list(open_manifests(c, c.clap_config).values())
     clips, texts, index = Clips(manifests, None, c), [], {}

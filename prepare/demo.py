@@ -92,7 +92,8 @@ def main(c):
     item = json.load(open(f"{manifests}/{test}.json"))
     item, folder = item["data"]["0"], item["split_path"]
     clip = f"{c.data_root}/{folder}/{item['name']}"
-    step(f"a sound it never heard ({item['output']})", "sample.py", "--audio", clip, "--prompt", item["prompt"], "--init_from", RUN)
+    step(f"a sound it never heard ({item['output']})", "sample.py", "--audio", clip, "--prompt", item["prompt"],
+         "--init_from", RUN, "--max_new_tokens", "16")
     step("scores on held-out notes", "eval.py", "--split", ",".join(SPLITS), "--init_from", RUN,
          "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "32")
     picture(f"{RUN}/demo.png", clip, item["prompt"])

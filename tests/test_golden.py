@@ -122,7 +122,7 @@ def test_gradients(model, golden, backend, checkpointing, monkeypatch):
         close(ours, arrays[key], 1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["naive", "sdpa"])  # decoding takes minutes in Triton's interpreter
 def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend):
     arrays, facts, windows, n = golden
     model.backend = backend
@@ -131,10 +131,6 @@ def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend):
     batched = torch.stack(list(model.stream(prompts, windows, n, max_new_tokens=24)), 1)
     assert torch.equal(batched, arrays["greedy"])
     assert model.generate(prompts, windows, n, max_new_tokens=24) == facts["greedy_text"]
-    model.stop_ids = stops
-    if backend == "triton":
-        return  # the rest takes minutes in the interpreter and asks the kernel nothing new
-    model.stop_ids = []
     for b, clip in enumerate((windows[:3], windows[3:])):
         alone = torch.stack(list(model.stream([prompts[b]], clip, n[b:b + 1], max_new_tokens=24)), 1)
         assert torch.equal(alone[0], arrays["greedy"][b])

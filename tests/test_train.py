@@ -43,7 +43,9 @@ def test_run_leaves_what_is_promised(straight):
     assert len(log(out, "straight")) == 2 and log(out, "straight", "valid")[-1].keys() == {"toy-AQA/val"}
     saved = load_pickle(f"{run_folder}/checkpoint_1.pt")
     assert {"epoch", "model_state_dict", "optimizer_state_dict", "lr_scheduler_state_dict"} <= set(saved)
-    assert not any(name.startswith(("clap.", "lang_encoder.model.layers.0.decoder_layer")) for name in saved["model_state_dict"])
+    # frozen weights that have a file of their own are not in it; a CLAP drawn at random, as here, is nowhere else
+    assert not any(".decoder_layer." in name for name in saved["model_state_dict"])
+    assert any(name.startswith("clap.") for name in saved["model_state_dict"])
     model = AudioFlamingo.from_pretrained(run_folder)
     for name, tensor in saved["model_state_dict"].items():
         assert torch.equal(tensor, model.published_state()[name]), name

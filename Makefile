@@ -22,7 +22,7 @@ data/smollm2: | setup
 	@echo "== language model: SmolLM2-135M from its GGUF file"
 	$(BIN)/python prepare/smollm2.py --out data/smollm2
 
-demo: setup data/smollm2
+demo: setup
 	$(BIN)/python prepare/demo.py
 
 test: setup data/smollm2

@@ -85,6 +85,7 @@ def picture(path, clip, prompt):
 def main(c):
     start = time.time()
     manifests, test = c.dataset_file_root, "GM-Family-AQA/test"
+    step("language model", "prepare/smollm2.py", "--out", c.lang_encoder_path)
     step("real instruments", "prepare/gm_notes.py", "--out", c.data_root)
     if not os.path.exists(c.clap_checkpoint):
         step("audio encoder: CLAP on captions", "prepare/clap.py", "config/demo_clap.py")
@@ -98,7 +99,7 @@ def main(c):
          "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "32")
     picture(f"{RUN}/demo.png", clip, item["prompt"])
     scores = json.load(open(f"{RUN}/scores.json"))
-    scores["seconds"] = round(time.time() - start + float(os.environ.get("DEMO_SETUP_SECONDS", 0)), 1)
+    scores["seconds"] = round(time.time() - start, 1)
     with open(f"{RUN}/scores.json", "w") as f:
         json.dump(scores, f, indent=1)
     print(f"\n{'task':34} {'accuracy':>9} {'chance':>8} {'n':>5}")

@@ -186,7 +186,8 @@ def test_strict_loading_lists_what_is_wrong(tiny_settings, tmp_path):
     state["lang_encoder.model.norm.weight"] = torch.ones(7)
     save_file(state, file)
     json.dump({"weight_0": list(state)}, open(tmp_path / "safe_ckpt/metadata.json", "w"))
-    with pytest.raises(ValueError, match=r"missing: audio_transformer.*fc.weight; unexpected: surprise; wrong shape: lm.norm.weight"):
+    lists = r"missing: audio_transformer.*fc.weight; unexpected: surprise; wrong shape: lm.norm.weight"
+    with pytest.raises(ValueError, match=lists):
         AudioFlamingo.from_pretrained(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         AudioFlamingo.from_pretrained(str(tmp_path / "nothing"))

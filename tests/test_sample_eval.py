@@ -66,7 +66,7 @@ def test_other_bad_input_is_one_line(trained, tiny_data, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"path": "a.wav"}\n')
     fails_with_one_line("sample.py", "--input", tmp_path / "bad.jsonl", saying="line 1")
     fails_with_one_line("eval.py", "--split", "no-AQA/test", f"--init_from={trained}/tiny", saying="no-AQA/test.json")
-    fails_with_one_line("eval.py", "--split", "toy-AQA/test", f"--init_from={trained}/tiny", "--metric=x", saying="multiple_choice")
+    fails_with_one_line("eval.py", "--split", "toy-AQA/test", "--metric=x", saying="multiple_choice")
 
 
 def test_eval_scores_keeps_and_continues(trained, tiny_data, tmp_path):
@@ -77,7 +77,8 @@ def test_eval_scores_keeps_and_continues(trained, tiny_data, tmp_path):
     file = tmp_path / "toy-AQA--test.jsonl"
     lines = file.read_text().splitlines()
     items = [json.loads(line) for line in lines]
-    assert [item["id"] for item in items] == list(range(8)) and {"audio", "prompt", "output", "answer", "score"} <= set(items[0])
+    assert [item["id"] for item in items] == list(range(8))
+    assert {"audio", "prompt", "output", "answer", "score"} <= set(items[0])
     items[2]["answer"] = "noise"  # kept answers are not asked again; a line cut off by a kill and the missing ones are
     file.write_text("\n".join(json.dumps(item) for item in items[:5]) + "\n" + lines[5][:30])
     run("eval.py", *options)
@@ -106,7 +107,7 @@ def test_rules():
     rows = items((MC, "(C) cat", "(C) cat"), (MC, "(C) cat", "cat"), (MC, "(C) cat", ""), (MC, "(A) dog", "(A) dog (B)"),
                  (MC, "(B) big dog", "the answer is (B) big dog."), (MC, "(A) dog", "(B) big dog"))
     assert scoring.multiple_choice(rows)["accuracy"] == pytest.approx(2 / 6) and [r["score"] for r in rows] == [1, 0, 0, 0, 1, 0]
-    rows = items((MC, "(C) cat", "C"), (MC, "(C) cat", "A or C: a cat"), (MC, "(A) dog", "I do not know"), (MC, "(B) big dog", "B"))
+    rows = items((MC, "(C) cat", "C"), (MC, "(C) cat", "A or C: a cat"), (MC, "(A) dog", "who knows"), (MC, "(B) big dog", "B"))
     scores = scoring.muchomusic(rows)
     assert scores["accuracy"] == 0.75 and scores["unanswered"] == 0.25
     rows = items(("q", "yes, yes, yes", "Yes."), ("q", "yes, no, yes", "no"), ("q", "dog, a cat, bird", "cat"),
@@ -124,7 +125,8 @@ def test_rules():
 
 @pytest.mark.parametrize("task, prompt, rule", [
     ("Clotho-AQA-AQA", "Is it?", "clotho_aqa"), ("MMAU", MC, "multiple_choice"), ("Music-AVQA-AQA_All", "What?", "exact_match"),
-    ("CochlScene-SceneClassification", "Where?", "closed_set"), ("NSynth-MIR", "What?", "closed_set"), ("MuChoMusic", MC, "muchomusic"),
-    ("AudioEntailmentQA", "So?", "entailment"), ("CMM-AQA", "Is it?", "cmm"), ("audiocaps-AudioCaptioning", "Say.", "captioning")])
+    ("CochlScene-SceneClassification", "Where?", "closed_set"), ("NSynth-MIR", "What?", "closed_set"),
+    ("MuChoMusic", MC, "muchomusic"), ("AudioEntailmentQA", "So?", "entailment"), ("CMM-AQA", "Is it?", "cmm"),
+    ("audiocaps-AudioCaptioning", "Say.", "captioning")])
 def test_rule_by_task_name(task, prompt, rule):
     assert scoring.choose_rule(task, items((prompt, "x", "x"))).__name__ == rule

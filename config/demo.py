@@ -18,7 +18,7 @@ clap_num_heads = [2, 4, 8, 16]
 clap_checkpoint = "out/demo/clap/epoch_16.pt"
 audio_transformer_n_layers = 1
 audio_transformer_d_inner = 512
-cross_attn_every_n_layers = [10, 16, 22, 28]  # of 30 blocks
+cross_attn_every_n_layers = [14, 18, 22, 26]  # of 30 blocks; nothing is learned, or propagated, before the first
 
 dataset_blending_config = {
     "GM-Family-AQA/train": 1.0,
@@ -31,7 +31,7 @@ dataset_blending_config = {
     "GM-Note-AudioCaptioning/train": 0.1,
 }
 valid_dataset_config = {"GM-Family-AQA/val": 1, "GM-Order-AQA/val": 1}
-dataset_blending_global_weight = 0.2
+dataset_blending_global_weight = 0.14
 num_epochs = 1
 batch_size = 16
 num_workers = 0  # clips are small and cached

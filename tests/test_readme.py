@@ -14,7 +14,7 @@ COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines
                    if re.match(r" *(python|torchrun|make|pip) ", line)} |
                   set(re.findall(r"`((?:python|torchrun) [^`\n]+)`", TEXT)))
 NOT_HERE = {  # command: why it is not run by this test
-    "make demo": "12 minutes; its parts are in test_prepare.py and test_demo_parts below",
+    "make demo": "takes many minutes; its scripts are run on tiny data by the other tests",
     "make test": "is running",
     "pip install -r requirements.txt": "needs the registry; the Makefile's setup ran it",
 }

@@ -204,19 +204,19 @@ class Clips(Dataset):
 class Batches(Sampler):
     """Index lists of one rank for one epoch: seeded, the same plan on every rank, from micro-step `start` on.
 
-    The shuffled items are cut into pools of 64 global batches; inside a pool, items of like size (windows, then text)
+    The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size (windows, then text)
     share a batch, and the ranks share each global batch: little padding, equal work. Pool order stays random.
     The last optimizer step is filled up with the epoch's first items.
     """
 
-    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, multiple=1):
+    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, multiple=1, pool=64):
         order = np.random.default_rng(seed).permutation(len(sizes))
         step = batch_size * world
         order = np.resize(order, -(-len(order) // (step * multiple)) * step * multiple) if len(order) else order
         plan = []
-        for pool in np.split(order, range(64 * step, len(order), 64 * step)):
-            pool = pool[np.lexsort(sizes[pool].T[::-1])]
-            plan.extend(np.split(pool, len(pool) // step) if len(pool) else [])
+        for part in np.split(order, range(pool * step, len(order), pool * step)):
+            part = part[np.lexsort(sizes[part].T[::-1])]
+            plan.extend(np.split(part, len(part) // step) if len(part) else [])
         plan = [plan[i] for i in np.random.default_rng([seed, 1]).permutation(len(plan))]
         self.mine = [batch[rank::world].tolist() for batch in plan[start:]]
 
@@ -291,7 +291,7 @@ def train_loader(manifests, config, tokenizer, epoch, rank=0, world=1, start=0):
                          f"{config.dataset_blending_global_weight} is too small for these manifests")
     clips = Clips(list(manifests.values()), rows, config)
     batches = Batches(clips.sizes(), config.batch_size, [config.seed, epoch], rank, world, start,
-                      config.gradient_accumulation_steps)
+                      config.gradient_accumulation_steps, config.bucket_batches)
     return make_loader(clips, batches, tokenizer, config), record
 
 

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import types
+import warnings
 from contextlib import nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
@@ -86,6 +87,7 @@ def load_htsat_class():
     utils = types.ModuleType(f"{name}.utils")
     utils.do_mixup = utils.interpolate = None
     sys.modules.update({name: package, f"{name}.utils": utils})
+    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)  # its call, of an older torch
     return importlib.import_module(f"{name}.htsat").HTSAT_Swin_Transformer
 
 

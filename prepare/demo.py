@@ -6,6 +6,7 @@ Leaves out/demo/: clap/epoch_16.pt, checkpoint_0.pt, log.jsonl, eval/*.jsonl, sc
 """
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ SPLITS = ["GM-Family-AQA/test", "GM-FamilyMC-AQA/test", "GM-Instrument-AQA/test"
 
 def step(title, *command):
     """Run one command, shown as a person would type it; stop where it fails."""
-    print(f"\n== {title}\n$ python {' '.join(command)}", flush=True)
+    print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
     if (code := subprocess.run([sys.executable, *command]).returncode) != 0:
         sys.exit(code)
 

@@ -79,7 +79,8 @@ def test_resume_equals_a_straight_run(tiny_config, tmp_path, launcher):
     assert run(*launcher, stopper, tiny_config, f"--expdir={tmp_path}", "--run_name=part", *options, ok=False).returncode != 0
     assert os.listdir(tmp_path / "part").count("checkpoint_interim.pt") == 1
     result = train(tiny_config, tmp_path, "part", *options, launcher=launcher)
-    assert "resumed" in result.stdout and log(tmp_path, "part", "step")[-1] == log(tmp_path, "whole", "step")[-1] == steps or launcher
+    assert "resumed" in result.stdout
+    assert log(tmp_path, "part", "step")[-1] == log(tmp_path, "whole", "step")[-1] == steps
     assert close(weights(tmp_path, "part"), weights(tmp_path, "whole"), 1e-6)
     assert not os.path.exists(tmp_path / "part/checkpoint_interim.pt")
 

@@ -34,7 +34,7 @@ def stage(tiny_config, tiny_settings, tiny_data, tmp_path_factory):
             os.makedirs(f"{tiny_data}/{task}", exist_ok=True)
             shutil.copy(f"{tiny_data}/toy-AQA/{split}.json", f"{tiny_data}/{task}/{split}.json")
         small = sizes | {"clap_checkpoint": None, "gradient_accumulation_steps": 1, "num_epochs": 1, "expdir": f"{folder}/exp",
-                         "dataset_blending_global_weight": 1.0 if name == "long" else 0.02}
+                         "dataset_blending_global_weight": 1.0 if name == "long" else 0.2}
         if name != "pretrain":
             before = {"sft": "pretrain", "long": "sft"}[name]
             small |= {"pretrained_path": f"{folder}/exp/{before}", "pretrained_ckpt": "checkpoint_0.pt"}

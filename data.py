@@ -296,7 +296,7 @@ def train_loader(manifests, config, tokenizer, epoch, rank=0, world=1, start=0):
 
 
 def valid_loader(manifest, config, tokenizer, rank=0, world=1):
-    """This rank's share of one validation manifest, in order; None if it gets nothing."""
+    """This rank's share of one validation manifest, in order."""
     clips = Clips([manifest], None, config)
     mine = np.arange(rank, len(clips), world)
     batches = np.split(mine, range(config.batch_size, len(mine), config.batch_size))

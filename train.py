@@ -201,7 +201,7 @@ def main(c):
     bar = tqdm(total=total, initial=step, desc="train", unit="step", disable=None if main_rank else True, smoothing=0.1)
     gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in gpu_name), 0)
-    window = {"start": time.time(), "steps": 0, "tokens": 0, "slots": 0, "seconds": 0.0, "flops": 0.0, "loss": 0.0}
+    window = {"start": time.time(), "steps": 0, "tokens": 0, "slots": 0, "seconds": 0.0, "flops": 0.0}
     for epoch in range(first_epoch, c.num_epochs):
         if step >= total:
             break
@@ -284,8 +284,7 @@ def main(c):
                 window = dict.fromkeys(window, 0) | {"start": time.time()}
             if c.save_steps and step % c.save_steps == 0 and step < total:
                 save("checkpoint_interim.pt", epoch, micro)
-        complete = step < total or epoch == c.num_epochs - 1
-        if valid and (complete or step >= total):
+        if valid:
             losses = validate(model, c, valid, device, autocast, rank, world)
             for name, value in losses.items():
                 say(f"epoch {epoch} | {name} | loss {value:.4f}")

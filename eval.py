@@ -56,10 +56,12 @@ def mean(values):
 
 
 def multiple_choice(items):
-    """MMAU's official token rule: all tokens of the right option said, and none that only a wrong option has."""
+    """MMAU's official token rule: all tokens of the right option said, and none that only a wrong option has. The
+    manifest gives the right option with its letter or as its text alone."""
     for item in items:
         right, said = tokens(item["output"]), tokens(item["answer"])
-        wrong = set().union(*(tokens(c) - right for c in choices_of(item["prompt"]) if tokens(c) != right))
+        wrong = set().union(*(tokens(c) - right for c in choices_of(item["prompt"])
+                              if right not in (tokens(c), tokens(c[3:]))))
         item["score"] = float(bool(said) and right <= said and not said & wrong)
     return {"accuracy": mean(i["score"] for i in items),
             "chance": mean(1 / max(len(choices_of(i["prompt"])), 1) for i in items)}

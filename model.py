@@ -21,7 +21,7 @@ import sys
 import types
 import warnings
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -109,8 +109,11 @@ class ClapEncoder(nn.Module):
         self.max_frames = spec_size * (spec_size // 64)
 
     def forward(self, windows):
+        return self.encode(log_mel(windows))
+
+    def encode(self, mel):
+        """mel (n, frames, 64), as log_mel gives it -> (n, S, C)."""
         h = self.htsat
-        mel = log_mel(windows)  # (n, frames, 64)
         if mel.shape[1] > self.max_frames:
             raise ValueError(f"window_length gives {mel.shape[1]} frames of 10 ms, clap_spec_size {h.spec_size} takes "
                              f"{self.max_frames}")
@@ -509,6 +512,12 @@ def gated_cross_attention(q, k, v, n_keys, gate, backend="auto"):
         return sdpa_attention(q, k, v, n_keys, gate)
     if backend != "triton":
         raise ValueError(f"backend={backend!r}: expected 'auto', 'triton', 'sdpa' or 'naive'")
+    return triton_attention(q, k, v, n_keys, gate)[0]
+
+
+def triton_attention(q, k, v, n_keys, gate):
+    """-> y, and what its backward keeps: the un-gated o like y (empty when no gradient is asked for)."""
+    d = q.shape[-1]
     if not triton.__version__ or not (q.is_cuda or INTERPRETED):
         raise ValueError(f"backend='triton': expected triton and a GPU, or TRITON_INTERPRET=1 before the import; got "
                          f"triton {triton.__version__} and tensors on {q.device}")
@@ -519,7 +528,30 @@ def gated_cross_attention(q, k, v, n_keys, gate, backend="auto"):
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
     op = attend_op if save or torch.compiler.is_compiling() else attend  # a plain call skips the dispatcher
     # tanh in torch: exact near 0, where the gate starts, and differentiated there
-    return op(q, k, v, n_keys, gate.float().tanh(), save)[0]
+    return op(q, k, v, n_keys, gate.float().tanh(), save)[:2]
+
+
+class AddProduct(torch.autograd.Function):
+    """x + y W^T for y = tanh(gate) o: the backward takes o, which attention keeps anyway, so y need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x, y, o, tanh_gate, weight):
+        ctx.save_for_backward(o, tanh_gate, weight)
+        return add_product(x, y, weight)
+
+    @staticmethod
+    def backward(ctx, dx):
+        o, tanh_gate, weight = ctx.saved_tensors
+        g = dx.to(o.dtype)
+        dweight = g.flatten(0, 1).t() @ o.flatten(0, 1)
+        return dx, g @ weight.to(o.dtype), None, None, (tanh_gate * dweight).to(weight.dtype)
+
+
+def add_product(x, y, weight):
+    """x (B, T, D) + y (B, T, n) W^T, x as the product's addend but where autocast would round a float32 x to bf16."""
+    if x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), weight.t()).view_as(x)
+    return x + F.linear(y, weight)
 
 
 class GatedCrossAttention(nn.Module):
@@ -545,12 +577,15 @@ class GatedCrossAttention(nn.Module):
     def forward(self, x, kv, n_keys, backend="auto"):
         """x (B, T, D), kv of keys_values, n_keys (B,) or (B, T) -> (B, T, D)."""
         q = self.attn.to_q(self.attn.norm(x)).view(*x.shape[:2], self.heads, self.d)  # (B, T, 8, 64)
-        y = gated_cross_attention(q, *kv.unbind(2), n_keys, self.attn_gate, backend).flatten(2)  # (B, T, 512)
         weight = self.attn.to_out.weight
-        if x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = torch.addmm(x.flatten(0, 1), y.flatten(0, 1), weight.t()).view_as(x)  # no separate addition
-        else:  # autocast would round the float32 residual to bf16
-            x = x + self.attn.to_out(y)
+        backend = pick_backend(x.device)[0] if backend == "auto" else backend
+        attend = triton_attention if backend == "triton" else partial(gated_cross_attention, backend=backend)
+        y = attend(q, *kv.unbind(2), n_keys, self.attn_gate)  # (B, T, 8, 64); and o from the kernels
+        y, o = y if backend == "triton" else (y, y[:0])
+        if len(o):
+            x = AddProduct.apply(x, y.flatten(2), o.flatten(2), self.attn_gate.detach().tanh(), weight)
+        else:
+            x = add_product(x, y.flatten(2), weight)
         return x + self.ff_gate.tanh().to(x.dtype) * self.ff(x)
 
 
@@ -1062,7 +1097,8 @@ class AudioFlamingo(nn.Module):
         return model
 
     def load_language_model(self, folder):
-        """Every weight of a Hugging Face directory; the rows of our added tokens start around the mean of its rows."""
+        """Every weight of a Hugging Face directory. The rows of our added tokens, all of them marks between texts, start
+        around the row of its own such mark, eos: a frozen language model knows where that belongs."""
         state = {n.removeprefix("model."): t for n, t in read_safetensors(folder).items() if not UNUSED.search(n)}
         vocab, added = self.lm.config.vocab, len(self.lm.embed_tokens.added)
         if self.lm.config.tied:
@@ -1072,9 +1108,9 @@ class AudioFlamingo(nn.Module):
                 rows = state[table]
                 if len(rows) < vocab:
                     raise ValueError(f"{folder}: {table} has {len(rows)} rows, its tokenizer {vocab} tokens")
-                pretrained, noise = rows[:vocab].float(), torch.randn(added, rows.shape[1])
+                near, noise = rows[self.tokenizer.eos_token_id].float(), torch.randn(added, rows.shape[1])
                 state[table] = rows[:vocab]
-                state[table.replace("weight", "added")] = pretrained.mean(0) + pretrained.std(0) * noise
+                state[table.replace("weight", "added")] = near + 0.5 * rows[:vocab].float().std(0) * noise
         load_strictly(self.lm, state, folder)
 
     def load_clap(self, file):

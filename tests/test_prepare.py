@@ -102,7 +102,7 @@ def test_answers_are_balanced(gm):
     for task, letters in (("FamilyMC-AQA", 4), ("Order-AQA", 2)):
         items = manifest(gm, task, "test")["data"].values()
         assert all(f" {item['output']}." in item["prompt"] for item in items)
-        counts = collections.Counter(item["output"][:3] for item in items)
+        counts = collections.Counter(item["prompt"].split(f") {item['output']}.")[0][-1] for item in items)
         assert len(counts) == letters and max(counts.values()) - min(counts.values()) <= 1
 
 

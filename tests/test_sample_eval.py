@@ -107,6 +107,8 @@ def test_rules():
     rows = items((MC, "(C) cat", "(C) cat"), (MC, "(C) cat", "cat"), (MC, "(C) cat", ""), (MC, "(A) dog", "(A) dog (B)"),
                  (MC, "(B) big dog", "the answer is (B) big dog."), (MC, "(A) dog", "(B) big dog"))
     assert scoring.multiple_choice(rows)["accuracy"] == pytest.approx(2 / 6) and [r["score"] for r in rows] == [1, 0, 0, 0, 1, 0]
+    rows = items((MC, "cat", "(C) cat"), (MC, "cat", "A cat"), (MC, "cat", "cat"))
+    assert scoring.multiple_choice(rows)["accuracy"] == pytest.approx(2 / 3)  # an output without its letter
     rows = items((MC, "(C) cat", "C"), (MC, "(C) cat", "A or C: a cat"), (MC, "(A) dog", "who knows"), (MC, "(B) big dog", "B"))
     scores = scoring.muchomusic(rows)
     assert scores["accuracy"] == 0.75 and scores["unanswered"] == 0.25

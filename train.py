@@ -119,6 +119,8 @@ def main(c):
     main_rank = rank == 0
     say = tqdm.write if main_rank else (lambda *_: None)
     dtype, reason = pick_precision(c.precision, device)
+    if device.type == "cpu" and dtype is torch.bfloat16:  # its flag is the CPU's as well, whose fused attention takes 7 ms
+        torch.backends.cuda.enable_flash_sdp(False)  # for a backward pass in bf16, however short the text
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     torch.manual_seed(c.seed)  # the same weights on every rank
     torch.backends.cuda.matmul.allow_tf32 = True

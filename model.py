@@ -958,15 +958,17 @@ class AudioFlamingo(nn.Module):
         stops = torch.tensor(self.stop_ids, device=device)
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
         x = self.hidden(ids, None, n_keys, kv, cache)[torch.arange(len(rows)), lengths - 1]  # (B, D)
-        for step in range(max_new_tokens):
-            token = pick(self.lm.logits(x).float(), temperature, top_k, top_p, noise)
-            done = done | torch.isin(token, stops)
-            yield token.masked_fill(done, -1)
-            if step + 1 == max_new_tokens or done.all():
-                break
-            cache.filled += 1
-            x = self.hidden(token[:, None], None, n_keys, kv, cache, positions=lengths + step)[:, 0]
-        self.train(was_training)
+        try:
+            for step in range(max_new_tokens):
+                token = pick(self.lm.logits(x).float(), temperature, top_k, top_p, noise)
+                done = done | torch.isin(token, stops)
+                yield token.masked_fill(done, -1)
+                if step + 1 == max_new_tokens or done.all():
+                    break
+                cache.filled += 1
+                x = self.hidden(token[:, None], None, n_keys, kv, cache, positions=lengths + step)[:, 0]
+        finally:  # also when the reader stops early
+            self.train(was_training)
 
     def generate(self, prompts, windows, n_windows, max_new_tokens=256, temperature=0.0, top_k=None, top_p=None, seed=0):
         """prompts: B strings as in a manifest; windows (sum W, L) and n_windows (B,) of their clips -> B strings.

@@ -33,21 +33,17 @@ def step(title, *command):
 def attention_over_time(model, prompt, windows, n_windows):
     """Cross-attention weight of the last prompt token, mean over gated blocks, heads and frequency bins: one number per
     time step of the clip's windows, (sum over time = 1)."""
-    ids = torch.tensor([model.prompt_ids(prompt)])
-    audio, n_keys = model.listen(windows, n_windows)
-    x = model.lm.embed_tokens(ids)
-    from model import rotary_table
-    rope = rotary_table(torch.arange(ids.shape[1]), model.lm.config.d, model.lm.config.rope_theta)
     weights = []
-    for i, block in enumerate(model.lm.layers):
-        if str(i) in model.xattn:
-            gated = model.xattn[str(i)]
-            kv = gated.keys_values(audio)
-            q = gated.attn.to_q(gated.attn.norm(x[:, -1])).view(gated.heads, gated.d)
-            score = torch.einsum("hd,nhd->hn", q, kv[0, :, 0]) / gated.d ** 0.5
-            weights.append(score.softmax(-1).mean(0))
-            x = gated(x, kv, n_keys, model.backend)
-        x = block(x, rope)
+
+    def look(gated, inputs):
+        x, kv = inputs[:2]
+        q = gated.attn.to_q(gated.attn.norm(x[:, -1])).view(gated.heads, gated.d)
+        weights.append((torch.einsum("hd,nhd->hn", q, kv[0, :, 0]) / gated.d ** 0.5).softmax(-1).mean(0))
+
+    hooks = [gated.register_forward_pre_hook(look) for gated in model.xattn.values()]
+    model.hidden(torch.tensor([model.prompt_ids(prompt)]), *model.listen(windows, n_windows))
+    for hook in hooks:
+        hook.remove()
     per_window = torch.stack(weights).mean(0).view(len(windows), 2, -1)  # token = frequency bin x time step
     return per_window.sum(1).flatten()
 

@@ -80,6 +80,15 @@ def test_answers_do_not_depend_on_the_batch(tiny_settings):
         model.generate(prompts[:2], windows, n)
 
 
+def test_a_stream_left_early_leaves_training_mode(tiny_settings):
+    model = build(tiny_settings).train()
+    _, windows, n, _ = batch(model)
+    for _ in model.stream(["a", "b", "c"], windows, n, 5):
+        assert not model.training
+        break
+    assert model.training
+
+
 def test_loss_is_the_naive_loss(tiny_settings):
     model = build(tiny_settings, gates=0.5)
     ids, windows, n, labels = batch(model)

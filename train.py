@@ -203,7 +203,7 @@ def main(c):
     bar = tqdm(total=total, initial=step, desc="train", unit="step", disable=None if main_rank else True, smoothing=0.1)
     gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in gpu_name), 0)
-    window = {"start": time.time(), "steps": 0, "tokens": 0, "slots": 0, "seconds": 0.0, "flops": 0.0}
+    window = {"start": time.time(), "steps": 0, "loss": 0, "tokens": 0, "slots": 0, "seconds": 0.0, "flops": 0.0}
     for epoch in range(first_epoch, c.num_epochs):
         if step >= total:
             break
@@ -265,9 +265,11 @@ def main(c):
                 window["seconds"] += int(b["n_windows"].sum()) * c.window_length * world
                 window["flops"] += flops_per_step(model, b["input_ids"].numel(), len(b["windows"]), count_tokens(b))
             window["steps"] += 1
+            window["loss"] = window["loss"] + step_loss  # no synchronisation here
             if step % c.logging_steps == 0 or step == total:
+                mean_loss = window["loss"] / window["steps"]
                 if world > 1:
-                    dist.all_reduce(step_loss)
+                    dist.all_reduce(mean_loss)
                 seconds = time.time() - window["start"]
                 rates = {k: window[k] / seconds for k in ("tokens", "seconds")}
                 mfu = f"{window['flops'] / seconds / peak / 1e12:.0%}" if peak else "n/a"
@@ -275,12 +277,12 @@ def main(c):
                 gate = np.mean([abs(math.tanh(float(x.attn_gate.detach()))) for x in model.xattn.values()])
                 left = int((total - step) * seconds / window["steps"])
                 pad = 1 - window["tokens"] / window["slots"]
-                say(f"step {step}/{total} | loss {step_loss:.4f} | lr {c.learning_rate * factor:.1e} | gnorm {norm:.2f} | "
+                say(f"step {step}/{total} | loss {mean_loss:.4f} | lr {c.learning_rate * factor:.1e} | gnorm {norm:.2f} | "
                     f"gate {gate:.3f} | {1000 * seconds / window['steps']:.0f} ms | {rates['tokens'] / 1000:.1f}k tok/s | "
                     f"{rates['seconds']:.0f} s-audio/s | pad {pad:.0%} | mfu {mfu} | mem {memory:.1f}G | "
                     f"eta {left // 3600}h{left % 3600 // 60:02d}m" + (f" | cut {seen['cut']:.0f}" if seen["cut"] else "") +
                     (f" | bad {seen['bad']:.0f}" if seen["bad"] else ""))
-                record(step=step, epoch=epoch, loss=step_loss.item(), lr=c.learning_rate * factor, gnorm=float(norm),
+                record(step=step, epoch=epoch, loss=mean_loss.item(), lr=c.learning_rate * factor, gnorm=float(norm),
                        gate=float(gate), ms=1000 * seconds / window["steps"], tok_s=rates["tokens"],
                        audio_s=rates["seconds"], pad=pad, mfu=mfu, mem_gb=memory, **seen)
                 window = dict.fromkeys(window, 0) | {"start": time.time()}

@@ -20,14 +20,14 @@ audio_transformer_n_layers = 1
 audio_transformer_d_inner = 512
 cross_attn_every_n_layers = [14, 20, 26]  # of 30 blocks; nothing below the first trains, so the backward pass ends there
 
-dataset_blending_config = {  # epochs over each set: most to what is hardest
+dataset_blending_config = {  # passes over each set
     "GM-Family-AQA/train": 0.6,
     "GM-FamilyMC-AQA/train": 0.6,
     "GM-Instrument-AQA/train": 0.25,
-    "GM-Register-AQA/train": 0.1,
-    "GM-Loudness-AQA/train": 0.1,
-    "GM-Count-AQA/train": 0.15,
-    "GM-Order-AQA/train": 0.4,
+    "GM-Register-AQA/train": 0.2,
+    "GM-Loudness-AQA/train": 0.15,
+    "GM-Count-AQA/train": 0.2,
+    "GM-Order-AQA/train": 0.25,
     "GM-Note-AudioCaptioning/train": 0.02,
 }
 valid_dataset_config = {"GM-Family-AQA/val": 1, "GM-Order-AQA/val": 1}

@@ -21,7 +21,7 @@ import sys
 import types
 import warnings
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -579,9 +579,10 @@ class GatedCrossAttention(nn.Module):
         q = self.attn.to_q(self.attn.norm(x)).view(*x.shape[:2], self.heads, self.d)  # (B, T, 8, 64)
         weight = self.attn.to_out.weight
         backend = pick_backend(x.device)[0] if backend == "auto" else backend
-        attend = triton_attention if backend == "triton" else partial(gated_cross_attention, backend=backend)
-        y = attend(q, *kv.unbind(2), n_keys, self.attn_gate)  # (B, T, 8, 64); and o from the kernels
-        y, o = y if backend == "triton" else (y, y[:0])
+        if backend == "triton":
+            y, o = triton_attention(q, *kv.unbind(2), n_keys, self.attn_gate)  # (B, T, 8, 64)
+        else:
+            y, o = gated_cross_attention(q, *kv.unbind(2), n_keys, self.attn_gate, backend), ()
         if len(o):
             x = AddProduct.apply(x, y.flatten(2), o.flatten(2), self.attn_gate.detach().tanh(), weight)
         else:

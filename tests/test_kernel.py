@@ -319,6 +319,19 @@ def test_torch_compile_whole_graph(backend):
         torch.testing.assert_close(f(q, kv, gate), compiled(q, kv, gate))
 
 
+def test_compile_takes_the_whole_block():
+    torch.manual_seed(0)
+    block = model.GatedCrossAttention(48, 32, heads=2, d=32).to(DEVICE)
+    block.attn_gate.data.fill_(0.3)
+    x, audio = torch.randn(2, 6, 48, device=DEVICE), torch.randn(2, 40, 32, device=DEVICE)
+    n_keys = torch.tensor([3, 40], device=DEVICE)
+    f = lambda x: block(x, block.keys_values(audio), n_keys, "triton")
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    plain, ours = ([g(x), *torch.autograd.grad(g(x).square().sum(), list(block.parameters()))] for g in (f, compiled))
+    for a, b in zip(plain, ours, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_opcheck():
     q, kv, gate, _ = make_inputs(2, 5, 20, 1, 32)
     k, v = kv.detach().unbind(2)

@@ -22,7 +22,7 @@ cross_attn_every_n_layers = [14, 20, 26]  # of 30 blocks; nothing below the firs
 
 dataset_blending_config = {  # passes over each set
     "GM-Family-AQA/train": 0.6,
-    "GM-FamilyMC-AQA/train": 0.6,
+    "GM-FamilyMC-AQA/train": 0.45,
     "GM-Instrument-AQA/train": 0.25,
     "GM-Register-AQA/train": 0.2,
     "GM-Loudness-AQA/train": 0.15,

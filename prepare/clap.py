@@ -79,14 +79,16 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                if p not in self.state:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(mean, group["momentum"])  # Nesterov
-                wide = x if x.shape[0] <= x.shape[1] else x.T
-                wide = wide / (wide.norm() + 1e-7)
+                tall = x.shape[0] > x.shape[1]
+                x = (x.T if tall else x) / (x.norm() + 1e-7)
                 for _ in range(5):  # Newton-Schulz: every singular value to about 1
-                    square = wide @ wide.T
-                    wide = 3.4445 * wide + (2.0315 * square @ square - 4.7750 * square) @ wide
-                x = wide if x.shape[0] <= x.shape[1] else wide.T
+                    square = x @ x.T
+                    x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+                x = x.T if tall else x
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=0.2 * max(x.shape) ** 0.5 * group["lr"])
 
 
@@ -156,7 +158,7 @@ def main(c):
         clip_of = [b for b, (_, mel) in enumerate(found) for _ in mel]
         return torch.cat([mel for _, mel in found]), torch.tensor(clip_of, device=device), [i for i, _ in found]
 
-    mel_cache = {}
+    mel_cache, clips.cache = {}, None  # the log-mels stay instead of the windows
     clap.train()
     bar, step, epoch, losses = tqdm(total=c.clap_steps, desc="clap", disable=None), 0, 0, []
     while step < c.clap_steps:

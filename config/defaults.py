@@ -54,6 +54,7 @@ clap_spec_size: int = 256  # 256: windows up to 10.24 s, 64 tokens; 128: 2.56 s,
 clap_embed_dim: int = 256  # HTS-AT large; base 128, tiny 96. Audio width C = 8 x this
 clap_depths: list = [2, 2, 12, 2]  # HTS-AT blocks per stage
 clap_num_heads: list = [4, 8, 16, 32]  # HTS-AT heads per stage
+clap_position: bool = False  # HTS-AT's absolute position embedding (published: none): order is heard within minutes of training
 audio_transformer_n_head: int = 8  # heads of the audio transformer
 audio_transformer_n_layers: int = 3  # its layers
 audio_transformer_d_inner: int = 2048  # its feed-forward width

@@ -15,19 +15,20 @@ clap_spec_size = 128  # 2.56 s at most, 16 tokens
 clap_embed_dim = 32
 clap_depths = [1, 1, 2, 1]
 clap_num_heads = [2, 4, 8, 16]
+clap_position = True  # early and late sounds differ from the first step on; without, order stays at chance
 clap_checkpoint = "out/demo/clap/epoch_16.pt"
 audio_transformer_n_layers = 1
 audio_transformer_d_inner = 512
-cross_attn_every_n_layers = [14, 20, 26]  # of 30 blocks; nothing below the first trains, so the backward pass ends there
+cross_attn_every_n_layers = [20, 24, 28]  # of 30 blocks; nothing below the first trains, so the backward pass ends there
 
 dataset_blending_config = {  # passes over each set
     "GM-Family-AQA/train": 0.6,
-    "GM-FamilyMC-AQA/train": 0.45,
-    "GM-Instrument-AQA/train": 0.25,
+    "GM-FamilyMC-AQA/train": 0.25,
+    "GM-Instrument-AQA/train": 0.4,
     "GM-Register-AQA/train": 0.2,
-    "GM-Loudness-AQA/train": 0.15,
+    "GM-Loudness-AQA/train": 0.2,
     "GM-Count-AQA/train": 0.2,
-    "GM-Order-AQA/train": 0.25,
+    "GM-Order-AQA/train": 0.5,
     "GM-Note-AudioCaptioning/train": 0.02,
 }
 valid_dataset_config = {"GM-Family-AQA/val": 1, "GM-Order-AQA/val": 1}

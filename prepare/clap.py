@@ -3,8 +3,8 @@
     python prepare/clap.py config/demo.py                                          # the demo's encoder, 2 cores
     python prepare/clap.py my.py --clap_config='{"audiocaps-AudioCaptioning/train": 1}' --clap_out=clap/epoch_16.pt
 
-Contrastive: the mean of the audio tokens and the mean of the language model's states over the caption, each through a
-two-layer projection, are to be near for a clip's own captions and far for others (CLAP, arXiv 2211.06687). Captions
+Contrastive: the mean of the audio tokens, through a linear map, and the mean of the language model's states over the
+caption, through two layers, are to be near for a clip's own captions and far for others (CLAP, arXiv 2211.06687). Captions
 shared by several clips are positives of all of them. Manifest items may also carry "positives": other captions of the
 clip, and "negatives": the caption with its composition changed (order, attributes), contrasted with this clip alone
 (Audio Flamingo 2, arXiv 2503.03983, section 3.1).
@@ -35,15 +35,11 @@ clap_out: str = "clap/epoch_16.pt"  # where the checkpoint goes
 clap_steps: int = 1000  # optimizer steps
 clap_batch_size: int = 32  # clips per step
 clap_peak_lr: float = 2e-3  # of AdamW, one cycle: 10 % warm-up, cosine to zero
-clap_muon_lr: float = 5e-3  # the same for matrices, which Muon trains (on the demo's notes: in a third of AdamW's steps)
+clap_muon_lr: float = 1e-2  # the same for matrices, which Muon trains (on the demo's notes: in a third of AdamW's steps)
 clap_text_bank: int = 256  # captions contrasted at every step beside the batch's own: those of the most clips
 clap_augment: bool = True  # SpecAugment and drop path, as HTS-AT has them; a few hundred steps learn faster without
 clap_text_layers: int = 1000  # of the language model's blocks to read captions with; more than it has: all
 clap_temperature: float = 0.02  # start value; learned. A clip near to n texts at once has cosines of n^-1/2 only
-
-
-def projection(inputs, outputs):
-    return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
 
 
 @torch.no_grad()
@@ -53,7 +49,7 @@ def text_states(model, texts, device, layers):
     for first in tqdm(range(0, len(order), 64), desc="captions", disable=None):
         part = order[first:first + 64]
         batch = model.tokenizer([texts[i] for i in part], padding=True, padding_side="right", return_tensors="pt").to(device)
-        hidden = model.lm(batch["input_ids"], layers).float()
+        hidden = model.lm(batch["input_ids"], layers=layers).float()
         mask = batch["attention_mask"][..., None]
         for i, state in zip(part, (hidden * mask).sum(1) / mask.sum(1)):
             states[i] = state
@@ -85,9 +81,12 @@ class Muon(torch.optim.Optimizer):
                 x = p.grad.lerp(mean, group["momentum"])  # Nesterov
                 tall = x.shape[0] > x.shape[1]
                 x = (x.T if tall else x) / (x.norm() + 1e-7)
-                for _ in range(5):  # Newton-Schulz: every singular value to about 1
-                    square = x @ x.T
-                    x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+                square, product = x @ x.T, torch.eye(len(x), device=x.device)
+                for _ in range(5):  # Newton-Schulz: every singular value to about 1, by products of the short side alone
+                    factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+                    factor.diagonal().add_(3.4445)
+                    product, square = factor @ product, factor @ square @ factor
+                x = product @ x
                 x = x.T if tall else x
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=0.2 * max(x.shape) ** 0.5 * group["lr"])
 
@@ -109,6 +108,8 @@ def main(c):
             nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
         if not c.clap_augment and type(module).__name__ == "DropPath":
             module.drop_prob = 0.0
+    if c.clap_position:
+        nn.init.normal_(clap.htsat.absolute_pos_embed, std=0.5)  # beside patches of size 1: heard from the first step on
     if not c.clap_augment:
         clap.htsat.spec_augmenter = nn.Identity()
 
@@ -138,13 +139,15 @@ def main(c):
     everyones[[t for p in positives for t in p]] = True
 
     width = 256
-    audio_projection, text_projection = projection(clap.width, width).to(device), projection(states.shape[1], width).to(device)
+    # Linear: what tells the captions apart is then linear in the tokens, as the cross-attention will read them.
+    audio_projection = nn.Linear(clap.width, width).to(device)
+    text_projection = nn.Sequential(nn.Linear(states.shape[1], width), nn.ReLU(), nn.Linear(width, width)).to(device)
     logit_scale = nn.Parameter(torch.tensor(math.log(1 / c.clap_temperature), device=device))
     layers = [m for part in (clap, audio_projection, text_projection) for m in part.modules() if isinstance(m, nn.Linear)]
     matrices = [m.weight for m in layers if m.weight.requires_grad]
     trained = [p for part in (clap, audio_projection, text_projection) for p in part.parameters() if p.requires_grad]
     others = [p for p in trained if not any(p is m for m in matrices)] + [logit_scale]
-    optimizers = [Muon(matrices, c.clap_muon_lr, 0.05), torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=0.05)]
+    optimizers = [Muon(matrices, c.clap_muon_lr, 0.05), torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=0.05, fused=True)]
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], c.clap_steps, pct_start=0.1, cycle_momentum=False)
                  for o in optimizers]
 

@@ -68,8 +68,9 @@ def test_manifests_have_the_published_format(gm):
         assert m["total_num"] == len(m["data"]) > 0
         assert list(m["data"]) == [str(i) for i in range(m["total_num"])]
         for item in m["data"].values():
-            assert set(item) - {"positives"} == {"name", "prompt", "output", "duration"}
+            assert set(item) - {"positives", "negatives"} == {"name", "prompt", "output", "duration"}
             assert ("positives" in item) == task.endswith("Captioning")
+            assert ("negatives" in item) == item["output"].startswith("first ")
             assert item["prompt"] and item["output"] and item["duration"] == 2.5
             assert os.path.isfile(os.path.join(gm, m["split_path"], item["name"]))
 

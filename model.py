@@ -728,19 +728,22 @@ class LanguageModel(nn.Module):
         if not config.tied:
             self.lm_head = TokenTable(config.vocab, added, config.width)
 
-    def forward(self, ids, listen=None, cache=None, positions=None, layers=None, recompute=False):
-        """ids (B, T) right-padded -> (B, T, D) before the head, after all blocks or the first `layers`. listen(i, x) is
-        what happens to the stream before block i; with a cache, positions (B,) are those of one new token per row."""
-        x = self.embed_tokens(ids)
-        at = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions[:, None, None]
+    def blocks(self, x, first=0, last=None, listen=None, cache=None, positions=None, recompute=False):
+        """x (B, T, D), the stream before block `first` -> that before block `last`, or after all. listen(i, x) is what
+        happens to the stream before block i; with a cache, positions (B,) are those of one new token per row."""
+        at = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
         rope = rotary_table(at, self.config.d, self.config.rope_theta)
 
         def layer(i, x):
             return self.layers[i](x if listen is None else listen(i, x), rope, cache, i, positions)
 
-        for i in range(len(self.layers))[:layers]:
+        for i in range(len(self.layers))[first:last]:
             x = checkpoint(layer, i, x, use_reentrant=False) if recompute else layer(i, x)
-        return self.norm(x)
+        return x
+
+    def forward(self, ids, layers=None):
+        """The plain language model: ids (B, T) right-padded -> (B, T, D) before the head, after all blocks or `layers`."""
+        return self.norm(self.blocks(self.embed_tokens(ids), last=layers))
 
     def logits(self, x):
         return (self.embed_tokens if self.config.tied else self.lm_head).logits(x)
@@ -899,7 +902,7 @@ class AudioFlamingo(nn.Module):
                                                   c.audio_transformer_d_inner)
         self.xattn = nn.ModuleDict({str(i): GatedCrossAttention(lm.width, width)
                                     for i in gated_blocks(c.cross_attn_every_n_layers, lm.layers)})
-        self.backend = c.attention_backend
+        self.backend, self.texts = c.attention_backend, {}
 
     # --- listening and reading
 
@@ -929,8 +932,23 @@ class AudioFlamingo(nn.Module):
             gated = self.xattn[str(i)]
             return gated(x, gated.keys_values(audio) if kv is None else kv[i], n_keys, self.backend)
 
+        first, x = self.text_states(ids) if self.training and self.config.cache_text else (0, self.lm.embed_tokens(ids))
         recompute = self.training and self.config.gradient_checkpointing
-        return self.lm(ids, listen, cache, positions, recompute=recompute)
+        return self.lm.norm(self.lm.blocks(x, first, None, listen, cache, positions, recompute))
+
+    @torch.no_grad()
+    def text_states(self, ids):
+        """ids (B, T) -> the first gated block, and the stream (B, T, D) before it, which depends on the text alone: the
+        frozen blocks up to there run once for every text (cache_text)."""
+        first = min(map(int, self.xattn))
+        texts = [tuple(row[row != self.pad_id].tolist()) for row in ids]
+        if new := [b for b, text in enumerate(texts) if text not in self.texts]:
+            x = self.lm.blocks(self.lm.embed_tokens(ids[new]), last=first)
+            self.texts.update((texts[b], states[:len(texts[b])].clone()) for b, states in zip(new, x))
+        kept = self.texts[texts[0]].new_zeros(*ids.shape, self.lm.config.width)
+        for row, text in zip(kept, texts):
+            row[:len(text)] = self.texts[text]
+        return first, kept
 
     def forward(self, input_ids, windows, n_windows, labels=None):
         """input_ids (B, T) right-padded; windows (sum W, L); n_windows (B,); labels (B, T) unshifted, -100 ignored.
@@ -998,6 +1016,9 @@ class AudioFlamingo(nn.Module):
                  "language-model blocks": [self.lm.layers, self.lm.norm]}
         if config.freeze_lm_embeddings not in (True, False, "added"):
             raise ValueError(f"freeze_lm_embeddings = {config.freeze_lm_embeddings!r}, expected True, False or 'added'")
+        if config.cache_text and (config.freeze_lm_embeddings is not True or config.unfreeze_full_lm):
+            raise ValueError("cache_text keeps what frozen blocks make of a text: expected freeze_lm_embeddings = True and "
+                             "unfreeze_full_lm = False")
         self.audio_transformer.requires_grad_(True)
         self.xattn.requires_grad_(True)
         if config.freeze_lm_embeddings is False:

@@ -44,6 +44,7 @@ bucket_batches: int = 64  # global batches whose items are sorted by size among 
 max_tokens: int = 512  # text tokens per clip
 num_workers: int = 4  # data loading processes per rank
 cache_audio: bool = False  # keep decoded windows in memory (16 kHz, 16 bits: 1.9 MB a minute); for small sets
+cache_text: bool = False  # keep the states of every text before the first gated block (frozen blocks): for few, short texts
 max_bad_fraction: float = 0.01  # of unreadable audio files before training stops
 
 # audio and model

@@ -224,3 +224,24 @@ def test_import_needs_no_network_and_no_torchvision():
             "import model, data, train, sample, eval\nmodel.load_htsat_class()\n"
             "assert 'torchvision' not in sys.modules and 'laion_clap' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_kept_text_states_change_nothing(tiny_settings):
+    """Once with every text new, once with some known, once with all: loss and gradients as without cache_text."""
+    model = build(tiny_settings | {"cross_attn_every_n_layers": [1, 2]}, gates=0.5).train()
+    model.set_trainable(SimpleNamespace(**vars(model.config) | {"freeze_lm_embeddings": True}))
+    ids, windows, n, labels = batch(model)
+    results = []
+    for keep, first, last in ((False, 0, 3), (True, 0, 1), (True, 0, 3), (True, 0, 3)):
+        model.config.cache_text = keep
+        model.zero_grad()
+        part = slice(int(n[:first].sum()), int(n[:last].sum()))
+        _, loss = model(ids[first:last], windows[part], n[first:last], labels=labels[first:last])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(model.texts) == 3
+    for kept in results[2:]:
+        for a, b in zip(results[0], kept, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="cache_text"):
+        model.set_trainable(SimpleNamespace(**vars(model.config) | {"freeze_lm_embeddings": "added"}))

@@ -5,9 +5,9 @@
 
 Contrastive: the mean of the audio tokens, through a linear map, and the mean of the language model's states over the
 caption, through two layers, are to be near for a clip's own captions and far for others (CLAP, arXiv 2211.06687). Captions
-shared by several clips are positives of all of them. Manifest items may carry "positives": the captions to learn instead
-of the output, and "negatives": captions with their composition changed (order, attributes), contrasted with this clip
-alone (Audio Flamingo 2, arXiv 2503.03983, section 3.1).
+shared by several clips are positives of all of them. Manifest items may also carry "positives": other captions of the
+clip, and "negatives": captions with their composition changed (order, attributes), contrasted with this clip alone
+(Audio Flamingo 2, arXiv 2503.03983, section 3.1).
 
 Writes the published layout {"epoch", "name", "state_dict": {"module.audio_branch.*", ...}}, which clap_checkpoint reads.
 """
@@ -30,7 +30,7 @@ from data import Batches, Clips, open_manifests
 from model import AudioFlamingo, log_mel, pick_device, pick_precision, save_atomically
 
 clap_config: dict = {}  # {"Name-Task/split": any weight > 0}; outputs are the captions
-clap_valid_config: dict = {}  # the same, for the retrieval score at the end: by the first caption of each clip
+clap_valid_config: dict = {}  # the same, for the retrieval score at the end
 clap_out: str = "clap/epoch_16.pt"  # where the checkpoint goes
 clap_steps: int = 1000  # optimizer steps
 clap_batch_size: int = 32  # clips per step
@@ -123,7 +123,7 @@ def main(c):
         return index[text]
 
     lower = lambda found: [text.strip().lower() for text in found]
-    captions = lambda item: lower(item.get("positives", [item["output"]]))
+    captions = lambda item: lower([item["output"], *item.get("positives", [])])
     positives, negatives = [], []
     for m, j in clips.rows:
         item = manifests[m].items[j]
@@ -211,7 +211,7 @@ def main(c):
             a = [clap(check[i][0].to(device).float() / 32767).float().mean((0, 1)) for i in range(len(check))]
             best = (F.normalize(audio_projection(torch.stack(a)).float(), dim=-1) @ t.T).argmax(1)
         right = np.mean([names[b] == text for b, text in zip(best.tolist(), truth)])
-        print(f"audio to (first) caption, unseen clips: {right:.1%} right of {len(names)} captions (chance {1 / len(names):.1%})")
+        print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions (chance {1 / len(names):.1%})")
 
     parts = {"audio_branch": clap.htsat, "audio_projection": audio_projection, "text_projection": text_projection}
     state = {f"module.{part}.{n}": t.cpu() for part, module in parts.items() for n, t in module.state_dict().items()}

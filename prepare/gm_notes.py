@@ -132,10 +132,9 @@ def caption(clip):
 
 
 def parts_of_caption(clip):
-    """What is true of the clip, one thing at a time: captions for the audio encoder (prepare/clap.py). The whole caption,
-    which few clips share, teaches it less: it stands here for its order alone."""
+    """What is true of the clip, one thing at a time: further captions for the audio encoder (prepare/clap.py)."""
     if clip["kind"] == "duo":
-        return [caption(clip), "first {}".format(clip["families"][0]), "then {}".format(clip["families"][1])]
+        return ["first {}".format(clip["families"][0]), "then {}".format(clip["families"][1])]
     parts = [clip["family"], clip["instrument"], f"{clip['register']} pitch", f"{clip['count']} in number"]
     return parts + ([f"getting {clip['trend']}"] if clip["trend"] else [])
 

@@ -586,7 +586,8 @@ class GatedCrossAttention(nn.Module):
 
     def attention(self, x, kv, n_keys, backend):
         """x + tanh(attn_gate) Attn(LN(x), audio). Its backward keeps x, q, o, lse, k, v: LN(x) is computed again."""
-        q = checkpoint(self.queries, x, use_reentrant=False, preserve_rng_state=False)
+        q = (checkpoint(self.queries, x, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled()
+             else self.queries(x))
         weight = self.attn.to_out.weight
         backend = pick_backend(x.device)[0] if backend == "auto" else backend
         if backend == "triton":

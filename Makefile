@@ -5,6 +5,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch || echo torch==2
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
+unexport PYTHONDONTWRITEBYTECODE  # where it is set, every one of the demo's programs would compile all of torch again
 
 .PHONY: demo test setup clean-demo
 

@@ -853,7 +853,10 @@ def fingerprint(tensors):
 def infer_sizes(state):
     """The settings that a release directory's weights tell by their shapes (under our names)."""
     count = lambda pattern: len({m[0] for n in state if (m := re.match(pattern, n))})
-    heads = lambda s: state[f"clap.htsat.layers.{s}.blocks.0.attn.relative_position_bias_table"].shape[1]
+    def heads(stage):  # a stage without blocks (depth 0) only halves the grid: it has no heads, and 1 does no harm
+        table = state.get(f"clap.htsat.layers.{stage}.blocks.0.attn.relative_position_bias_table")
+        return 1 if table is None else table.shape[1]
+
     if "clap.htsat.patch_embed.proj.weight" not in state or "audio_transformer.layer_norm.weight" not in state:
         raise ValueError("this is not an Audio Flamingo 2 release: it holds no clap.nvclap.* or audio_transformer_clap.*")
     return dict(clap_embed_dim=state["clap.htsat.patch_embed.proj.weight"].shape[0],

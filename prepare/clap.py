@@ -117,18 +117,17 @@ def main(c):
     clips, texts, index = Clips(manifests, None, c), [], {}
 
     def number(text):
+        text = text.strip().lower()
         if text not in index:
             index[text] = len(texts)
             texts.append(text)
         return index[text]
 
-    lower = lambda found: [text.strip().lower() for text in found]
-    captions = lambda item: lower([item["output"], *item.get("positives", [])])
     positives, negatives = [], []
     for m, j in clips.rows:
         item = manifests[m].items[j]
-        positives.append([number(text) for text in captions(item)])
-        negatives.append([number(text) for text in lower(item.get("negatives", []))])
+        positives.append([number(text) for text in [item["output"], *item.get("positives", [])]])
+        negatives.append([number(text) for text in item.get("negatives", [])])
     print(f"{len(clips)} clips, {len(texts)} captions | text bank {min(c.clap_text_bank, len(texts))} | {device}, {dtype} "
           f"({reason})")
     states = text_states(model, texts, device, c.clap_text_layers)
@@ -203,7 +202,7 @@ def main(c):
     clap.eval()
     if c.clap_valid_config:
         check = Clips(list(open_manifests(c, c.clap_valid_config).values()), None, c)
-        truth = [captions(check.manifests[m].items[j])[0] for m, j in check.rows]
+        truth = [check.manifests[m].items[j]["output"].strip().lower() for m, j in check.rows]
         names = sorted(set(truth))
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             asked = text_states(model, names, device, c.clap_text_layers)

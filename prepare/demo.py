@@ -25,11 +25,20 @@ SPLITS = ["GM-Family-AQA/test", "GM-FamilyMC-AQA/test", "GM-Instrument-AQA/test"
           "GM-FamilyMC-AQA/test_programs"]
 
 
-def step(title, *command):
-    """Run one command, shown as a person would type it; stop where it fails."""
+def start(title, *command):
+    """Start one command, shown as a person would type it."""
     print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
-    if (code := subprocess.run([sys.executable, *command]).returncode) != 0:
-        sys.exit(code)
+    return subprocess.Popen([sys.executable, *command])
+
+
+def finish(process):
+    """Wait for a command; stop where it fails."""
+    if process.wait() != 0:
+        sys.exit(process.returncode)
+
+
+def step(title, *command):
+    finish(start(title, *command))
 
 
 def attention_over_time(model, prompt, windows, n_windows):
@@ -82,10 +91,11 @@ def picture(path, clip, prompt):
 
 
 def main(c):
-    start = time.time()
+    began = time.time()
     manifests, test = c.dataset_file_root, "GM-Family-AQA/test"
-    step("language model", "prepare/smollm2.py", "--out", c.lang_encoder_path)
-    step("real instruments", "prepare/gm_notes.py", "--out", c.data_root)
+    unpacking = start("language model", "prepare/smollm2.py", "--out", c.lang_encoder_path)  # one thread for half a minute
+    step("real instruments, meanwhile", "prepare/gm_notes.py", "--out", c.data_root)
+    finish(unpacking)
     if not os.path.exists(c.clap_checkpoint):
         step("audio encoder: CLAP on captions", "prepare/clap.py", "config/demo_clap.py")
     step("pretrain: gated cross-attention", "train.py", "config/demo.py")
@@ -98,7 +108,7 @@ def main(c):
          "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "32", "--num_workers", "0")
     picture(f"{RUN}/demo.png", clip, item["prompt"])
     scores = json.load(open(f"{RUN}/scores.json"))
-    scores["seconds"] = round(time.time() - start, 1)
+    scores["seconds"] = round(time.time() - began, 1)
     with open(f"{RUN}/scores.json", "w") as f:
         json.dump(scores, f, indent=1)
     print(f"\n{'task':34} {'accuracy':>9} {'chance':>8} {'n':>5}")

@@ -22,6 +22,8 @@ def convert(path, out):
     # transformers parses the file three times, in pure Python, and makes the table of names 397 times: once is enough
     gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (gguf.GGUFReader, gguf.get_tensor_name_map))
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # of three that last a second each, in half a minute
     folder, name = os.path.split(path)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     # dequantize: plain weights, and no quantization_config left in config.json

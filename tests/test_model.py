@@ -173,13 +173,15 @@ def test_what_trains(tiny_settings, settings, trained):
     assert model.clap.training == bool(settings.get("clap_finetune"))
 
 
-def test_release_round_trip(tiny_settings, tmp_path):
-    model = build(tiny_settings, gates=0.4)
+@pytest.mark.parametrize("depths", [[1, 1, 1, 1], [0, 1, 2, 1]])
+def test_release_round_trip(tiny_settings, tmp_path, depths):
+    model = build(tiny_settings | {"clap_depths": depths}, gates=0.4)
     ids, windows, n, _ = batch(model)
     model.save_pretrained(str(tmp_path / "release"))
     again = AudioFlamingo.from_pretrained(str(tmp_path / "release"))
     assert torch.equal(again(ids, windows, n)[0], model(ids, windows, n)[0])
     assert again.config.clap_spec_size == 128 and again.config.max_num_window == 2
+    assert again.config.clap_depths == depths
 
 
 def test_strict_loading_lists_what_is_wrong(tiny_settings, tmp_path):

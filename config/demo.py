@@ -19,10 +19,10 @@ clap_position = True  # early and late sounds differ from the first step on; wit
 clap_checkpoint = "out/demo/clap/epoch_16.pt"
 audio_transformer_n_layers = 1
 audio_transformer_d_inner = 512
-cross_attn_every_n_layers = [20, 24, 28]  # of 30 blocks; nothing below the first trains, so the backward pass ends there
+cross_attn_every_n_layers = [22, 25, 28]  # of 30 blocks; nothing below the first trains, so the backward pass ends there
 
 dataset_blending_config = {  # passes over each set
-    "GM-Family-AQA/train": 0.7,
+    "GM-Family-AQA/train": 1,
     "GM-FamilyMC-AQA/train": 0.2,
     "GM-Instrument-AQA/train": 0.4,
     "GM-Register-AQA/train": 0.2,
@@ -37,7 +37,7 @@ num_epochs = 1
 batch_size = 8  # many small steps: what limits the demo is their number
 num_workers = 0  # clips are small and cached
 cache_audio = True
-cache_text = True  # half of the questions and answers recur: their first 20 blocks run once
+cache_text = True  # half of the questions and answers recur: their first 22 blocks run once
 bucket_batches = 8  # enough to keep padding small; over more, texts of like length would be one task's
 max_tokens = 64
 

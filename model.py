@@ -195,6 +195,9 @@ class AudioTransformer(nn.Module):
         self.layer_stack = nn.ModuleList([
             nn.ModuleDict({"slf_attn": AudioAttention(width, n_head), "pos_ffn": AudioFeedForward(width, d_inner)})
             for _ in range(n_layers)])
+        for layer in self.layer_stack:  # at first each passes on what it is given: noise would hide what CLAP's tokens tell
+            nn.init.zeros_(layer.slf_attn.fc.weight)
+            nn.init.zeros_(layer.pos_ffn.w_2.weight)
         d = width // n_head
         self.scale, self.rotary_dim = math.sqrt(width), min(d, max(d // 2, 32))
 

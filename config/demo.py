@@ -22,7 +22,7 @@ audio_transformer_d_inner = 512
 cross_attn_every_n_layers = [22, 25, 28]  # of 30 blocks; nothing below the first trains, so the backward pass ends there
 
 dataset_blending_config = {  # passes over each set
-    "GM-Family-AQA/train": 1,
+    "GM-Family-AQA/train": 0.8,
     "GM-FamilyMC-AQA/train": 0.2,
     "GM-Instrument-AQA/train": 0.4,
     "GM-Register-AQA/train": 0.2,

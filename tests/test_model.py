@@ -20,6 +20,9 @@ def build(settings, gates=0.0):
     for gated in model.xattn.values():
         gated.attn_gate.fill_(gates)
         gated.ff_gate.fill_(-gates)
+    for layer in model.audio_transformer.layer_stack:  # they start at 0, and would mix nothing
+        for weight in (layer.slf_attn.fc.weight, layer.pos_ffn.w_2.weight):
+            weight.normal_(std=0.1)
     return model
 
 

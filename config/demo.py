@@ -23,11 +23,11 @@ cross_attn_every_n_layers = [22, 25, 28]  # of 30 blocks; nothing below the firs
 
 dataset_blending_config = {  # passes over each set
     "GM-Family-AQA/train": 0.8,
-    "GM-FamilyMC-AQA/train": 0.17,
-    "GM-Instrument-AQA/train": 0.3,
-    "GM-Register-AQA/train": 0.14,
-    "GM-Loudness-AQA/train": 0.14,
-    "GM-Count-AQA/train": 0.14,
+    "GM-FamilyMC-AQA/train": 0.2,
+    "GM-Instrument-AQA/train": 0.4,
+    "GM-Register-AQA/train": 0.2,
+    "GM-Loudness-AQA/train": 0.2,
+    "GM-Count-AQA/train": 0.2,
     "GM-Order-AQA/train": 0.35,
     "GM-Note-AudioCaptioning/train": 0.02,
 }

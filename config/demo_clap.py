@@ -10,5 +10,5 @@ clap_config = {"GM-Note-AudioCaptioning/train": 1}
 clap_valid_config = {"GM-Note-AudioCaptioning/val": 1}
 clap_text_layers = 2  # the captions' few words are told apart early; all 30 blocks would take a minute
 clap_augment = False
-clap_steps = 550
+clap_steps = 650
 clap_batch_size = 32

@@ -105,7 +105,7 @@ def main(c):
     step(f"a sound it never heard ({item['output']})", "sample.py", "--audio", clip, "--prompt", item["prompt"],
          "--init_from", RUN, "--max_new_tokens", "16")
     step("scores on held-out notes", "eval.py", "--split", ",".join(SPLITS), "--init_from", RUN,
-         "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "40", "--num_workers", "0")
+         "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "32", "--num_workers", "0")
     picture(f"{RUN}/demo.png", clip, item["prompt"])
     scores = json.load(open(f"{RUN}/scores.json"))
     scores["seconds"] = round(time.time() - began, 1)

@@ -856,6 +856,7 @@ def fingerprint(tensors):
 def infer_sizes(state):
     """The settings that a release directory's weights tell by their shapes (under our names)."""
     count = lambda pattern: len({m[0] for n in state if (m := re.match(pattern, n))})
+
     def heads(stage):  # a stage without blocks (depth 0) only halves the grid: it has no heads, and 1 does no harm
         table = state.get(f"clap.htsat.layers.{stage}.blocks.0.attn.relative_position_bias_table")
         return 1 if table is None else table.shape[1]

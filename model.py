@@ -88,7 +88,10 @@ def load_htsat_class():
     utils.do_mixup = utils.interpolate = None
     sys.modules.update({name: package, f"{name}.utils": utils})
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)  # its call, of an older torch
-    return importlib.import_module(f"{name}.htsat").HTSAT_Swin_Transformer
+    module = importlib.import_module(f"{name}.htsat")
+    # Its waveform front end is not used either, and making one imports librosa, scipy and numba: three seconds.
+    module.Spectrogram = module.LogmelFilterBank = lambda **_: nn.Identity()
+    return module.HTSAT_Swin_Transformer
 
 
 class ClapEncoder(nn.Module):

@@ -81,11 +81,12 @@ class Muon(torch.optim.Optimizer):
                 x = p.grad.lerp(mean, group["momentum"])  # Nesterov
                 tall = x.shape[0] > x.shape[1]
                 x = (x.T if tall else x) / (x.norm() + 1e-7)
-                square, product = x @ x.T, torch.eye(len(x), device=x.device)
-                for _ in range(5):  # Newton-Schulz: every singular value to about 1, by products of the short side alone
+                square, product = x @ x.T, None
+                for i in range(5):  # Newton-Schulz: every singular value to about 1, by products of the short side alone
                     factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
                     factor.diagonal().add_(3.4445)
-                    product, square = factor @ product, factor @ square @ factor
+                    product = factor if product is None else factor @ product
+                    square = factor @ square @ factor if i < 4 else None
                 x = product @ x
                 x = x.T if tall else x
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=0.2 * max(x.shape) ** 0.5 * group["lr"])

@@ -89,7 +89,7 @@ def load_htsat_class():
     sys.modules.update({name: package, f"{name}.utils": utils})
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)  # its call, of an older torch
     module = importlib.import_module(f"{name}.htsat")
-    # Its waveform front end is not used either, and making one imports librosa, scipy and numba: three seconds.
+    # Its waveform front end is not used either, and making one imports librosa, scipy and numba: 2.5 s.
     module.Spectrogram = module.LogmelFilterBank = lambda **_: nn.Identity()
     return module.HTSAT_Swin_Transformer
 

@@ -71,6 +71,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
+    @staticmethod
+    def quintic(square):
+        """x x^T -> the factor by which one iteration multiplies x: 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2."""
+        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        return factor
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -81,12 +88,12 @@ class Muon(torch.optim.Optimizer):
                 x = p.grad.lerp(mean, group["momentum"])  # Nesterov
                 tall = x.shape[0] > x.shape[1]
                 x = (x.T if tall else x) / (x.norm() + 1e-7)
-                square, product = x @ x.T, None
-                for i in range(5):  # Newton-Schulz: every singular value to about 1, by products of the short side alone
-                    factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-                    factor.diagonal().add_(3.4445)
-                    product = factor if product is None else factor @ product
-                    square = factor @ square @ factor if i < 4 else None
+                square = x @ x.T  # Newton-Schulz: every singular value to about 1, by products of the short side alone
+                factor = product = self.quintic(square)
+                for _ in range(4):
+                    square = factor @ square @ factor
+                    factor = self.quintic(square)
+                    product = factor @ product
                 x = product @ x
                 x = x.T if tall else x
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=0.2 * max(x.shape) ** 0.5 * group["lr"])

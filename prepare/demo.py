@@ -13,6 +13,8 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
+
 import config as settings  # torch is imported where it is used: the first command starts seconds sooner
 
 # glibc gives large blocks back to the system at every free; keeping them saves a tenth of a training step on a CPU
@@ -63,7 +65,6 @@ def picture(path, clip, prompt):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import torch
 
     from model import AudioFlamingo, log_mel
     from sample import load_clips
@@ -78,7 +79,7 @@ def picture(path, clip, prompt):
     seconds = len(mel) / 100
     axes["mel"].imshow(mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
     axes["mel"].set(ylabel="mel band", xticks=[])
-    axes["attention"].stairs(weight, torch.linspace(0, seconds, len(weight) + 1), fill=True)
+    axes["attention"].stairs(weight, np.linspace(0, seconds, len(weight) + 1), fill=True)
     axes["attention"].set(xlabel="seconds", ylabel="attention", xlim=(0, seconds))
     axes["loss"].plot(*zip(*losses), lw=1.5)
     axes["loss"].set(xlabel="step", ylabel="loss", title="training", yscale="log")

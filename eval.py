@@ -4,8 +4,8 @@
     python eval.py --split GM-Family-AQA/test,GM-Order-AQA/test --init_from=out/demo
     python eval.py --split MMAU/test --init_from=nvidia/audio-flamingo-2 --metric=multiple_choice
 
-Answers go to <results>/<Name-Task>--<split>.jsonl, one item a line; started again, only what is missing is answered.
-Decoding is greedy, 256 new tokens at most. Rules by task name, see METRICS; --metric overrides.
+Answers go to <results>/<Name-Task>--<split>.jsonl, one item a line; started again, only what is missing is
+answered. Decoding is greedy, 256 new tokens at most. Rules by task name, see METRICS; --metric overrides.
 """
 import json
 import os
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import config as settings
-from data import Clips, open_manifests
+from data import Clips, open_manifests, unheard_note
 from sample import load_model
 
 split: str = ""  # Name-Task/split, or several separated by commas
@@ -27,10 +27,11 @@ results: str | None = None  # folder of the answers; None: eval/ in the run, or 
 scores: str | None = None  # JSON file to add {"tasks": {split: {"accuracy", "chance", "n"}}} to
 max_new_tokens: int = 256  # at most, per answer
 eval_batch_size: int = 16  # clips answered at once
+READS = (*settings.LOADING, "expdir", "dataset_file_root", "data_root", "num_workers", "device", "precision")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rules: items [{"prompt", "output" (what the manifest says), "answer" (what the model said), "labels"}] -> scores dict.
-# "score" is set on every item; the first entry of the dict is the headline, in [0, 1].
+# ------------------------------------------------------------------------------------------------------------
+# Rules: items [{"prompt", "output" (what the manifest says), "answer" (what the model said), "labels"}] ->
+# scores dict. "score" is set on every item; the first entry of the dict is the headline, in [0, 1].
 
 
 def tokens(text):
@@ -56,8 +57,8 @@ def mean(values):
 
 
 def multiple_choice(items):
-    """MMAU's official token rule: all tokens of the right option said, and none that only a wrong option has. The
-    manifest gives the right option with its letter or as its text alone."""
+    """MMAU's official token rule: all tokens of the right option said, and none that only a wrong option has.
+    The manifest gives the right option with its letter or as its text alone."""
     for item in items:
         right, said = tokens(item["output"]), tokens(item["answer"])
         wrong = set().union(*(tokens(c) - right for c in choices_of(item["prompt"])
@@ -68,7 +69,8 @@ def multiple_choice(items):
 
 
 def muchomusic(items):
-    """The one capital A-D that stands alone, else the first option whose text is contained, else unanswered."""
+    """The one capital A-D that stands alone, else the first option whose text is contained, else
+    unanswered."""
     unanswered = 0
     for item in items:
         options = choices_of(item["prompt"])
@@ -86,8 +88,8 @@ def muchomusic(items):
 
 
 def clotho_aqa(items):
-    """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike; non-binary: the
-    questions no one answered with yes or no, right if the answer equals any of the three."""
+    """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike;
+    non-binary: the questions no one answered with yes or no, right if the answer equals any of the three."""
     groups = {"unanimous": [], "non-binary": []}
     for item in items:
         said, three = normalise(item["answer"]), [normalise(x) for x in item["output"].split(", ")]
@@ -102,14 +104,16 @@ def clotho_aqa(items):
 
 
 def exact_match(items):
-    """Equal after lower-casing and dropping punctuation and articles. Chance: the share of one of the set's answers."""
+    """Equal after lower-casing and dropping punctuation and articles. Chance: the share of one of the set's
+    answers."""
     for item in items:
         item["score"] = float(normalise(item["answer"]) == normalise(item["output"]))
     return {"accuracy": mean(i["score"] for i in items), "chance": 1 / len({normalise(i["output"]) for i in items})}
 
 
 def closed_set(items):
-    """Closed label set (that of the manifest), "exact": the normalised answer is the label. No text encoder is used."""
+    """Closed label set (that of the manifest), "exact": the normalised answer is the label. No text encoder
+    is used."""
     return exact_match(items) | {"labels": len({normalise(i["output"]) for i in items}), "matching": "exact"}
 
 
@@ -122,7 +126,8 @@ def entailment(items):
 
 
 def cmm(items):
-    """yes or no within the first five characters: accuracy on yes items (perception) and no items (hallucination)."""
+    """yes or no within the first five characters: accuracy on yes items (perception) and no items
+    (hallucination)."""
     for item in items:
         said = re.search(r"yes|no", item["answer"].strip().lower()[:5])
         item["score"] = float(bool(said) and said[0] == normalise(item["output"])[:len(said[0])])
@@ -132,13 +137,15 @@ def cmm(items):
 
 
 def captioning(items):
-    """Answers are kept with their references (items of the same clip and prompt are one); no metric is computed yet."""
+    """Answers are kept with their references (items of the same clip and prompt are one); no metric is
+    computed yet."""
     for item in items:
         item["score"] = None
     return {"captions kept": len(items)}
 
 
-# The first pattern found in Name-Task decides; prompts that list their options go by multiple_choice before the rest.
+# The first pattern found in Name-Task decides; prompts that list their options go by multiple_choice before
+# the rest.
 METRICS = ((r"MuChoMusic", muchomusic), (r"Clotho-AQA", clotho_aqa), (r"Entailment", entailment), (r"CMM", cmm),
            (r"AudioCaptioning|AudioDescription|Tagging", captioning),
            (r"(Event|Scene|Emotion|Sentiment|Genre|Instr|Vocal)Classification|MIR$", closed_set), (r"", exact_match))
@@ -161,7 +168,7 @@ def choose_rule(task, items, name=None):
     return multiple_choice if rule in (exact_match, closed_set) and options > len(items) / 2 else rule
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Answers
 
 
@@ -182,8 +189,7 @@ def answer_split(model, manifest, path, c):
     for i, item in done.items():
         if i >= len(manifest) or (item["prompt"], item["audio"]) != (manifest[i]["prompt"], manifest[i]["path"]):
             raise ValueError(f"{path}: item {i} is not that of {manifest.file}; remove the file or give another --results")
-    model.config.cache_audio = False
-    clips = Clips([manifest], None, model.config)
+    clips = Clips([manifest], None, model.hearing)
     todo = sorted((i for i in range(len(manifest)) if i not in done), key=lambda i: len(manifest[i]["prompt"]))
     batches = [todo[first:first + c.eval_batch_size] for first in range(0, len(todo), c.eval_batch_size)]
     loader = DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=min(c.num_workers, len(batches)))
@@ -192,20 +198,33 @@ def answer_split(model, manifest, path, c):
         if done:
             f.write("\n" if not open(path).read().endswith("\n") else "")
         for ids, loaded in zip(batches, loader):
-            good = [(i, windows) for i, (windows, *_) in zip(ids, loaded) if windows is not None]
+            good = [(i, clip["windows"]) for i, clip in zip(ids, loaded) if clip["windows"] is not None]
             texts = model.generate([manifest[i]["prompt"] for i, _ in good], torch.cat([w for _, w in good]),
                                    torch.tensor([len(w) for _, w in good]), c.max_new_tokens) if good else []
             answers = {i: text for (i, _), text in zip(good, texts)}
-            for i, (windows, _, said, _) in zip(ids, loaded):
-                item = {"id": i, "audio": manifest[i]["path"], "prompt": manifest[i]["prompt"],
-                        "output": manifest[i]["output"], "answer": answers.get(i, "")}
-                if windows is None:
-                    item["error"] = said  # an unreadable clip counts as wrong, and is reported
+            for i, clip in zip(ids, loaded):
+                item = {"id": i, "audio": clip["path"], "prompt": clip["prompt"], "output": clip["output"],
+                        "answer": answers.get(i, "")}
+                if clip["windows"] is None:
+                    item["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
+                elif clip["unheard"]:
+                    item["unheard"] = round(clip["unheard"], 2)  # seconds beyond what is heard
                 done[i] = item
                 f.write(json.dumps(item, ensure_ascii=False) + "\n")
             f.flush()
             bar.update(len(ids))
     return [done[i] for i in range(len(manifest))]
+
+
+def answers_folder(c, source):
+    """--results; else eval/ in the run, or out/eval/<model> for a release."""
+    if c.results:
+        return settings.place(c.results)
+    run = settings.place(source)
+    run = os.path.dirname(run) if os.path.isfile(run) else run
+    if not os.path.isdir(run) or os.path.isdir(os.path.join(run, "safe_ckpt")):
+        return settings.place(os.path.join("out/eval", source.strip("/").replace("/", "--")))
+    return os.path.join(run, "eval")
 
 
 def main(c):
@@ -215,12 +234,11 @@ def main(c):
     if c.metric is not None:
         choose_rule("", [], c.metric)
     source, model = load_model(c)
-    if c.dataset_file_root == settings.defaults()["dataset_file_root"]:  # not given: where the run's own data is
-        c.dataset_file_root, c.data_root = model.config.dataset_file_root, model.config.data_root
+    for name in ("dataset_file_root", "data_root"):  # not given: where the run's own data is
+        if name not in c.given:
+            setattr(c, name, getattr(model.config, name))
     manifests = open_manifests(c, names)
-    folder = c.results or (os.path.join(source if os.path.isdir(source) else os.path.dirname(source), "eval")
-                           if os.path.exists(source) and not os.path.isdir(os.path.join(source, "safe_ckpt")) else
-                           os.path.join("out/eval", source.strip("/").replace("/", "--")))
+    folder = answers_folder(c, source)
     os.makedirs(folder, exist_ok=True)
     table = {}
     for name, manifest in manifests.items():
@@ -233,11 +251,15 @@ def main(c):
         with open(path + ".tmp", "w") as f:
             f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         os.replace(path + ".tmp", path)
+        unheard = [item["unheard"] for item in items if "unheard" in item]
+        if unheard:
+            print(unheard_note(len(items), len(unheard), sum(unheard), model.hearing), flush=True)
         errors = Counter(bool(item.get("error")) for item in items)[True]
         shown = ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v}" for k, v in table[name].items())
         print(f"{name}: {shown}" + (f", unreadable clips {errors}" if errors else "") +
               (f" | published 3B: {PUBLISHED[name]}" if name in PUBLISHED else ""), flush=True)
     if c.scores:
+        c.scores = settings.place(c.scores)
         kept = json.load(open(c.scores)) if os.path.exists(c.scores) else {}
         kept.setdefault("tasks", {}).update({n: {k: t[k] for k in ("accuracy", "chance", "n") if k in t}
                                              for n, t in table.items()})
@@ -247,4 +269,4 @@ def main(c):
 
 
 if __name__ == "__main__":
-    settings.run(main, "eval.py")
+    settings.run(main, "eval.py", READS)

@@ -1,6 +1,7 @@
-"""Settings: flat names, one default each in config/defaults.py, overridden by a config file, then by --name=value.
+"""Settings: flat names, one default each in config/defaults.py, overridden by a config file, then by
+--name=value.
 
-    config = load(sys.argv[1:], "train.py")        # config/defaults.py + the annotated settings of train.py itself
+    config = load(sys.argv[1:], "train.py")        # config/defaults.py + the annotated settings of train.py
     config.batch_size, vars(config)
 
 A config file is flat Python that assigns names (`batch_size = 8`); it may compute, it may not invent names.
@@ -8,6 +9,7 @@ Every error is a ValueError of one line; run() prints it and exits with code 2.
 """
 import ast
 import difflib
+import json
 import os
 import re
 import sys
@@ -18,10 +20,32 @@ from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+# What a model is and what it hears: saved with its weights, and taken from there by whoever starts from them.
+MODEL_SETTINGS = ("lang_encoder_path", "tokenizer_path", "clap_spec_size", "clap_embed_dim", "clap_depths",
+                  "clap_num_heads", "audio_transformer_n_head", "audio_transformer_n_layers",
+                  "audio_transformer_d_inner", "cross_attn_every_n_layers", "window_length", "window_overlap",
+                  "max_num_window")
+# What a script that loads a model hands on: those, where the parts of a run lie, and what belongs to the
+# machine.
+LOADING = (*MODEL_SETTINGS, "pretrained_path", "clap_checkpoint", "cache_dir", "attention_backend")
+PATHS = ("lang_encoder_path", "tokenizer_path", "pretrained_path", "clap_checkpoint", "dataset_file_root",
+         "data_root")
+ORIGINS = ("expdir", "run_name", "pretrained_ckpt", *PATHS[2:])  # where a run was, and what it was made of
+
+
+def place(path):
+    """A path in a setting: a relative one starts at the project's folder, wherever the script was started."""
+    return os.path.join(ROOT, path)
+
+
+def given(config, names=LOADING):
+    """{name: value} of those of the settings that the user gave, in a config file or on the command line."""
+    return {name: getattr(config, name) for name in names if name in config.given}
+
 
 def settings_of(path):
     """{name: (type, default, reason)} of the lines `name: type = default  # reason` in a Python file."""
-    source = open(path).read()
+    source = open(place(path)).read()
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign):
@@ -33,14 +57,16 @@ def settings_of(path):
 
 def defaults():
     """{name: default} of config/defaults.py."""
-    return {name: default for name, (_, default, _) in settings_of(os.path.join(ROOT, "config/defaults.py")).items()}
+    return {name: default for name, (_, default, _) in settings_of("config/defaults.py").items()}
 
 
 def check(name, value, known, where):
-    """The value as the setting's type, or a ValueError that names the setting, the value and the expected type."""
+    """The value as the setting's type, or a ValueError that names the setting, the value and the expected
+    type."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        raise ValueError(f"{where}: unknown setting {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+        near = f"; nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"{where}: unknown setting {name!r}{near}")
     kind = known[name][0]
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in allowed and type(value) is int:
@@ -52,7 +78,8 @@ def check(name, value, known, where):
 
 
 def parse(text, kind):
-    """A command-line string as a Python value. Strings need no quotes; true/false/none are understood in any case."""
+    """A command-line string as a Python value. Strings need no quotes; true/false/none are understood in any
+    case."""
     if kind is str:
         return text
     try:
@@ -61,13 +88,16 @@ def parse(text, kind):
         return text
 
 
-def load(argv, script):
-    """Defaults of config/defaults.py and of the script, then config files, then --name=value or --name value."""
-    known = settings_of(os.path.join(ROOT, "config/defaults.py")) | settings_of(os.path.join(ROOT, script))
+def load(argv, script, reads=None):
+    """Defaults of config/defaults.py and of the script, then config files, then --name=value or --name value.
+    reads: the names of defaults.py that the script reads, for its --help; None: all."""
+    shared, own = settings_of("config/defaults.py"), settings_of(script)
+    known = own | shared
     values = {name: default for name, (_, default, _) in known.items()}
     if "--help" in argv or "-h" in argv:
-        print(ast.get_docstring(ast.parse(open(os.path.join(ROOT, script)).read())) + "\n\nsettings:")
-        for name, (kind, default, reason) in known.items():
+        print(ast.get_docstring(ast.parse(open(place(script)).read())) + "\n\nsettings:")
+        for name in (*own, *(name for name in shared if reads is None or name in reads)):
+            kind, default, reason = known[name]
             print(f"  --{name}={default!r}".ljust(44), reason)
         sys.exit(0)
     overrides, given, i = {}, set(), 0
@@ -76,7 +106,7 @@ def load(argv, script):
         if not arg.startswith("--"):
             path = arg if os.path.exists(arg) else os.path.join(ROOT, arg)
             if not arg.endswith(".py") or not os.path.isfile(path):
-                raise ValueError(f"{where}: {arg!r} is neither --name=value nor a config file that exists (something.py)")
+                raise ValueError(f"{where}: {arg!r} is neither --name=value nor a config file that exists")
             scope = {}
             exec(compile(open(path).read(), path, "exec"), scope)
             for name, value in scope.items():
@@ -96,18 +126,21 @@ def load(argv, script):
     return SimpleNamespace(**(values | overrides), given=sorted(given | set(overrides)))
 
 
-def model_settings(config, only_given=True):
-    """{name: value} of the settings that shape the model or what it hears, those that the user gave or all."""
-    pattern = re.compile("clap_|audio_transformer_|cross_attn_|lang_enc|tokenizer_|cache_dir|window_|max_num_w|attention_b")
-    return {n: getattr(config, n) for n in defaults() if pattern.match(n) and (not only_given or n in config.given)}
+def read_json(path):
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
 
 
-def run(main, script):
+def run(main, script, reads=None):
     """main(config); what is wrong with the input is printed in one line, with exit code 2."""
     try:
-        main(load(sys.argv[1:], script))
+        main(load(sys.argv[1:], script, reads))
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
         print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
-        os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)  # other ranks must not wait for us
+        # under torchrun the other ranks must not wait for us
+        os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)

@@ -1,4 +1,5 @@
-"""Every setting, its default and its reason. Published names where they exist; the values are those of pretraining."""
+"""Every setting, its default and its reason. Published names where they exist; the values are those of
+pretraining. Relative paths start at the project's folder."""
 
 # where things go and come from
 expdir: str = "exp"  # runs are written to expdir/run_name/
@@ -9,7 +10,7 @@ pretrained_ckpt: str | None = None  # checkpoint file inside pretrained_path, e.
 lang_encoder_path: str = "Qwen/Qwen2.5-3B"  # Hugging Face directory or hub id of the language model
 tokenizer_path: str | None = None  # None: the language model's own
 cache_dir: str | None = None  # where hub downloads go; None: the hub's default
-clap_checkpoint: str | None = None  # audio encoder weights (epoch_16.pt layout); None: random, or those of pretrained_path
+clap_checkpoint: str | None = None  # audio encoder (as epoch_16.pt); None: random, or that of pretrained_path
 
 # optimisation
 batch_size: int = 8  # clips per process and micro-step
@@ -25,7 +26,7 @@ weight_decay: float = 0.1  # on the gated cross-attention matrices alone
 grad_clip: float = 1.0  # global gradient norm, once per optimizer step
 precision: str = "amp_bf16"  # amp_bf16: bf16 products, float32 trained weights, bf16 frozen ones; fp32
 gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about 30 % slower
-freeze_lm_embeddings: bool | str = False  # False: the table trains (published); "added": its added rows alone; True: frozen
+freeze_lm_embeddings: bool | str = False  # False: the table trains (published); "added": the added rows alone
 unfreeze_full_lm: bool = False  # train the language model's blocks too
 clap_finetune: bool = False  # train the audio encoder too (sft)
 logging_steps: int = 10  # optimizer steps between log lines
@@ -40,22 +41,20 @@ dataset_blending_global_weight: float = 0.005  # share of the blend that one epo
 dataset_blending_config: dict = {}  # {"Name-Task/split": epochs over the set}
 dataset_blending_output: str | None = None  # JSONL of what each epoch selected; None: not written
 valid_dataset_config: dict = {}  # {"Name-Task/split": weight}; validation loss after every epoch
-bucket_batches: int = 64  # global batches whose items are sorted by size among them: less padding; 1: no sorting
+bucket_batches: int = 64  # global batches among which items are sorted by size: less padding; 1: no sorting
 max_tokens: int = 512  # text tokens per clip
 num_workers: int = 4  # data loading processes per rank
 cache_audio: bool = False  # keep decoded windows in memory (16 kHz, 16 bits: 1.9 MB a minute); for small sets
-cache_text: bool = False  # keep the states of every text before the first gated block (frozen blocks): for few, short texts
 max_bad_fraction: float = 0.01  # of unreadable audio files before training stops
 
-# audio and model
+# the model and what it hears: saved in checkpoints, but for attention_backend (config.MODEL_SETTINGS)
 window_length: float = 10.0  # seconds
 window_overlap: float = 0.0  # seconds
 max_num_window: int = 3  # windows per clip: 3 = 30 s (pretrain), 12 = 2 min (sft), 30 = 5 min (long)
 clap_spec_size: int = 256  # 256: windows up to 10.24 s, 64 tokens; 128: 2.56 s, 16 tokens
-clap_embed_dim: int = 256  # HTS-AT large; base 128, tiny 96. Audio width C = 8 x this
+clap_embed_dim: int = 256  # of a new encoder, as the next two: large; base 128, tiny 96. C = 8 x this
 clap_depths: list = [2, 2, 12, 2]  # HTS-AT blocks per stage
 clap_num_heads: list = [4, 8, 16, 32]  # HTS-AT heads per stage
-clap_position: bool = False  # HTS-AT's absolute position embedding (published: none): order is heard within minutes of training
 audio_transformer_n_head: int = 8  # heads of the audio transformer
 audio_transformer_n_layers: int = 3  # its layers
 audio_transformer_d_inner: int = 2048  # its feed-forward width

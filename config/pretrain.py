@@ -1,8 +1,9 @@
-"""Stage 1 of Audio Flamingo 2, 3B: the audio transformer, the gated cross-attention and the embeddings learn to listen.
+"""Stage 1 of Audio Flamingo 2, 3B: the audio transformer, the gated cross-attention and the embeddings learn
+to listen.
 
-Hardware: 8 x 80 GB. Global batch 1024 = 16 clips x 8 accumulation x 8 GPUs. Wall time reported by the authors: about
-4 days on 128 A100; not measured here. Expect the gates to open from 0 within the first thousand steps.
-Launch: torchrun --nproc_per_node=8 train.py config/pretrain.py
+Hardware: 8 x 80 GB. Global batch 1024 = 16 clips x 8 accumulation x 8 GPUs. Wall time reported by the
+authors: about 4 days on 128 A100; not measured here. Expect the gates to open from 0 within the first
+thousand steps. Launch: torchrun --nproc_per_node=8 train.py config/pretrain.py
 """
 run_name = "pretrain"
 lang_encoder_path = "Qwen/Qwen2.5-3B"
@@ -18,7 +19,8 @@ lr_scheduler = "constant"
 warmup_steps = 1875
 gradient_checkpointing = True
 
-# Table 21 of the paper: passes over each set. AudioSet, LP-MusicCaps-MSD and NSynth are not legible there: 1.0.
+# Table 21 of the paper: passes over each set. AudioSet, LP-MusicCaps-MSD and NSynth are not legible there:
+# 1.0.
 dataset_blending_config = {
     "OpenAQA-AQA/train": 1.0,
     "BBCSoundEffects-AudioDescription/train": 5.0,
@@ -39,4 +41,8 @@ dataset_blending_config = {
     "NSynth-MIR/train": 1.0,
     "mtg-jamendo-MusicTagging/train": 1.0,
 }
-valid_dataset_config = {"Clotho-AQA-AQA/val": 1.0, "Clotho-v2-AudioCaptioning/val": 1.0, "audiocaps-AudioCaptioning/val": 1.0}
+valid_dataset_config = {
+    "Clotho-AQA-AQA/val": 1.0,
+    "Clotho-v2-AudioCaptioning/val": 1.0,
+    "audiocaps-AudioCaptioning/val": 1.0,
+}

@@ -1,9 +1,10 @@
-"""Stage 2 of Audio Flamingo 2, 3B: fine-tuning on skills and tasks, with the audio encoder trained too, 2-minute clips.
+"""Stage 2 of Audio Flamingo 2, 3B: fine-tuning on skills and tasks, with the audio encoder trained too,
+2-minute clips.
 
-Hardware: 8 x 80 GB; one GPU with a smaller model or batch. Wall time reported by the authors: about 5 days on 128 A100;
-not measured here.
-Launch: torchrun --nproc_per_node=8 train.py config/sft.py     or, on one GPU,     python train.py config/sft.py
-Your own sounds: put your manifests into dataset_blending_config and start from pretrained_path = "nvidia/audio-flamingo-2".
+Hardware: 8 x 80 GB; one GPU with a smaller model or batch. Wall time reported by the authors: about 5 days on
+128 A100; not measured here.
+Launch: torchrun --nproc_per_node=8 train.py config/sft.py   or, on one GPU,   python train.py config/sft.py
+Your own sounds: put your manifests into dataset_blending_config, pretrained_path = "nvidia/audio-flamingo-2".
 """
 run_name = "sft"
 pretrained_path = "exp/pretrain"

@@ -1,15 +1,17 @@
-"""Train a CLAP audio encoder (HTS-AT) on captioned manifests, against the texts as the frozen language model reads them.
+"""Train a CLAP audio encoder (HTS-AT) on captioned manifests, against the texts as the frozen language model
+reads them.
 
     python prepare/clap.py config/demo.py                                          # the demo's encoder, 2 cores
     python prepare/clap.py my.py --clap_config='{"audiocaps-AudioCaptioning/train": 1}' --clap_out=clap/epoch_16.pt
 
-Contrastive: the mean of the audio tokens, through a linear map, and the mean of the language model's states over the
-caption, through two layers, are to be near for a clip's own captions and far for others (CLAP, arXiv 2211.06687). Captions
-shared by several clips are positives of all of them. Manifest items may also carry "positives": other captions of the
-clip, and "negatives": captions with their composition changed (order, attributes), contrasted with this clip alone
-(Audio Flamingo 2, arXiv 2503.03983, section 3.1).
+Contrastive: the mean of the audio tokens, through a linear map, and the mean of the language model's states
+over the caption, through two layers, are to be near for a clip's own captions and far for others (CLAP, arXiv
+2211.06687). Captions shared by several clips are positives of all of them. Manifest items may also carry
+"positives": other captions of the clip, and "negatives": captions with their composition changed (order,
+attributes), contrasted with this clip alone (Audio Flamingo 2, arXiv 2503.03983, section 3.1).
 
-Writes the published layout {"epoch", "name", "state_dict": {"module.audio_branch.*", ...}}, which clap_checkpoint reads.
+Writes the published layout {"epoch", "name", "state_dict": {"module.audio_branch.*", ...}}, which
+clap_checkpoint reads.
 """
 import math
 import os
@@ -26,8 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config as settings
-from data import Batches, Clips, open_manifests
-from model import AudioFlamingo, log_mel, pick_device, pick_precision, save_atomically
+from checkpoint import load_language_model, pick_device, pick_precision, save_atomically
+from data import HEARING, Batches, Clips, open_manifests
+from model import ClapEncoder, log_mel, to_float
 
 clap_config: dict = {}  # {"Name-Task/split": any weight > 0}; outputs are the captions
 clap_valid_config: dict = {}  # the same, for the retrieval score at the end
@@ -38,18 +41,19 @@ clap_peak_lr: float = 2e-3  # of AdamW, one cycle: 10 % warm-up, cosine to zero
 clap_muon_lr: float = 1e-2  # the same for matrices, which Muon trains (on the demo's notes: in a third of AdamW's steps)
 clap_text_bank: int = 256  # captions contrasted at every step beside the batch's own: those of the most clips
 clap_augment: bool = True  # SpecAugment and drop path, as HTS-AT has them; a few hundred steps learn faster without
+clap_position: bool = False  # HTS-AT's position embedding (published: none): tokens tell early from late at once
 clap_text_layers: int = 1000  # of the language model's blocks to read captions with; more than it has: all
 clap_temperature: float = 0.02  # start value; learned. A clip near to n texts at once has cosines of n^-1/2 only
 
 
 @torch.no_grad()
-def text_states(model, texts, device, layers):
+def text_states(lm, tokenizer, texts, device, layers):
     """Mean-pooled states of the frozen language model after so many blocks: (n, D) float32."""
     order, states = sorted(range(len(texts)), key=lambda i: len(texts[i])), [None] * len(texts)
     for first in tqdm(range(0, len(order), 64), desc="captions", disable=None):
         part = order[first:first + 64]
-        batch = model.tokenizer([texts[i] for i in part], padding=True, padding_side="right", return_tensors="pt").to(device)
-        hidden = model.lm(batch["input_ids"], layers=layers).float()
+        batch = tokenizer([texts[i] for i in part], padding=True, padding_side="right", return_tensors="pt").to(device)
+        hidden = lm(batch["input_ids"], layers=layers).float()
         mask = batch["attention_mask"][..., None]
         for i, state in zip(part, (hidden * mask).sum(1) / mask.sum(1)):
             states[i] = state
@@ -57,23 +61,25 @@ def text_states(model, texts, device, layers):
 
 
 def contrast(similarity, positive, own):
-    """similarity (B, K); positive (B, K): captions of each clip; own (B, K): captions a clip is contrasted with.
-    -> mean over pairs and both directions of -log(e^s / (e^s + sum over negatives)): every positive has to stand out
-    from the negatives, and none competes with another."""
+    """similarity (B, K); positive (B, K): captions of each clip; own (B, K): captions a clip is contrasted
+    with. -> mean over pairs and both directions of -log(e^s / (e^s + sum over negatives)): every positive has
+    to stand out from the negatives, and none competes with another."""
     negative = similarity.masked_fill(positive | ~own, -math.inf)
     return sum(F.softplus(negative.logsumexp(dim, keepdim=True) - similarity)[positive].mean() for dim in (0, 1)) / 2
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal before they are added (Jordan et al. 2024), scaled to the size of an
-    AdamW step (arXiv 2502.16982). In float32, where torch.optim.Muon rounds to bf16, which not every CPU multiplies."""
+    """Momentum whose matrices are made orthogonal before they are added (Jordan et al. 2024), scaled to the
+    size of an AdamW step (arXiv 2502.16982). In float32, where torch.optim.Muon rounds to bf16, which not
+    every CPU multiplies."""
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @staticmethod
     def quintic(square):
-        """x x^T -> the factor by which one iteration multiplies x: 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2."""
+        """x x^T -> the factor by which one iteration multiplies x: 3.4445 - 4.7750 x x^T + 2.0315 (x
+        x^T)^2."""
         factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
         return factor
@@ -106,23 +112,18 @@ def main(c):
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
     torch.manual_seed(c.seed)
-    model = AudioFlamingo.from_config(c).requires_grad_(False).cast(dtype).to(device)
-    clap = model.clap.float().requires_grad_(True)
-    for name, p in clap.named_parameters():
-        if "mel_conv2d" in name or "fusion_model" in name:  # the branch for longer clips gets no gradient
-            p.requires_grad_(False)
+    lm, tokenizer = load_language_model(c, device, dtype)
+    clap = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, c.clap_position,
+                       c.clap_augment).to(device).requires_grad_(False)
+    for p in clap.trainable():
+        p.requires_grad_(True)
     for module in clap.modules():
         if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not of 32
             nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
-        if not c.clap_augment and type(module).__name__ == "DropPath":
-            module.drop_prob = 0.0
-    if c.clap_position:
-        nn.init.normal_(clap.htsat.absolute_pos_embed, std=0.5)  # beside patches of size 1: heard from the first step on
-    if not c.clap_augment:
-        clap.htsat.spec_augmenter = nn.Identity()
 
     manifests = list(open_manifests(c, c.clap_config).values())
-    clips, texts, index = Clips(manifests, None, c), [], {}
+    hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": clap.sample_rate}
+    clips, texts, index = Clips(manifests, None, hearing), [], {}
 
     def number(text):
         text = text.strip().lower()
@@ -138,7 +139,7 @@ def main(c):
         negatives.append([number(text) for text in item.get("negatives", [])])
     print(f"{len(clips)} clips, {len(texts)} captions | text bank {min(c.clap_text_bank, len(texts))} | {device}, {dtype} "
           f"({reason})")
-    states = text_states(model, texts, device, c.clap_text_layers)
+    states = text_states(lm, tokenizer, texts, device, c.clap_text_layers)
     mean, std = states.mean(0), states.std(0) + 1e-3
     states = (states - mean) / std
     shared = [t for t, _ in Counter(t for p in positives for t in p).most_common(c.clap_text_bank)]
@@ -147,7 +148,8 @@ def main(c):
     everyones[[t for p in positives for t in p]] = True
 
     width = 256
-    # Linear: what tells the captions apart is then linear in the tokens, as the cross-attention will read them.
+    # Linear: what tells the captions apart is then linear in the tokens, as the cross-attention will read
+    # them.
     audio_projection = nn.Linear(clap.width, width).to(device)
     text_projection = nn.Sequential(nn.Linear(states.shape[1], width), nn.ReLU(), nn.Linear(width, width)).to(device)
     logit_scale = nn.Parameter(torch.tensor(math.log(1 / c.clap_temperature), device=device))
@@ -160,16 +162,22 @@ def main(c):
                  for o in optimizers]
 
     def log_mels(rows):
-        """The log-mels of some clips and whose each is; kept, with cache_audio, since they cost a third of a step."""
-        found = [(i, mel_cache[i] if i in mel_cache else clips[i][0]) for i in rows]
-        found = [(i, x if x.is_floating_point() else log_mel(x.to(device).float() / 32767)) for i, x in found if x is not None]
+        """The log-mels of some clips and whose each is; kept, with cache_audio, since they cost a third of a
+        step."""
+        found, unread = [], []
+        for i in rows:
+            clip = {} if i in mel_cache else clips[i]
+            if clip.get("error"):
+                unread.append(clip["error"])
+                continue
+            found.append((i, mel_cache[i] if i in mel_cache else log_mel(to_float(clip["windows"].to(device)))))
         if not found:
-            raise ValueError(f"none of {len(rows)} clips could be read, e.g. {clips[rows[0]][2]}")
+            raise ValueError(f"none of {len(rows)} clips could be read, e.g. {unread[0]}")
         mel_cache.update(found if c.cache_audio else ())
         clip_of = [b for b, (_, mel) in enumerate(found) for _ in mel]
         return torch.cat([mel for _, mel in found]), torch.tensor(clip_of, device=device), [i for i, _ in found]
 
-    mel_cache, clips.cache = {}, None  # the log-mels stay instead of the windows
+    mel_cache = {}
     clap.train()
     bar, step, epoch, losses = tqdm(total=c.clap_steps, desc="clap", disable=None), 0, 0, []
     while step < c.clap_steps:
@@ -209,13 +217,13 @@ def main(c):
 
     clap.eval()
     if c.clap_valid_config:
-        check = Clips(list(open_manifests(c, c.clap_valid_config).values()), None, c)
+        check = Clips(list(open_manifests(c, c.clap_valid_config).values()), None, hearing)
         truth = [check.manifests[m].items[j]["output"].strip().lower() for m, j in check.rows]
         names = sorted(set(truth))
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            asked = text_states(model, names, device, c.clap_text_layers)
+            asked = text_states(lm, tokenizer, names, device, c.clap_text_layers)
             t = F.normalize(text_projection((asked - mean) / std).float(), dim=-1)
-            a = [clap(check[i][0].to(device).float() / 32767).float().mean((0, 1)) for i in range(len(check))]
+            a = [clap(to_float(check[i]["windows"].to(device))).float().mean((0, 1)) for i in range(len(check))]
             best = (F.normalize(audio_projection(torch.stack(a)).float(), dim=-1) @ t.T).argmax(1)
         right = np.mean([names[b] == text for b, text in zip(best.tolist(), truth)])
         print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions (chance {1 / len(names):.1%})")
@@ -223,8 +231,9 @@ def main(c):
     parts = {"audio_branch": clap.htsat, "audio_projection": audio_projection, "text_projection": text_projection}
     state = {f"module.{part}.{n}": t.cpu() for part, module in parts.items() for n, t in module.state_dict().items()}
     state["module.logit_scale_a"] = logit_scale.detach().cpu()
-    os.makedirs(os.path.dirname(c.clap_out) or ".", exist_ok=True)
-    save_atomically({"epoch": epoch, "name": "clap", "state_dict": state}, c.clap_out)
+    out = settings.place(c.clap_out)
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    save_atomically({"epoch": epoch, "name": "clap", "state_dict": state}, out)
     print(f"wrote {c.clap_out} | {time.time() - start:.0f} s")
 
 

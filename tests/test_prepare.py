@@ -1,4 +1,5 @@
-"""The embedded data and the language model of the demo, made for real: python -m pytest tests/test_prepare.py"""
+"""The embedded data and the language model of the demo, made for real: python -m pytest
+tests/test_prepare.py"""
 import collections
 import hashlib
 import importlib.util
@@ -92,7 +93,8 @@ def test_wavs_are_audible_16_khz_mono_16_bit(gm):
             at, end = int(start * 16000), int((start + length) * 16000)
             room = np.sqrt(np.mean(sound[-480:] ** 2))  # the noise alone: nothing sounds in a clip's last 0.03 s
             assert 0.0005 < room < 0.004
-            # soft reverse cymbals swell slowly, so over the loudest 50 ms; noise has 1.2 times its level there
+            # soft reverse cymbals swell slowly, so over the loudest 50 ms; noise has 1.2 times its level
+            # there
             loudest = max(np.sqrt(np.mean(part ** 2)) for part in np.array_split(sound[at:end], (end - at) // 800))
             assert loudest > 1.5 * room
             assert np.sqrt(np.mean(sound[end + 1920:end + 2080] ** 2)) < 1.5 * room

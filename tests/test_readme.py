@@ -1,4 +1,5 @@
-"""Every command of the README: those that fit a CPU are run, on small data in their place; the others are accounted for."""
+"""Every command of the README: those that fit a CPU are run, on small data in their place; the others are
+accounted for."""
 import os
 import re
 import shutil
@@ -22,7 +23,8 @@ NOT_HERE = {  # command: why it is not run by this test
 
 @pytest.fixture(scope="module")
 def stage(tiny_config, tiny_settings, tiny_data, tmp_path_factory):
-    """A folder that looks like the project's with tiny stand-ins: {what the README says: what is used instead}."""
+    """A folder that looks like the project's with tiny stand-ins: {what the README says: what is used
+    instead}."""
     folder = tmp_path_factory.mktemp("readme")
     options = [f"--expdir={folder}/exp"]
     tiny = dict(vars(config.load([tiny_config], "train.py")))

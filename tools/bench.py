@@ -1,6 +1,6 @@
 """Measure the parts that time and memory depend on.
 
-    python bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU; on a CPU the compiler's report
+    python tools/bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU; on a CPU the compiler's report
 
 Prints a table for people; the last line of stdout is one JSON object.
 """
@@ -15,13 +15,15 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import torch
 import torch.nn.functional as F
 
 import model
-from model import block_sizes, gated_cross_attention, pick_backend, triton
+from model import block_sizes, gated_cross_attention, keys_values, pick_backend, triton
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the compiler makes of the kernels, on any machine: no GPU is needed to compile for one
 
 ARCHITECTURES = {  # shared memory and registers per multiprocessor; 2,048 threads and 32 blocks on each
@@ -72,7 +74,8 @@ def compile_entry(entry):
 
 
 def aot_report():
-    """Registers, spilled bytes, shared memory, blocks per multiprocessor: a dict per architecture and table entry."""
+    """Registers, spilled bytes, shared memory, blocks per multiprocessor: a dict per architecture and table
+    entry."""
     if model.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by interpreted ones; unset it to compile them")
     entries = {}  # bfloat16 stands for float16: the same bytes; T picks the rows for short texts
@@ -105,12 +108,13 @@ def print_aot(rows):
     return summary
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Time and memory
 
 
 def timed(run, device, repeats=20):
-    """-> (median, p20, p80) seconds, peak bytes above the start. Warm; on a GPU each run starts with a cold L2."""
+    """-> (median, p20, p80) seconds, peak bytes above the start. Warm; on a GPU each run starts with a cold
+    L2."""
     for _ in range(3):
         run()
     seconds, peak = [], None
@@ -146,7 +150,8 @@ def per_clip(q, k, v, lengths, gate):
 
 
 def counted(T, lengths, N, H, d, size, backward):
-    """-> (operations, least bytes): real keys are read once, q, y and gradients once; padded dk, dv are written."""
+    """-> (operations, least bytes): real keys are read once, q, y and gradients once; padded dk, dv are
+    written."""
     B, keys, tokens = len(lengths), sum(lengths) * H * d * size, len(lengths) * T * H * d * size
     operations, moved = 4 * T * sum(lengths) * H * d, 2 * tokens + 2 * keys
     if backward:  # o and lse out; then q, o, dy, k, v, lse in and dq, dk, dv out
@@ -156,7 +161,8 @@ def counted(T, lengths, N, H, d, size, backward):
 
 
 def make_case(device, dtype, B, T, N, D, H, d):
-    """-> leaves, dy, ragged lengths and attend(backend): attention alone for D = 0, else the whole gated block."""
+    """-> leaves, dy, ragged lengths and attend(backend): attention alone for D = 0, else the whole gated
+    block."""
     torch.manual_seed(0)
     make = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
     lengths = [max(1, N * (B - i) // B // 64 * 64) for i in range(B)]  # the longest clip fills N
@@ -166,7 +172,7 @@ def make_case(device, dtype, B, T, N, D, H, d):
         block = model.GatedCrossAttention(D, 2048, H, d).to(device, dtype)
         for gate in (block.attn_gate, block.ff_gate):
             gate.data.fill_(0.5)
-        attend = lambda backend: block(x, block.keys_values(audio), n_keys, backend)
+        attend = lambda backend: block(x, *keys_values([block], audio), n_keys, backend)
         return [x, audio, *block.parameters()], dy, lengths, attend
     gate = torch.full((1,), 0.5, device=device, requires_grad=True)
 

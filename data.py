@@ -28,7 +28,7 @@ def load_audio(path, start=0.0, window_length=10.0, window_overlap=0.0, max_num_
     to 16 bits as the published system does. FileNotFoundError or ValueError name the file and what is wrong with it.
     """
     import soundfile
-    import soxr  # comes with librosa, which laion-clap brings
+    import soxr
     L, O = round(window_length * SAMPLE_RATE), round(window_overlap * SAMPLE_RATE)
     if not 0 <= O < L or max_num_window < 1 or start < 0:
         raise ValueError(f"{path}: start {start} s, windows of {window_length} s, overlap {window_overlap} s, at most "
@@ -210,14 +210,14 @@ class Batches(Sampler):
     """
 
     def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, multiple=1, pool=64):
-        order = np.random.default_rng(seed).permutation(len(sizes))
+        order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
         step = batch_size * world
         order = np.resize(order, -(-len(order) // (step * multiple)) * step * multiple) if len(order) else order
         plan = []
         for part in np.split(order, range(pool * step, len(order), pool * step)):
             part = part[np.lexsort(sizes[part].T[::-1])]
             plan.extend(np.split(part, len(part) // step) if len(part) else [])
-        plan = [plan[i] for i in np.random.default_rng([seed, 1]).permutation(len(plan))]
+        plan = [plan[i] for i in np.random.default_rng([*seed, 1]).permutation(len(plan))]
         self.mine = [batch[rank::world].tolist() for batch in plan[start:]]
 
     def __len__(self):

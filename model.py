@@ -71,26 +71,28 @@ def log_mel(windows):
 
 @lru_cache
 def load_htsat_class():
-    """laion_clap.clap_module.htsat.HTSAT_Swin_Transformer without running the package's own __init__.
+    """laion_clap.clap_module.htsat.HTSAT_Swin_Transformer; neither laion_clap's nor torchlibrosa's __init__ runs.
 
-    `import laion_clap` loads torchvision and downloads tokenizers. The encoder's file needs none of that, only its
-    neighbours `.utils` and `.feature_fusion`; so the file is executed inside an empty stand-in package with the same
-    folder, and `.utils` (which imports torchvision at its top) is replaced by the two functions HTS-AT takes from it,
-    both of which belong to training heads that we do not use.
+    Those import torchvision, librosa, numba and wandb, and download tokenizers. The encoder's file needs torch, its
+    neighbour `.feature_fusion` and torchlibrosa's augmentation.py. So it is executed between stand-ins: empty packages
+    with the same folders, and modules that hold the names it takes from `.utils` (for its training heads) and from
+    `torchlibrosa.stft` (its waveform front end), neither of which we use.
     """
-    spec = importlib.util.find_spec("laion_clap")  # finds the folder, runs nothing
-    if spec is None:
-        raise ModuleNotFoundError("laion-clap is not installed: pip install -r requirements.txt")
-    name, folder = "laion_clap_htsat", os.path.join(os.path.dirname(spec.origin), "clap_module")
-    package = types.ModuleType(name)
-    package.__path__ = [folder]
-    utils = types.ModuleType(f"{name}.utils")
+    found = {n: importlib.util.find_spec(n) for n in ("laion_clap", "torchlibrosa")}  # finds folders, runs nothing
+    if None in found.values():
+        raise ModuleNotFoundError("laion-clap or torchlibrosa is missing: pip install --no-deps laion-clap torchlibrosa")
+    name = "laion_clap_htsat"
+    stand_ins = {n: types.ModuleType(n) for n in (name, f"{name}.utils", "torchlibrosa", "torchlibrosa.stft")}
+    stand_ins[name].__path__ = [os.path.join(os.path.dirname(found["laion_clap"].origin), "clap_module")]
+    stand_ins["torchlibrosa"].__path__ = [os.path.dirname(found["torchlibrosa"].origin)]
+    utils, front_end = stand_ins[f"{name}.utils"], stand_ins["torchlibrosa.stft"]
     utils.do_mixup = utils.interpolate = None
-    sys.modules.update({name: package, f"{name}.utils": utils})
+    front_end.Spectrogram = front_end.LogmelFilterBank = lambda **_: nn.Identity()
+    sys.modules.update(stand_ins)
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)  # its call, of an older torch
     module = importlib.import_module(f"{name}.htsat")
-    # Its waveform front end is not used either, and making one imports librosa, scipy and numba: 2.5 s.
-    module.Spectrogram = module.LogmelFilterBank = lambda **_: nn.Identity()
+    for n in ("torchlibrosa", "torchlibrosa.stft", "torchlibrosa.augmentation"):
+        del sys.modules[n]  # whoever imports torchlibrosa later gets the real one
     return module.HTSAT_Swin_Transformer
 
 

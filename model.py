@@ -379,7 +379,7 @@ INTERPRETED = bool(triton.__version__) and not isinstance(forward_kernel, triton
 
 # (bytes a number, head dim up to) -> kernel: tokens of a block, keys of a block, warps, pipeline stages. Fixed, where
 # @triton.autotune would stall the first steps. No entry spills registers, and none takes over 99 KB of shared memory,
-# on sm_80, sm_90 or sm_100 (`bench.py kernel`). float32 multiplies exactly, on plain cores: hence its small blocks.
+# on sm_80, sm_90 or sm_100 (`tools/bench.py kernel`). float32 multiplies exactly, on plain cores: hence its small blocks.
 BLOCKS = {
     (2, 64): {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 3), "dkv": (32, 64, 4, 3), "combine": (16, 0, 4, 1)},
     (2, 128): {"forward": (64, 32, 4, 3), "dq": (64, 32, 4, 3), "dkv": (32, 64, 4, 2), "combine": (16, 0, 4, 1)},

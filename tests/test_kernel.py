@@ -397,7 +397,7 @@ else:
 
 def test_ahead_of_time():
     """Every kernel and table entry: no spills, <= 99 KB of shared memory; compiles for an MI300 as well."""
-    rows = json.loads(python(["-c", "import bench, json; print(json.dumps(bench.aot_report()))"]).splitlines()[-1])
+    rows = json.loads(python(["-c", "from tools import bench; import json; print(json.dumps(bench.aot_report()))"]).splitlines()[-1])
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         mine = [row for row in rows if row["arch"] == arch]
         assert {(row["kernel"], row["dtype"], row["d"]) for row in mine} >= {
@@ -409,11 +409,11 @@ def test_ahead_of_time():
 
 
 def test_bench_kernel():
-    figures = json.loads(python(["bench.py", "kernel"]).splitlines()[-1])
+    figures = json.loads(python(["tools/bench.py", "kernel"]).splitlines()[-1])
     assert (figures["gpu"] is not None) == GPU
     for arch in ("sm_80", "sm_90", "sm_100"):
         assert figures["aot"][arch]["spill_bytes"] == 0 and figures["aot"][arch]["shared_bytes"] <= 99 * 1024
-    command = [sys.executable, "bench.py", "kernels"]
+    command = [sys.executable, "tools/bench.py", "kernels"]
     wrong = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "expected one of kernel" in wrong.stderr and "Traceback" not in wrong.stderr
 
@@ -432,8 +432,7 @@ def test_full_size_on_gpu(dtype, T, N, per_token):
 
 @on_gpu
 def test_faster_than_naive_on_gpu():
-    sys.path.insert(0, HERE)
-    import bench
+    from tools import bench
     rows = bench.kernel_rows(DEVICE, torch.bfloat16, [(8, 256, 768, 0), (1, 1, 1920, 0)], ["naive", "sdpa", "triton"])
     for backward in (False, True):
         ms = {row["backend"]: row["ms"] for row in rows if row["T"] == 256 and row["backward"] == backward}

@@ -1,6 +1,6 @@
 """Measure the parts that time and memory depend on.
 
-    python bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU; on a CPU the compiler's report
+    python tools/bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU; on a CPU the compiler's report
 
 Prints a table for people; the last line of stdout is one JSON object.
 """
@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import torch.nn.functional as F

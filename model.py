@@ -378,20 +378,21 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, n_ptr, n_max_ptr, gate_ptr, dy_ptr, lse_ptr,
 INTERPRETED = bool(triton.__version__) and not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
 
 # (bytes a number, head dim up to) -> kernel: tokens of a block, keys of a block, warps, pipeline stages. Fixed, where
-# @triton.autotune would stall the first steps. No entry spills registers, and none takes over 99 KB of shared memory,
-# on sm_80, sm_90 or sm_100 (`tools/bench.py kernel`). float32 multiplies exactly, on plain cores: hence its small blocks.
+# @triton.autotune would stall the first steps. With Triton 3.6 to 3.9 no entry spills registers, and none takes over
+# 99 KB of shared memory, on sm_80, sm_90, sm_100 or gfx942 (`tools/bench.py kernel`). 64 rows of two bytes are what
+# sm_90's wgmma takes at least. float32 multiplies exactly, on plain cores: hence its small blocks.
 BLOCKS = {
     (2, 64): {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 3), "dkv": (32, 64, 4, 3), "combine": (16, 0, 4, 1)},
-    (2, 128): {"forward": (64, 32, 4, 3), "dq": (64, 32, 4, 3), "dkv": (32, 64, 4, 2), "combine": (16, 0, 4, 1)},
+    (2, 128): {"forward": (64, 32, 4, 3), "dq": (64, 32, 4, 3), "dkv": (16, 64, 4, 2), "combine": (16, 0, 4, 1)},
     (4, 64): {"forward": (32, 32, 4, 2), "dq": (32, 32, 4, 2), "dkv": (16, 32, 4, 2), "combine": (16, 0, 4, 1)},
     (4, 128): {"forward": (32, 16, 8, 2), "dq": (32, 16, 8, 2), "dkv": (16, 32, 8, 1), "combine": (16, 0, 4, 1)}}
 PROGRAMS = 256  # about two per multiprocessor of a large GPU: when decoding gives fewer, the keys are split as well
 
 
 def block_sizes(kernel, dtype, d, T):
-    """Launch arguments of a kernel, "forward", "dq", "dkv" or "combine"; short texts get blocks of 16 or 32 tokens."""
+    """Launch arguments of a kernel, "forward", "dq", "dkv" or "combine"; texts of up to 16 tokens get blocks of 16."""
     tokens, keys, warps, stages = BLOCKS[dtype.itemsize, 64 if d <= 64 else 128][kernel]
-    tokens = min(tokens, 16 if T <= 16 else 32 if T <= 32 else 64)
+    tokens = 16 if T <= 16 else tokens
     sizes = {"BLOCK_T": tokens, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
     return {name: size for name, size in sizes.items() if size}
 

@@ -406,6 +406,11 @@ def test_ahead_of_time():
         for row in mine:
             assert row["spill_bytes"] == 0 and row["blocks_per_sm"] >= 1, row
             assert row["shared_bytes"] <= (64 if arch == "gfx942" else 99) * 1024, row
+    for kernel in ("forward", "dq", "dkv"):
+        for d in (32, 64, 128):  # Hopper's own matrix products, fed by asynchronous copies
+            mine = [row for row in rows if (row["arch"], row["kernel"], row["d"]) == ("sm_90", kernel, d)]
+            longest = max((row for row in mine if row["dtype"] == "bfloat16"), key=lambda row: row["BLOCK_T"])
+            assert longest["wgmma"] and longest["async_copies"], longest
 
 
 def test_bench_kernel():

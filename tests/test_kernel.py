@@ -396,8 +396,9 @@ else:
 
 
 def test_ahead_of_time():
-    """Every kernel and table entry: no spills, <= 99 KB of shared memory; compiles for an MI300 as well."""
-    rows = json.loads(python(["-c", "from tools import bench; import json; print(json.dumps(bench.aot_report()))"]).splitlines()[-1])
+    """Every kernel and table entry: no spills, <= 99 KB of shared memory, on an MI300 <= 64 KB."""
+    report = python(["-c", "from tools import bench; import json; print(json.dumps(bench.aot_report()))"])
+    rows = json.loads(report.splitlines()[-1])
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         mine = [row for row in rows if row["arch"] == arch]
         assert {(row["kernel"], row["dtype"], row["d"]) for row in mine} >= {

@@ -1,4 +1,5 @@
 # make demo: sets up, trains the embedded default on a CPU, answers about a clip, evaluates.   make test: sets up, tests.
+# make gpu: the GPU tests and every bench, nothing is set up for it; DEVICE=cpu lets a CPU stand in.
 # make clean-demo removes what the demo wrote. PYTHON chooses the interpreter; TORCH what is asked of pip for torch.
 # The first that runs, not the first on the path: a version manager puts names there that only print an error.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10,$(shell $(p) -c "print('$(p)')" 2>/dev/null)))
@@ -8,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, every one of the demo's programs would compile all of torch again
 
-.PHONY: demo test setup clean-demo
+.PHONY: demo test setup gpu clean-demo
 
 setup: .venv/done
 
@@ -31,6 +32,12 @@ demo: setup
 
 test: setup data/smollm2
 	$(BIN)/python -m pytest -q -rs tests
+
+# A GPU machine's own torch and triton: PYTHON if given, else .venv's, else python3.
+DEVICE ?= cuda
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),python3),$(PYTHON))
+gpu:
+	@$(GPU_PYTHON) tools/gpu.py --device=$(DEVICE)
 
 clean-demo:
 	rm -rf out/demo

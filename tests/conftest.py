@@ -11,7 +11,6 @@ import importlib.util
 
 import numpy as np
 import pytest
-import soundfile
 
 from tests.helpers import write_manifest
 
@@ -26,7 +25,7 @@ def interpreter_that_works(monkeypatch):
     if version < [3, 7] and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         import model
         kernels = sys.modules[model.attend.__module__]
-        reason = f"the interpreter of Triton {triton.__version__} fails on numpy {np.__version__}: it wants numpy < 2.4"
+        reason = f"Triton {triton.__version__}'s interpreter fails on numpy {np.__version__}, works below 2.4"
         monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.skip(reason))
 
 
@@ -64,6 +63,7 @@ def tiny_settings(tiny_lm):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """Eight short clips and manifests toy-AQA/{train,val,test}: a folder, both data_root and dataset_file_root."""
+    import soundfile
     folder = str(tmp_path_factory.mktemp("data"))
     rng, items = np.random.default_rng(0), []
     for i in range(8):

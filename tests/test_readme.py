@@ -16,6 +16,7 @@ COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines
 NOT_HERE = {  # command: why it is not run by this test
     "make demo": "takes many minutes; its scripts are run on tiny data by the other tests",
     "make test": "is running",
+    "make gpu": "needs a GPU; tests/test_gpu_tool.py lets the CPU stand in",
     "pip install -r requirements.txt": "needs the registry; the Makefile's setup ran it",
     "pip install --no-deps laion-clap torchlibrosa": "needs the registry; the Makefile's setup ran it",
 }

@@ -101,5 +101,6 @@ def test_the_users_card_is_in_the_readme():
 
 
 def test_files_named_in_the_readme_exist():
-    for path in re.findall(r"`((?:config|prepare|tests|docs)/[\w./]*|[\w]+\.py)`", TEXT):
-        assert path == "mine.py" or any(os.path.exists(f"{ROOT}/{folder}/{path}") for folder in (".", "prepare", "config")), path
+    for path in re.findall(r"`((?:config|prepare|tests|tools|docs)/[\w./]*|[\w]+\.py)`", TEXT):
+        places = [f"{ROOT}/{folder}/{path}" for folder in (".", "prepare", "tools", "config")]
+        assert path == "mine.py" or any(map(os.path.exists, places)), path

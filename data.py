@@ -42,8 +42,8 @@ def read_clip(path, start, window_length, window_overlap, max_num_window, sample
     import soxr
     L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
     if not 0 <= O < L or max_num_window < 1 or start < 0:
-        raise ValueError(f"{path}: start {start} s, windows of {window_length} s, overlap "
-                         f"{window_overlap} s, {max_num_window} at most: expected start >= 0, 0 <= overlap < length")
+        raise ValueError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
+                         f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, one window or more")
     longest = max_num_window * L - (max_num_window - 1) * O
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such audio file")

@@ -69,8 +69,10 @@ def compile_entry(entry):
     per_block = shared + (1024 if arch.startswith("sm_") else 0)  # CUDA keeps 1 KB of each block for itself
     blocks = min(limits["registers"] // (math.ceil(registers / 8) * 8 * threads), 2048 // threads, 32,
                  limits["shared"] // max(per_block, 1))
+    ptx = compiled.asm.get("ptx", "")
     return {"arch": arch, "kernel": name, "dtype": dtype, "d": d, **sizes, **options, "registers": registers,
-            "spill_bytes": spilled, "shared_bytes": shared, "blocks_per_sm": blocks}
+            "spill_bytes": spilled, "shared_bytes": shared, "blocks_per_sm": blocks,
+            "wgmma": ptx.count("wgmma.mma_async"), "async_copies": ptx.count("cp.async.cg")}
 
 
 def aot_report():

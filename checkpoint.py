@@ -61,11 +61,11 @@ def save_atomically(content, path):
 
 
 def load_tensors(file):
-    """{name: tensor} of a safetensors file, mapped into memory: none is read before it is used."""
+    """{name: tensor} of a safetensors file, each mapped by itself: in memory while it is used."""
     from safetensors import safe_open
     try:
         with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
+            return {name: safe_open(file, "pt").get_tensor(name) for name in opened.keys()}
     except Exception as error:  # the package has an error class of its own, beside OSError
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
 
@@ -96,8 +96,7 @@ def our_name(name):
 
 
 def from_published(state, lm):
-    """A published state dict under our names: what is not used is dropped and counted, the token table cut in
-    two."""
+    """A published state dict under our names: unused ones dropped and counted, the token table cut in two."""
     ours, dropped = {}, []
     for name, tensor in state.items():
         name = our_name(name)
@@ -153,8 +152,7 @@ def text_side(c):
 def lm_state(folder, lm, tokenizer):
     """{name: tensor} of model.safetensors, else of what its index names, else of model*.safetensors; other
     weights (adapters, originals) are not the model's. The rows of our marks, which all stand between texts,
-    start around the row of the model's own such mark, eos: a frozen language model knows where that
-    belongs."""
+    start around that of the model's own such mark, eos: a frozen model knows where it belongs."""
     whole, index = (os.path.join(folder, f"model.safetensors{end}") for end in ("", ".index.json"))
     files, named = [whole], None
     if not os.path.exists(whole) and os.path.exists(index):
@@ -208,8 +206,7 @@ def clap_state(file):
 
 def skeleton(c, state, text, source, given, fresh):
     """The model of settings and of the sizes that its state tells, on the meta device: place_weights follows.
-    fresh: what listens to the encoder is new, and drawn at random. ValueError if the user asked for another
-    encoder."""
+    fresh: what listens is drawn at random. ValueError if the user asked for another encoder."""
     encoder = {n.removeprefix("clap.htsat."): t for n, t in state.items() if n.startswith("clap.")}
     told = ClapEncoder.sizes(encoder)
     position = told.pop("position", False)
@@ -258,8 +255,7 @@ def read_start(c, given):
 
 
 def read_checkpoint(file, given):
-    """A checkpoint holds what trained, and what was drawn at random; the rest comes from where its run took
-    it."""
+    """A checkpoint holds what trained and what was drawn at random; the rest is where its run took it."""
     saved = load_pickle(file)
     if "model_state_dict" not in saved:
         raise ValueError(f"{file}: no model_state_dict in it; is it a training checkpoint?")
@@ -283,8 +279,7 @@ def read_checkpoint(file, given):
 
 
 def own_parts(own, folder):
-    """Settings whose path lay inside the run when it was saved and lies in this folder now: a run may be
-    moved."""
+    """Settings whose path lay inside the run when it was saved and is in this folder now: runs move."""
     home, moved = settings.place(os.path.join(own.get("expdir", ""), own.get("run_name", ""))) + os.sep, {}
     for name, value in own.items():
         path = os.path.normpath(settings.place(value)) if name in settings.PATHS and value else ""
@@ -295,8 +290,7 @@ def own_parts(own, folder):
 
 
 def trained_tensors(saved, lm):
-    """{our name: tensor} of a training checkpoint; older ones of ours, and the published code's, have
-    published names."""
+    """{our name: tensor} of a training checkpoint; our older ones and published ones have published names."""
     state = saved["model_state_dict"]
     published = r"(module\.)?(lang_encoder|audio_transformer_clap|clap\.(nv|af)clap)\."
     return from_published(state, lm) if any(re.match(published, name) for name in state) else state
@@ -313,7 +307,7 @@ def read_release(folder, given):
     if not any(our_name(name).startswith("clap.htsat.") for name in state):
         raise ValueError(f"{folder}: not an Audio Flamingo 2 release: it holds no clap.nvclap.*")
     own = os.path.join(folder, "config.json")
-    saved = settings.read_json(own) if os.path.exists(own) else {}
+    saved = settings.read_json(own) if os.path.exists(own) else {"max_num_window": 12}  # as published: 2 min
     saved = {name: value for name, value in saved.items() if name in settings.MODEL_SETTINGS}
     if os.path.isdir(os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
         saved |= {"lang_encoder_path": os.path.abspath(os.path.join(folder, "lm")), "tokenizer_path": None}
@@ -324,8 +318,7 @@ def read_release(folder, given):
 
 
 def newest_checkpoint(run):
-    """The interim checkpoint of a run if there is one (it is newer than any epoch's), else that of the last
-    epoch."""
+    """A run's interim checkpoint if there is one (it is newer than any epoch's), else the last epoch's."""
     interim = os.path.join(run, "checkpoint_interim.pt")
     if os.path.exists(interim):
         return interim
@@ -345,9 +338,8 @@ def fingerprint(tensors):
 
 
 def place_weights(model, state, device, frozen, source):
-    """Bring every weight to its final dtype and device, one after the other: from `state`, which it empties,
-    or as it was drawn. Trained ones become float32, frozen ones `frozen`, BatchNorm's float32. ValueError
-    lists the misfits."""
+    """Every weight to its final dtype and device, one by one, from `state`, which it empties, or as it was.
+    Trained ones become float32, frozen ones `frozen`, BatchNorm's float32. ValueError lists the misfits."""
     own, parts = model.state_dict(), {name.split(".")[0] for name in state}
     needed = [n for n, t in own.items() if t.is_meta or n.split(".")[0] in parts]
     misfits = {"missing": [n for n in needed if n not in state],
@@ -391,8 +383,7 @@ def finished(model, state, device, dtype, source):
 
 
 def save_release(model, folder):
-    """The release layout (safe_ckpt/, clap_ckpt/epoch_16.pt), with our config.json and lm/ (config,
-    tokenizer)."""
+    """The release layout (safe_ckpt/, clap_ckpt/epoch_16.pt); our config.json and lm/ (config, tokenizer)."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     own, c = model.state_dict(), model.config

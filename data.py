@@ -36,14 +36,13 @@ def load_audio(path, start=0.0, *, window_length, window_overlap, max_num_window
 
 
 def read_clip(path, start, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
-    """-> windows as load_audio gives them, and the seconds of the file that come after them: those are not
-    heard."""
+    """-> windows as load_audio gives them, and the seconds of the file after them, which are not heard."""
     import soundfile
     import soxr
     L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
     if not 0 <= O < L or max_num_window < 1 or start < 0:
         raise ValueError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
-                         f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, one window or more")
+                         f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, 1 window or more")
     longest = max_num_window * L - (max_num_window - 1) * O
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such audio file")
@@ -88,8 +87,7 @@ MARKS = ("<audio>", "<|endofchunk|>", "<|PAD_TOKEN|>", "<SEP>")
 
 
 def add_marks(tokenizer):
-    """A language model's tokenizer with the marks of a prompt, in the published order: <SEP> only if it has
-    no sep token."""
+    """A tokenizer with the marks of a prompt, in the published order; <SEP> only if it has no sep token."""
     tokenizer.add_tokens(list(MARKS[:2]), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": MARKS[2]})
     if tokenizer.sep_token is None:
@@ -98,15 +96,13 @@ def add_marks(tokenizer):
 
 
 def encode_text(tokenizer, texts):
-    """Texts -> lists of token ids. Only we place marks: one inside a text, ours or the tokenizer's own, is
-    characters."""
+    """Texts -> lists of token ids. Only we place marks: inside a text all are characters."""
     texts = [text.strip().lower() for text in texts]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_prompts(tokenizer, prompts):
-    """Prompts as in a manifest -> lists of ids: <audio> prompt sep, after what the tokenizer puts before any
-    text."""
+    """Prompts of a manifest -> lists of ids: what the tokenizer begins with, <audio>, prompt, sep."""
     audio = tokenizer.convert_tokens_to_ids(MARKS[0])
     begin = tokenizer(MARKS[0])["input_ids"]
     begin = begin[:begin.index(audio) + 1]
@@ -120,8 +116,7 @@ def pad_rows(rows, pad_id):
 
 
 def make_labels(input_ids, sep_id, end_id, pad_id):
-    """(B, T) ids -> labels: the tokens after the first sep, -100 elsewhere; all -100 where the end was cut
-    off."""
+    """(B, T) ids -> labels: the tokens after the first sep, else -100; all -100 where the end was cut off."""
     after_sep = np.cumsum(input_ids == sep_id, 1) - (input_ids == sep_id) > 0
     finished = (input_ids == end_id).any(1, keepdims=True)
     return np.where(after_sep & (input_ids != pad_id) & finished, input_ids, -100)
@@ -197,9 +192,8 @@ class Manifest:
                 "duration": item.get("duration")}
 
     def epoch(self, e, weight):
-        """Items of epoch e, (n,) int64, when an epoch takes `weight` passes: positions int(e N w) ...
-        int((e+1) N w) - 1 of an endless stream whose pass k is a shuffle of all items, so that every pass
-        visits each item once."""
+        """Items of epoch e, (n,) int64, when an epoch takes w = `weight` passes: positions int(e N w) to
+        int((e+1) N w) - 1 of an endless stream whose passes are shuffles of all items: each has each once."""
         N = len(self)
         first, stop = int(e * N * weight), int((e + 1) * N * weight)
         shuffled = self._shuffle(np.arange(N), self.name)
@@ -231,8 +225,7 @@ class Clips(Dataset):
     be read windows are None and "error" says why."""
 
     def __init__(self, manifests, rows, hearing, cache=False):
-        """manifests: list; rows: (n, 2) int64 of (manifest, item), None for every item; hearing:
-        model.hearing."""
+        """rows: (n, 2) int64 of (manifest, item), None for every item; hearing: that of the model."""
         if rows is None:
             every = [np.stack([np.full(len(m), i), np.arange(len(m))], 1) for i, m in enumerate(manifests)]
             rows = np.concatenate(every)
@@ -262,8 +255,7 @@ class Clips(Dataset):
         return sample | heard
 
     def sizes(self):
-        """(n, 2): windows and text characters of every item, as the manifests tell: what a step's cost
-        depends on."""
+        """(n, 2): windows and text characters of every item, as manifests tell: what a step costs."""
         length, overlap, most = (self.hearing[name] for name in HEARING)
         sizes = np.empty((len(self), 2), np.int64)
         for i in range(len(self)):
@@ -346,8 +338,7 @@ def _one_thread(_):
 
 
 def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0):
-    """Loader of this rank's micro-batches of one epoch, and [(name, first, stop, items)] for the blending
-    record."""
+    """Loader of this rank's micro-batches of one epoch, and what the blending record says of it."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
         w = config.dataset_blending_global_weight * config.dataset_blending_config[name]
@@ -379,8 +370,7 @@ def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
 
 
 def check(file, data_root, write):
-    """Read every audio file of a manifest; print each problem and a summary; optionally write a cleaned
-    copy."""
+    """Read every audio file of a manifest; print each problem and a summary; write a clean copy if asked."""
     import soundfile
     from tqdm import tqdm
     manifest, problems, good = Manifest(file, data_root), Counter(), []

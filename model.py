@@ -79,15 +79,13 @@ def log_mel(windows):
 def load_htsat_class():
     """laion_clap.clap_module.htsat.HTSAT_Swin_Transformer, without laion_clap's or torchlibrosa's __init__.
 
-    Those import torchvision, librosa, numba and wandb, and download tokenizers. HTS-AT needs torch, its
-    neighbour `.feature_fusion` and torchlibrosa's augmentation.py. So its file is executed between stand-ins:
-    empty packages with the same folders, and modules with the names it takes from `.utils` (for training
-    heads) and from `torchlibrosa.stft` (a waveform front end), neither of which we use.
+    Those import torchvision, librosa, numba and wandb, and download tokenizers. HTS-AT's file runs between
+    stand-ins: empty packages with the same folders, and modules with the names it takes from `.utils` (for
+    training heads) and `torchlibrosa.stft` (a waveform front end), neither of which we use.
     """
     found = {n: importlib.util.find_spec(n) for n in ("laion_clap", "torchlibrosa")}  # folders; runs nothing
     if None in found.values():
-        raise ModuleNotFoundError("laion-clap and torchlibrosa are needed: "
-                                  "pip install --no-deps laion-clap torchlibrosa")
+        raise ModuleNotFoundError("missing packages: pip install --no-deps laion-clap torchlibrosa")
     name = "laion_clap_htsat"
     modules = {n: types.ModuleType(n) for n in (name, f"{name}.utils", "torchlibrosa", "torchlibrosa.stft")}
     modules[name].__path__ = [os.path.join(os.path.dirname(found["laion_clap"].origin), "clap_module")]
@@ -195,8 +193,7 @@ def matrix_sizes(module):
 
 
 def rotary_table(positions, r, base, stretch=None):
-    """positions (..., T) -> cos, sin (..., T, r) in float32. stretch: Llama 3's scaling of the
-    frequencies."""
+    """positions (..., T) -> cos, sin (..., T, r) float32; stretch: see stretch_frequencies."""
     frequency = base ** (-torch.arange(0, r, 2, device=positions.device, dtype=torch.float32) / r)
     if stretch:
         frequency = stretch_frequencies(frequency, **stretch)
@@ -350,8 +347,7 @@ def gated_cross_attention(q, k, v, n_keys, gate, backend="auto"):
 
 
 class GatedCrossAttention(nn.Module):
-    """x <- x + tanh(attn_gate) Attn(LN(x), audio); x <- x + tanh(ff_gate) FF(x), before a language-model
-    block."""
+    """x <- x + tanh(attn_gate) Attn(LN(x), audio); x <- x + tanh(ff_gate) FF(x); before a block of the LM."""
 
     def __init__(self, width, audio_width, heads=8, d=64):
         super().__init__()
@@ -416,8 +412,7 @@ class SelfAttention(nn.Module):
         self.qk_norm = c.qk_norm
 
     def forward(self, x, place, past=None):
-        """x (B, T, D); past (2, B, H, length, d), the layer's part of a cache, takes the new keys and
-        values."""
+        """x (B, T, D); past (2, B, H, length, d), this layer's part of a cache, takes the new k and v."""
         B, T, _ = x.shape
         q, k, v = (w(x).view(B, T, -1, self.d) for w in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
@@ -455,9 +450,8 @@ class Block(nn.Module):
 
 
 class TokenTable(nn.Module):
-    """Token embeddings (or the head's rows). The rows added to the pretrained vocabulary are a parameter of
-    their own, so that they can train while the pretrained rows stay frozen; releases hold the two as one
-    table."""
+    """Token embeddings, or the head's rows. Those added to the pretrained vocabulary are a parameter of their
+    own, so that they can train while the others stay frozen; releases hold the two as one table."""
 
     def __init__(self, vocab, added, width):
         super().__init__()
@@ -477,8 +471,7 @@ class LanguageModel(nn.Module):
     """embed_tokens, layers, norm and the head; AudioFlamingo.hidden lets it listen between the layers."""
 
     def __init__(self, config, added):
-        """config: sizes under the names of checkpoint.text_side, of which vocab rows are pretrained; added:
-        rows for the marks of a prompt."""
+        """config: sizes, named as in checkpoint.text_side; added: rows of the tables beside config.vocab."""
         super().__init__()
         self.config = config
         self.embed_tokens = TokenTable(config.vocab, added, config.width)
@@ -526,7 +519,7 @@ def gated_blocks(every, layers):
     return blocks
 
 
-CACHE_STEP = 256  # slots of a cache at first: one shape for most prompts and answers
+CACHE_STEP = 64  # slots of a cache at first, or a multiple: one shape for most prompts and answers
 
 
 def recomputed(module, *args):
@@ -619,9 +612,8 @@ class AudioFlamingo(nn.Module):
 
     def forward(self, input_ids, windows, n_windows, labels=None):
         """input_ids (B, T) right-padded; windows (sum W, L); n_windows (B,); labels (B, T) unshifted, -100
-        ignored. -> logits (B, T, V) and no loss, or no logits and the mean loss over the labelled tokens:
-        with labels the head runs at the positions before labelled tokens alone (V = 151,669 makes the rest
-        expensive)."""
+        ignored -> logits (B, T, V) and no loss, or no logits and the mean loss over the labelled tokens: then
+        the head runs at the positions before those alone (V = 151,669 makes the rest expensive)."""
         audio, n_keys = self.listen(windows, n_windows)
         x = self.hidden(input_ids, self.keys_values(audio), n_keys)
         if labels is None:
@@ -651,9 +643,7 @@ class AudioFlamingo(nn.Module):
         try:
             audio, n_keys = self.listen(windows.to(device), n_windows)
             kv = self.keys_values(audio)  # once, not at every token
-            most = T + how.max_new_tokens
-            length = min(most, -(-(T + 1) // CACHE_STEP) * CACHE_STEP)
-            cache = self.lm.new_cache(B, length, like=kv[min(kv)])
+            cache = self.lm.new_cache(B, -(-(T + 1) // CACHE_STEP) * CACHE_STEP, like=kv[min(kv)])
             positions = torch.arange(T, device=device).expand(B, T)
             x = self.hidden(ids, kv, n_keys, positions, cache)[torch.arange(B), lengths - 1]  # (B, D)
             for step in range(how.max_new_tokens):
@@ -662,8 +652,8 @@ class AudioFlamingo(nn.Module):
                 yield token.masked_fill(done, -1)
                 if step + 1 == how.max_new_tokens or done.all():
                     break
-                if T + step >= cache.shape[4]:  # doubled, for long answers
-                    cache = F.pad(cache, (0, 0, 0, min(cache.shape[4], most - cache.shape[4])))
+                if T + step >= cache.shape[4]:
+                    cache = F.pad(cache, (0, 0, 0, cache.shape[4]))  # twice as long
                 x = self.hidden(token[:, None], kv, n_keys, (lengths + step)[:, None], cache)[:, 0]
         finally:  # also when the reader stops early
             self.train(was_training)
@@ -707,8 +697,8 @@ class AudioFlamingo(nn.Module):
     def from_pretrained(cls, path, lang_encoder_path=None, device="cpu", dtype=torch.float32, **settings):
         """path: a run directory, a checkpoint, a release directory or a hub id; settings override its own."""
         from checkpoint import load
-        given = {"lang_encoder_path": lang_encoder_path} if lang_encoder_path else {}
-        return load(path, device, dtype, **settings, **given)
+        settings |= {"lang_encoder_path": lang_encoder_path} if lang_encoder_path else {}
+        return load(path, device, dtype, **settings)
 
     def save_pretrained(self, folder):
         """Write the release layout, which from_pretrained and the published code read."""
@@ -751,8 +741,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr,
                    q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, n_b, n_t, T, N, scale,
                    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
                    STORE_Y: tl.constexpr, STORE_O: tl.constexpr):
-    """Grid (token blocks, B H, splits); with splits > 1 each stores o and lse of its keys, (splits, B,
-    ...)."""
+    """Grid (token blocks, B H, splits); of several, each stores o and lse of its keys, (splits, B, ...)."""
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.minimum(tl.load(n_ptr + b * n_b + t * n_t, mask=t < T, other=0), N).to(tl.int32)
@@ -976,12 +965,11 @@ attend_op.register_autograd(attend_gradients, setup_context=save_for_attend_back
 
 def triton_attention(q, k, v, n_keys, gate):
     d = q.shape[-1]
-    if not triton.__version__ or not (q.is_cuda or INTERPRETED):
-        raise ValueError(f"backend='triton': expected triton and a GPU, or TRITON_INTERPRET=1 before the "
-                         f"import; got triton {triton.__version__} and tensors on {q.device}")
-    if d not in (32, 64, 128) or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"backend='triton': expected heads of 32, 64 or 128 channels in float32, float16 or "
-                         f"bfloat16, got {d} in {q.dtype}")
+    fits = d in (32, 64, 128) and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if not fits or not triton.__version__ or not (q.is_cuda or INTERPRETED):
+        raise ValueError(f"backend='triton': expected triton, a GPU (or TRITON_INTERPRET=1 at import) and "
+                         f"heads of 32, 64 or 128 channels in float32, float16 or bfloat16; got triton "
+                         f"{triton.__version__}, {q.device} and {d} in {q.dtype}")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
     op = attend_op if save or torch.compiler.is_compiling() else attend  # a plain call skips the dispatcher

@@ -35,8 +35,7 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 
 
 def parameter_groups(model, c):
-    """Three learning rates (CLAP, gates, the rest); weight decay on the gated cross-attention matrices
-    alone."""
+    """Three learning rates (CLAP, gates, the rest); weight decay on the gated blocks' matrices alone."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -61,8 +60,7 @@ def parameter_table(model):
 
 
 def schedule(c, step, total):
-    """Factor on the learning rates at an optimizer step (0-based): linear warm-up, then constant, cosine or
-    linear."""
+    """Factor on the learning rates at a step (from 0): linear warm-up, then constant, cosine or linear."""
     if step < c.warmup_steps:
         return (step + 1) / c.warmup_steps
     done = min(1.0, (step - c.warmup_steps) / max(1, total - c.warmup_steps))

@@ -61,8 +61,7 @@ def defaults():
 
 
 def check(name, value, known, where):
-    """The value as the setting's type, or a ValueError that names the setting, the value and the expected
-    type."""
+    """The value as the setting's type, or a ValueError that names setting, value and the expected type."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         near = f"; nearest: {', '.join(near)}" if near else ""
@@ -78,8 +77,7 @@ def check(name, value, known, where):
 
 
 def parse(text, kind):
-    """A command-line string as a Python value. Strings need no quotes; true/false/none are understood in any
-    case."""
+    """A command-line string as a Python value: strings need no quotes; true, false, none are of any case."""
     if kind is str:
         return text
     try:

@@ -1,7 +1,10 @@
 """Settings: what a newcomer types is understood, or refused in one line that helps."""
+import re
+
 import pytest
 
 import config
+from tests.helpers import run
 
 
 def load(*argv):
@@ -55,3 +58,26 @@ def test_help_lists_every_setting_with_its_reason(capsys):
     assert end.value.code == 0
     for name, (_, default, reason) in config.settings_of(config.ROOT + "/config/defaults.py").items():
         assert f"--{name}={default!r}" in text and reason and reason in text
+
+
+@pytest.mark.parametrize("script, own, shared, others", [
+    ("sample.py", "prompt", "max_num_window", ["learning_rate", "dataset_blending_config", "num_workers", "max_tokens"]),
+    ("eval.py", "split", "num_workers", ["learning_rate", "batch_size", "warmup_steps", "max_tokens"])])
+def test_help_lists_what_a_script_reads_its_own_first(script, own, shared, others):
+    text = run(script, "--help").stdout
+    assert 0 < text.index(f"--{own}=") < text.index(f"--{shared}=")
+    assert not [name for name in others if f"--{name}=" in text]
+    source = open(f"{config.ROOT}/{script}").read() + open(f"{config.ROOT}/sample.py").read()
+    for name in re.findall(r"^  --(\w+)=", text, re.M):  # each is read: by the script, or by what loads its model
+        assert re.search(rf"\bc\.{name}\b|\"{name}\"", source) or name in config.LOADING, name
+
+
+def test_what_shapes_a_model_is_a_list_of_settings():
+    defaults = config.defaults()
+    assert set(config.LOADING) <= set(defaults) and set(config.ORIGINS) <= set(defaults)
+    assert not {"clap_finetune", "clap_learning_rate", "attention_backend", "cache_dir"} & set(config.MODEL_SETTINGS)
+
+
+def test_paths_of_settings_start_at_the_project(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert config.place("exp/x") == f"{config.ROOT}/exp/x" and config.place("/exp/x") == "/exp/x"

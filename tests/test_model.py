@@ -232,3 +232,104 @@ def test_import_needs_no_network_and_no_torchvision():
             "import model, data, train, sample, eval\nmodel.load_htsat_class()\n"
             "assert 'torchvision' not in sys.modules and 'laion_clap' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_a_decoding_step_is_one_graph(tiny_settings, monkeypatch):
+    """Shapes stay the same while answers grow, and a second, shorter prompt falls into the same ones."""
+    model = build(tiny_settings, gates=0.6)
+    _, windows, n, _ = batch(model)
+    prompts = ["What?", "A longer question about the sound", "hm"]
+    plain = [list(model.stream(p, windows, n, max_new_tokens=8)) for p in (prompts, ["a", "b", "c"])]
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend=count)
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *rest: (step if ids.shape[1] == 1 else hidden)(ids, *rest))
+    monkeypatch.setattr("model.CACHE_STEP", 64)  # one length for both prompts
+    monkeypatch.setattr(model, "stop_ids", [])
+    compiled = [list(model.stream(p, windows, n, max_new_tokens=20)) for p in (prompts, ["a", "b", "c"])]
+    assert len(graphs) == 1
+    for ours, theirs in zip(compiled, plain):
+        for a, b in zip(ours, theirs):
+            assert all(x == y or y < 0 for x, y in zip(a.tolist(), b.tolist()))
+
+
+def test_a_growing_cache_changes_nothing(tiny_settings, monkeypatch):
+    model = build(tiny_settings, gates=0.6)
+    _, windows, n, _ = batch(model)
+    model.stop_ids = []
+    answers = []
+    for step in (256, 4):  # slots at first: all that are needed, or some, doubled again and again
+        monkeypatch.setattr("model.CACHE_STEP", step)
+        answers.append(model.generate(["What?", "A longer question", "hm"], windows, n, max_new_tokens=50))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
+                                   {"top_p": 1.5}, {"max_new_tokens": -1}])
+def test_sampling_that_makes_no_sense_is_refused(tiny_settings, wrong):
+    model = build(tiny_settings)
+    _, windows, n, _ = batch(model)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected"):
+        model.generate(["a", "b", "c"], windows, n, **wrong)
+    assert model.generate(["a", "b", "c"], windows, n, max_new_tokens=0) == ["", "", ""]
+
+
+def test_gradients_reach_the_sound_after_an_answer(tiny_settings):
+    from model import hann_and_mel
+    hann_and_mel.cache_clear()
+    model = build(tiny_settings, gates=0.5)
+    ids, windows, n, labels = batch(model)
+    model.generate(["a", "b", "c"], windows, n, max_new_tokens=2)
+    windows.requires_grad_(True)
+    model(ids, windows, n, labels=labels)[1].backward()
+    assert windows.grad.abs().sum() > 0
+
+
+def test_int16_windows_are_the_floats(tiny_settings):
+    model = build(tiny_settings, gates=0.5)
+    ids, windows, n, _ = batch(model)
+    windows = (windows * 32767).to(torch.int16)
+    assert torch.equal(model(ids, windows, n)[0], model(ids, windows.float() / 32767, n)[0])
+
+
+@pytest.mark.parametrize("mark", ["<audio>", "<|endofchunk|>", "<SEP>", "<|PAD_TOKEN|>", "<|endoftext|>"])
+def test_marks_inside_texts_are_text(tiny_settings, mark):
+    """In training and in answering alike: one <audio>, one sep, and every character of the mark read as such."""
+    from data import Collate, encode_prompts
+    model = build(tiny_settings, gates=0.5)
+    tokenizer, text = model.tokenizer, f"what is {mark} here"
+    ids, labels, cut = Collate(tokenizer, 512, 40000).encode([(text, f"a {mark} b")])
+    marks = [model.audio_id, model.sep_id, model.end_id, tokenizer.eos_token_id]
+    assert [t for t in ids[0].tolist() if t in marks or t == model.pad_id] == marks and cut == 0
+    prompt = encode_prompts(tokenizer, [text])[0]
+    assert ids[0].tolist()[:len(prompt)] == prompt
+    assert tokenizer.decode(prompt[1:-1]) == text.lower()
+    said = [t for t in labels[0].tolist() if t >= 0]
+    assert tokenizer.decode(said[:-2]) == f"a {mark.lower()} b" and said[-2:] == marks[2:]
+    other = encode_prompts(tokenizer, [text.replace(mark, "x")])[0]
+    assert len(prompt) == len(other) + len(mark) - 1  # a byte-level vocabulary: a token a character
+
+
+def test_what_the_tokenizer_puts_before_a_text_stays(tiny_lm):
+    """A tokenizer that begins texts with a mark of its own and ends them with another: the first alone is kept."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    from data import Collate, add_marks, encode_prompts
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    special = [("<s>", tokenizer.bos_token_id), ("<|endoftext|>", tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", pair="<s> $A $B <|endoftext|>", special_tokens=special)
+    add_marks(tokenizer)
+    (prompt,) = encode_prompts(tokenizer, ["Hi"])
+    audio, end = tokenizer.convert_tokens_to_ids(["<audio>", "<|endofchunk|>"])
+    assert prompt[:2] == [tokenizer.bos_token_id, audio] and prompt[-1] == tokenizer.sep_token_id
+    assert prompt.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in prompt
+    ids, _, _ = Collate(tokenizer, 64, 40000).encode([("Hi", "yo")])
+    assert ids[0].tolist()[:len(prompt)] == prompt and ids[0].tolist()[-2:] == [end, tokenizer.eos_token_id]

@@ -42,6 +42,27 @@ def test_questions_file(trained, tiny_data, tmp_path):
     assert alone.rstrip("\n") == answers[3]["output"].rstrip("\n")
 
 
+def test_what_is_not_heard_is_said_once(trained, tiny_data, tmp_path):
+    """Two windows of 2.5 s are heard of a clip of 12 s, on the command line as in Python; and of 8 clips, none is longer."""
+    import torch
+
+    from data import load_audio
+    from model import AudioFlamingo
+    soundfile.write(tmp_path / "long.wav", np.random.default_rng(2).standard_normal(12 * 16000) * 0.1, 16000)
+    note = "note: 1 of 1 clips are longer than the 5 s that are heard (max_num_window = 2): 7.0 s are left out"
+    result = sample(trained, "--audio", tmp_path / "long.wav", "--prompt", "What?", "--precision=fp32")
+    assert result.stderr.count("note:") == 1 and note in result.stderr
+    model = AudioFlamingo.from_pretrained(f"{trained}/tiny")
+    windows = torch.from_numpy(load_audio(str(tmp_path / "long.wav"), **model.hearing))
+    assert len(windows) == 2
+    answer = model.generate(["What?"], windows, torch.tensor([2]), max_new_tokens=4)[0]
+    assert result.stdout.rstrip("\n") == answer.rstrip("\n")
+    assert "note:" not in sample(trained, "--audio", f"{tiny_data}/3.wav").stderr
+    options = ["--split", "toy-AQA/test", f"--init_from={trained}/tiny", "--max_new_tokens=1", f"--results={tmp_path}"]
+    note = "note: 5 of 8 clips are longer than the 2.5 s that are heard (max_num_window = 1)"
+    assert note in run("eval.py", *options, "--max_num_window=1").stdout
+
+
 def test_newest_run_is_the_default(trained, tiny_data):
     assert "tiny" in run("sample.py", f"--expdir={trained}", "--audio", f"{tiny_data}/0.wav", "--max_new_tokens=2").stderr
 

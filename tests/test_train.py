@@ -3,10 +3,13 @@ files."""
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import checkpoint
+import config
 from checkpoint import load_pickle
 from model import AudioFlamingo
 from tests.helpers import fails_with_one_line, run, write_manifest
@@ -136,3 +139,46 @@ def test_blending_record(tiny_config, tmp_path):
     (["--audio_transformer_n_head=7"], "audio_transformer_n_head"), (["--cross_attn_every_n_layers=9"], "cross_attn")])
 def test_bad_input_is_one_line(tiny_config, tmp_path, options, saying):
     fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", *options, saying=saying)
+
+
+def test_which_parts_each_stage_of_the_recipe_moves(tiny_config, tiny_data, tmp_path):
+    """The real config files, one after the other, at tiny sizes: the audio encoder trains in the second alone."""
+    c = config.load([tiny_config], "train.py")
+    sizes = {n: v for n, v in vars(c).items() if n in c.given and not n.endswith(("_config", "learning_rate"))}
+    before = None
+    for stage, moved in (("pretrain", {"audio_transformer", "xattn", "lm.embed_tokens"}),
+                         ("sft", {"audio_transformer", "xattn", "lm.embed_tokens", "clap"}),
+                         ("long", {"audio_transformer", "xattn", "lm.embed_tokens"})):
+        small = sizes | {"clap_checkpoint": None, "gradient_accumulation_steps": 1, "num_epochs": 1, "batch_size": 4,
+                         "expdir": str(tmp_path), "dataset_blending_config": {"toy-AQA/train": 1.0},
+                         "valid_dataset_config": {}, "dataset_blending_global_weight": 1.0, "warmup_steps": 1}
+        if before:
+            small |= {"pretrained_path": f"{tmp_path}/{before}", "pretrained_ckpt": "checkpoint_0.pt"}
+        file = tmp_path / f"{stage}.py"
+        lines = "".join(f"{name} = {value!r}\n" for name, value in small.items())
+        file.write_text(open(f"config/{stage}.py").read() + lines)
+        run("train.py", file)
+        model = AudioFlamingo.from_pretrained(f"{tmp_path}/{stage}")
+        start = AudioFlamingo.from_pretrained(f"{tmp_path}/{before}") if before else None
+        if start is None:  # what was drawn at random is not known; the language model is
+            start = checkpoint.new(SimpleNamespace(**(config.defaults() | sizes)))
+            compare = [n for n in model.state_dict() if n.startswith("lm.") and not n.endswith(".added")]
+            moved = {"lm.embed_tokens"}
+        else:
+            compare = list(model.state_dict())
+        changed = {n for n in compare if not torch.equal(model.state_dict()[n], start.state_dict()[n])}
+        assert {next((part for part in moved if n.startswith(part)), n) for n in changed} == moved, stage
+        trained = {n for n, _ in model.named_parameters() if n.startswith(tuple(moved))}
+        still = {n for n in trained & set(compare) - changed if "fusion_model" not in n and "mel_conv2d" not in n}
+        assert not {n for n in still if not n.endswith(("bias", "_gate"))}, still
+        before = stage
+
+
+def test_what_is_not_heard_is_said_once(tiny_config, tmp_path):
+    """toy-AQA: clips of 1.5 to 4.3 s. One window of 2.5 s hears the first three whole."""
+    options = ["--max_num_window=1", "--num_epochs=2", "--dataset_blending_global_weight=1.0", "--valid_dataset_config={}"]
+    result = train(tiny_config, tmp_path, "short", *options)
+    seconds = sum(max(0, 1.5 + 0.4 * i - 2.5) for i in range(8))
+    note = f"note: 5 of 8 clips are longer than the 2.5 s that are heard (max_num_window = 1): {seconds:.1f} s are left out"
+    assert result.stdout.count("left out") == 1 and note in result.stdout
+    assert "left out" not in train(tiny_config, tmp_path, "whole", "--num_epochs=1").stdout

@@ -17,6 +17,9 @@ NOT_HERE = {  # command: why it is not run by this test
     "make demo": "takes many minutes; its scripts are run on tiny data by the other tests",
     "make test": "is running",
     "pip install -r requirements.txt": "needs the registry; the Makefile's setup ran it",
+    "pip install -r requirements-eval.txt": "needs the registry",
+    "python eval.py score answers.jsonl --task=Clotho-AQA-AQA": "is run by test_scores.py",
+    "python eval.py compare ours.jsonl theirs.jsonl": "is run by test_scores.py",
 }
 
 
@@ -60,7 +63,8 @@ def words(command, folder, data):
              ("questions.jsonl", f"{folder}/questions.jsonl"), ("answers.jsonl", f"{folder}/answers.jsonl"),
              ("config/pretrain.py", f"{folder}/pretrain.py"), ("config/sft.py", f"{folder}/sft.py"),
              ("config/long.py", f"{folder}/long.py"), ("train.py mine.py", f"train.py {folder}/mine.py"),
-             ("exp/mine", f"{folder}/exp/mine"), ("data/manifests/Mine-AQA", f"{data}/Mine-AQA"),
+             ("exp/mine", f"{folder}/exp/mine"), ("exp/sft", f"{folder}/exp/mine"),
+             ("data/manifests/Mine-AQA", f"{data}/Mine-AQA"),
              ("--data_root=data", f"--data_root={data}"), ("data/gm/audio/test/00000.wav", f"{data}/1.wav"),
              ("out/demo", f"{folder}/exp/mine"), ("--max_num_window 12", "--max_num_window 2"),
              ("--nproc_per_node=8", "--nproc_per_node=2")]

@@ -1,161 +1,151 @@
 """Score a model on manifests: run the split, keep every answer, print the metric that belongs to the task.
 
-    python eval.py --split Clotho-AQA-AQA/test                                       # the newest run
+    python eval.py --split Clotho-AQA-AQA/test                                 # the newest run
     python eval.py --split GM-Family-AQA/test,GM-Order-AQA/test --init_from=out/demo
-    python eval.py --split MMAU/test --init_from=nvidia/audio-flamingo-2 --metric=multiple_choice
+    python eval.py --split MMAU/test-mini --init_from=nvidia/audio-flamingo-2  # MMAU's own JSON file will do
+    python eval.py score answers.jsonl --task=Clotho-AQA-AQA                   # the answers of any system
+    python eval.py compare a.jsonl b.jsonl                                     # paired test of two of them
 
-Answers go to <results>/<Name-Task>--<split>.jsonl, one item a line; started again, only what is missing is
+Answers go to <results>/<Name-Task>--<split>.jsonl, one item a line; started again, only missing ones are
 answered. Decoding is greedy, 256 new tokens at most. Rules by task name, see METRICS; --metric overrides.
 """
 import json
 import os
 import re
-from collections import Counter
+import signal
+import sys
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import config as settings
-from data import Clips, open_manifests, unheard_note
-from sample import load_model
+from checkpoint import fingerprint
+from data import Clips, Manifest, load_audio, unheard_note
+from sample import load_weights, read_model
+from tools import answers, records, report as pages, table
+from tools.captions import captioning
+from tools.clap_text import text_tower
+from tools.closed_sets import closed_set, multi_label, nsynth
+from tools.compare import compare
+from tools.listening import attention_over_time
+from tools.reading import (labels_of, mark_of, marks_in, normalise, option_named, options_of,
+                           reference_option, said)
 
 split: str = ""  # Name-Task/split, or several separated by commas
-init_from: str | None = None  # run directory, checkpoint file, release directory or hub id; None: the newest run
+init_from: str | None = None  # run, checkpoint file, release directory or hub id; None: the newest run
 metric: str | None = None  # name of a rule below instead of the one chosen by the task's name
+task: str | None = None  # Name-Task or Name-Task/split of the answers to score
+labels: str | None = None  # file of a closed label set, one a line; None: the labels of the split
+matching: str = "auto"  # closed sets: retrieval (CLAP's text encoder), exact; auto: what there is
+text_tokenizer: str = "google/flan-t5-large"  # directory or hub id of that encoder's tokenizer
 results: str | None = None  # folder of the answers; None: eval/ in the run, or out/eval/<model> for a release
-scores: str | None = None  # JSON file to add {"tasks": {split: {"accuracy", "chance", "n"}}} to
+report: bool = True  # write <results>/report.html: the table, and the worst items to listen to
+scores: str | None = None  # JSON file to add {"tasks": {split: {"accuracy", "chance", "n", "intervals"}}} to
 max_new_tokens: int = 256  # at most, per answer
 eval_batch_size: int = 16  # clips answered at once
 READS = (*settings.LOADING, "expdir", "dataset_file_root", "data_root", "num_workers", "device", "precision")
 
 # ------------------------------------------------------------------------------------------------------------
-# Rules: items [{"prompt", "output" (what the manifest says), "answer" (what the model said), "labels"}] ->
-# scores dict. "score" is set on every item; the first entry of the dict is the headline, in [0, 1].
+# Rules: items [{"prompt", "output" (what the manifest says), "answer" (what the model said)}] -> figures, the
+# headline first: a list of what every item counts (None: it does not), or a number or word as it is. They set
+# "score" on the items, the headline's value. An empty answer is wrong under every rule.
 
 
-def tokens(text):
-    return set(re.findall(r"\b\w+\b", text.lower()))
-
-
-def normalise(text):
-    """Lower case, no punctuation, no articles, single spaces."""
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(w for w in words if w not in ("a", "an", "the"))
-
-
-def choices_of(prompt):
-    """The options of "... (A) xxx. (B) yyy." as ["(A) xxx.", "(B) yyy."]; [] if there are not two of them."""
-    parts = re.split(r"(?=\([A-Z]\)\s)", prompt)
-    options = [part.strip() for part in parts if re.match(r"\([A-Z]\)\s", part)]
-    return options if len(options) > 1 else []
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else float("nan")
+def official_mmau(right, answer, options):
+    """MMAU's token rule: all tokens of the right option said, and none that only another option has."""
+    right, answer, *others = (set(re.findall(r"\b\w+\b", text.lower())) for text in (right, answer, *options))
+    return float(bool(answer) and right <= answer and not answer & (set().union(*others) - right))
 
 
 def multiple_choice(items):
-    """MMAU's official token rule: all tokens of the right option said, and none that only a wrong option has.
-    The manifest gives the right option with its letter or as its text alone."""
+    """MMAU's official rule on the options' texts: "accuracy" with the answer as it is. Beside it without a
+    leading mark: "(A) woman and child" is wrong as it is where another option holds "a". And "as read": the
+    option that the answer names to a reader, by letter, text or both."""
+    bare, read, chances = [], [], []
     for item in items:
-        right, said = tokens(item["output"]), tokens(item["answer"])
-        wrong = set().union(*(tokens(c) - right for c in choices_of(item["prompt"])
-                              if right not in (tokens(c), tokens(c[3:]))))
-        item["score"] = float(bool(said) and right <= said and not said & wrong)
-    return {"accuracy": mean(i["score"] for i in items),
-            "chance": mean(1 / max(len(choices_of(i["prompt"])), 1) for i in items)}
+        options, answer = item.get("choices") or options_of(item["prompt"]), said(item)
+        right = reference_option(item["output"], options)
+        named = option_named(answer, options) if answer else None
+        item["predicted"] = None if named is None else options[named]
+        item["score"] = official_mmau(right, answer, options)
+        bare.append(official_mmau(right, mark_of(answer, len(options))[1] or answer, options))
+        read.append(float(named is not None and normalise(options[named]) == normalise(right)))
+        chances.append(1 / max(len(options), 1))
+    return {"accuracy": [item["score"] for item in items], "mark stripped": bare, "as read": read,
+            "chance": sum(chances) / len(chances)}
 
 
 def muchomusic(items):
-    """The one capital A-D that stands alone, else the first option whose text is contained, else
-    unanswered."""
-    unanswered = 0
+    """MuChoMusic: the one option letter that stands alone, else the first option whose text is contained,
+    else unanswered. An answer that is an option's text names it: the A of "A female voice" is an article."""
     for item in items:
-        options = choices_of(item["prompt"])
-        letters = set(re.findall(r"\b[A-D]\b", item["answer"]))
-        if len(letters) == 1:
-            chosen = letters.pop()
-        else:
-            texts = [(o[1], re.sub(r"^\(\w\)\s*|\.$", "", o).lower()) for o in options]
-            chosen = next((letter for letter, text in texts if text and text in item["answer"].lower()), None)
-        unanswered += chosen is None
-        right = re.match(r"\(?([A-D])\b", item["output"])
-        right = right[1] if right else next((o[1] for o in options if normalise(item["output"]) == normalise(o[3:])), None)
-        item["score"] = float(chosen is not None and chosen == right)
-    return {"accuracy": mean(i["score"] for i in items), "unanswered": unanswered / len(items), "chance": 0.25}
+        options, answer = item.get("choices") or options_of(item["prompt"]), said(item)
+        whole = [i for i, option in enumerate(options) if normalise(option) == normalise(answer)]
+        chosen = whole[:1] or list(marks_in(answer, len(options), capitals=True))
+        if len(chosen) != 1:
+            chosen = [i for i, option in enumerate(options) if option.lower() in answer.lower()]
+        item["predicted"] = options[chosen[0]] if chosen else None
+        right = normalise(reference_option(item["output"], options))
+        item["score"] = float(bool(chosen) and normalise(item["predicted"]) == right)
+    return {"accuracy": [item["score"] for item in items],
+            "unanswered": [float(item["predicted"] is None) for item in items], "chance": 0.25}
 
 
 def clotho_aqa(items):
     """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike;
-    non-binary: the questions no one answered with yes or no, right if the answer equals any of the three."""
-    groups = {"unanimous": [], "non-binary": []}
+    non-binary: those no one answered with yes or no, right if the answer equals any of the three. Others do
+    not count."""
+    unanimous, other = [], []
     for item in items:
-        said, three = normalise(item["answer"]), [normalise(x) for x in item["output"].split(", ")]
-        item["score"] = float(said in three)
-        if all(x in ("yes", "no") for x in three):
-            if len(set(three)) == 1:
-                groups["unanimous"].append(item["score"])
-        elif not any(x in ("yes", "no") for x in three):
-            groups["non-binary"].append(item["score"])
-    return {"accuracy": mean(groups["unanimous"] + groups["non-binary"]), **{k: mean(v) for k, v in groups.items()},
-            "n unanimous": len(groups["unanimous"]), "n non-binary": len(groups["non-binary"])}
+        three, answer = [normalise(text) for text in item["output"].split(",")], said(item)
+        binary = [text in ("yes", "no") for text in three]
+        right = float(bool(answer) and normalise(answer) in three)
+        unanimous.append(right if all(binary) and len(set(three)) == 1 else None)
+        other.append(None if any(binary) else right)
+        item["score"] = unanimous[-1] if unanimous[-1] is not None else other[-1]
+    return {"accuracy": [item["score"] for item in items], "unanimous": unanimous, "non-binary": other}
 
 
 def exact_match(items):
-    """Equal after lower-casing and dropping punctuation and articles. Chance: the share of one of the set's
-    answers."""
+    """The same labels in any order, after lower-casing and dropping punctuation and articles."""
     for item in items:
-        item["score"] = float(normalise(item["answer"]) == normalise(item["output"]))
-    return {"accuracy": mean(i["score"] for i in items), "chance": 1 / len({normalise(i["output"]) for i in items})}
-
-
-def closed_set(items):
-    """Closed label set (that of the manifest), "exact": the normalised answer is the label. No text encoder
-    is used."""
-    return exact_match(items) | {"labels": len({normalise(i["output"]) for i in items}), "matching": "exact"}
+        item["predicted"] = said(item)
+        item["score"] = float(bool(said(item)) and labels_of(said(item)) == labels_of(item["output"]))
+    return {"accuracy": [item["score"] for item in items],
+            "chance": 1 / len({normalise(item["output"]) for item in items})}
 
 
 def entailment(items):
-    """The first of entailment, neutral, contradiction that the answer names."""
+    """The first of entailment, neutral, contradiction that the answer names and does not deny."""
+    name = re.compile(r"(?<!not )(?<!not an )(?<!not a )(?<!no )(?:entail|neutral|contradict)")
+    whole = {"entail": "entailment", "contradict": "contradiction"}
     for item in items:
-        said = re.search(r"entailment|neutral|contradiction", item["answer"].lower())
-        item["score"] = float(bool(said) and said[0] in item["output"].lower())
-    return {"accuracy": mean(i["score"] for i in items), "chance": 1 / 3}
+        told, right = (name.search(text.lower()) for text in (said(item), item["output"]))
+        item["predicted"] = whole.get(told[0], told[0]) if told else None
+        item["score"] = float(bool(told and right) and told[0] == right[0])
+    return {"accuracy": [item["score"] for item in items], "chance": 1 / 3}
 
 
 def cmm(items):
-    """yes or no within the first five characters: accuracy on yes items (perception) and no items
-    (hallucination)."""
-    for item in items:
-        said = re.search(r"yes|no", item["answer"].strip().lower()[:5])
-        item["score"] = float(bool(said) and said[0] == normalise(item["output"])[:len(said[0])])
-    part = lambda word: mean(i["score"] for i in items if normalise(i["output"]).startswith(word))
-    return {"accuracy": mean(i["score"] for i in items), "perception": part("yes"), "hallucination resistance": part("no"),
+    """CMM: yes or no within the first five characters. Yes items tell perception, no items hallucination."""
+    words = [normalise(item["output"]) for item in items]
+    for word, item in zip(words, items):
+        item["score"] = float(word in said(item).lower()[:5])
+    right = [item["score"] for item in items]
+    return {"accuracy": right, "perception": [s if word == "yes" else None for s, word in zip(right, words)],
+            "hallucination resistance": [s if word == "no" else None for s, word in zip(right, words)],
             "chance": 0.5}
 
 
-def captioning(items):
-    """Answers are kept with their references (items of the same clip and prompt are one); no metric is
-    computed yet."""
-    for item in items:
-        item["score"] = None
-    return {"captions kept": len(items)}
-
-
-# The first pattern found in Name-Task decides; prompts that list their options go by multiple_choice before
-# the rest.
-METRICS = ((r"MuChoMusic", muchomusic), (r"Clotho-AQA", clotho_aqa), (r"Entailment", entailment), (r"CMM", cmm),
+# The first pattern found in Name-Task decides; of the last two, prompts with options go by multiple_choice.
+METRICS = ((r"MuChoMusic", muchomusic), (r"MMAU", multiple_choice), (r"Clotho-AQA", clotho_aqa),
+           (r"Entailment", entailment), (r"CMM", cmm), (r"FSD50k", multi_label), (r"NSynth", nsynth),
            (r"AudioCaptioning|AudioDescription|Tagging", captioning),
-           (r"(Event|Scene|Emotion|Sentiment|Genre|Instr|Vocal)Classification|MIR$", closed_set), (r"", exact_match))
-RULES = {rule.__name__: rule for _, rule in METRICS} | {"multiple_choice": multiple_choice}
-
-# Published 3B scores, in percent (Audio Flamingo 2, reported by its authors; not measured here)
-PUBLISHED = {"Clotho-AQA-AQA/test": "unanimous 86.9, non-binary 52.6", "Music-AVQA-AQA_All/test": "72.3",
-             "CochlScene-SceneClassification/test": "82.1", "NonSpeech7k-EventClassification/test": "84.3",
-             "GTZAN-GenreClassification/test": "69.1", "Clotho-v2-AudioCaptioning/test": "CIDEr 0.46",
-             "audiocaps-AudioCaptioning/test": "CIDEr 0.58", "FSD50k-EventClassification/test": "mAP 49.2"}
+           (r"(Event|Scene|Emotion|Sentiment|Genre|Instr|Vocal)Classification|MIR$", closed_set),
+           (r"", exact_match))
+RULES = {rule.__name__: rule for _, rule in METRICS}
 
 
 def choose_rule(task, items, name=None):
@@ -163,57 +153,135 @@ def choose_rule(task, items, name=None):
         if name not in RULES:
             raise ValueError(f"metric = {name!r}, expected one of {', '.join(RULES)}")
         return RULES[name]
-    rule = next(rule for pattern, rule in METRICS if re.search(pattern, task))
-    options = sum(bool(choices_of(item["prompt"])) for item in items)
-    return multiple_choice if rule in (exact_match, closed_set) and options > len(items) / 2 else rule
+    rule = next(rule for pattern, rule in METRICS if re.search(pattern, task, re.I))
+    listed = sum(bool(options_of(item["prompt"])) for item in items)
+    return multiple_choice if rule in (exact_match, closed_set) and listed > len(items) / 2 else rule
+
+
+def score_split(name, items, c, clap=None):
+    """Score the items by their task's rule, print the row of the table and return it. Items without a
+    reference (MMAU's test split) are not scored. clap: a CLAP checkpoint, whose text encoder closed sets
+    use."""
+    rule = choose_rule(name.split("/")[0], items, c.metric)
+    counted = []
+    for item in items:
+        item["score"] = None
+        if item["output"].strip() or rule is captioning:
+            counted.append(item)
+    extra = {}
+    if rule in (closed_set, multi_label, nsynth):
+        extra = {"labels": c.labels and records.read_labels(c.labels), "embed": text_tower(clap, c)}
+    figures = rule(counted, **extra) if counted else {"accuracy": None}
+    row = table.row_of(figures, counted, rule.__name__)
+    if len(counted) < len(items):
+        row["without a reference"] = len(items) - len(counted)
+    print(*table.lines_of(name, row), sep="\n", flush=True)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Answers
 
 
-def collate(items):
-    return items
-
-
-def answer_split(model, manifest, path, c):
-    """Answer what the JSONL at `path` does not hold yet; -> all items in manifest order."""
-    done = {}
-    if os.path.exists(path):
-        for line in open(path):
-            try:
-                item = json.loads(line)
-            except ValueError:  # a line cut off when a run was killed: answered again
-                continue
-            done[item["id"]] = item
-    for i, item in done.items():
-        if i >= len(manifest) or (item["prompt"], item["audio"]) != (manifest[i]["prompt"], manifest[i]["path"]):
-            raise ValueError(f"{path}: item {i} is not that of {manifest.file}; remove the file or give another --results")
+def answer_split(model, manifest, path, c, matters, about, rank, world):
+    """Answer what is not kept yet, this rank's share of it; -> on rank 0 all items in manifest order."""
+    if rank == 0:
+        answers.set_aside(path, matters)
+    wait(world)
+    done = answers.kept(path, manifest, matters)
+    wait(world)  # all ranks have read before one writes: the same shares
     clips = Clips([manifest], None, model.hearing)
-    todo = sorted((i for i in range(len(manifest)) if i not in done), key=lambda i: len(manifest[i]["prompt"]))
+    todo = sorted(set(range(len(manifest))) - set(done), key=lambda i: len(manifest[i]["prompt"]))
+    todo = todo[rank::world]
     batches = [todo[first:first + c.eval_batch_size] for first in range(0, len(todo), c.eval_batch_size)]
-    loader = DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=min(c.num_workers, len(batches)))
-    bar = tqdm(total=len(manifest), initial=len(done), desc=manifest.name, unit="clip", disable=None)
-    with open(path, "a") as f, bar:
-        if done:
-            f.write("\n" if not open(path).read().endswith("\n") else "")
+    loader = DataLoader(clips, batch_sampler=batches, collate_fn=list,
+                        num_workers=min(c.num_workers, len(batches)))
+    bar = tqdm(total=len(todo), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
+    with answers.open_part(path, matters, rank, about) as f, bar:
         for ids, loaded in zip(batches, loader):
             good = [(i, clip["windows"]) for i, clip in zip(ids, loaded) if clip["windows"] is not None]
             texts = model.generate([manifest[i]["prompt"] for i, _ in good], torch.cat([w for _, w in good]),
                                    torch.tensor([len(w) for _, w in good]), c.max_new_tokens) if good else []
-            answers = {i: text for (i, _), text in zip(good, texts)}
+            said_of = dict(zip([i for i, _ in good], texts))
             for i, clip in zip(ids, loaded):
-                item = {"id": i, "audio": clip["path"], "prompt": clip["prompt"], "output": clip["output"],
-                        "answer": answers.get(i, "")}
-                if clip["windows"] is None:
+                item = {"id": i} | answers.question_of(manifest, i) | {"answer": said_of.get(i, "")}
+                if "error" in clip:
                     item["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
                 elif clip["unheard"]:
                     item["unheard"] = round(clip["unheard"], 2)  # seconds beyond what is heard
-                done[i] = item
                 f.write(json.dumps(item, ensure_ascii=False) + "\n")
             f.flush()
             bar.update(len(ids))
-    return [done[i] for i in range(len(manifest))]
+    wait(world)
+    if rank:
+        return []
+    done = answers.kept(path, manifest, matters)
+    items = [done[i] for i in range(len(manifest))]
+    for item, question in zip(items, manifest.items):  # references, choices, sub-categories: those of now
+        item.update({key: question[key] for key in records.KEPT if key in question})
+    return items
+
+
+def wait(world):
+    if world > 1:
+        dist.barrier()
+
+
+def open_split(name, c):
+    """The manifest Name-Task/split; also MMAU's official question file in its place, or by its path."""
+    data_root, folder = settings.place(c.data_root), settings.place(c.dataset_file_root)
+    path = name if name.endswith(".json") else os.path.join(folder, name + ".json")
+    if os.path.isfile(path) and records.is_official(path):
+        return records.open_questions(path, name, lambda file: Manifest(file, data_root))
+    return Manifest(path, data_root)
+
+
+def main(c):
+    names = [name.strip() for name in c.split.split(",") if name.strip()]
+    if not names:
+        raise ValueError("give --split Name-Task/split, of dataset_file_root, e.g. Clotho-AQA-AQA/test")
+    if c.metric is not None:
+        choose_rule("", [], c.metric)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+        if c.device == "auto" and torch.cuda.is_available():
+            c.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if "dataset_file_root" in c.given:  # a wrong split is told before a model is looked for, ...
+        manifests = {name: open_split(name, c) for name in names}
+    source, model, state = read_model(c)
+    for root in {"dataset_file_root", "data_root"} - set(c.given):  # not given: where the run's own data is
+        setattr(c, root, getattr(model.config, root))
+    manifests = {name: open_split(name, c) for name in names}  # ... or at least before weights are loaded
+    for manifest in manifests.values():
+        if not len(manifest):
+            raise ValueError(f"{manifest.file}: holds no item to score")
+    model = load_weights(c, source, model, state)
+    matters = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
+               "max_new_tokens": c.max_new_tokens, "hearing": model.hearing}
+    folder = answers_folder(c, source)
+    os.makedirs(folder, exist_ok=True)
+    rows, kept = {}, {}
+    for name, manifest in manifests.items():
+        path = os.path.join(folder, name.replace("/", "--") + ".jsonl")
+        about = {"model": source, "manifest": manifest.file, "commit": settings.commit()}
+        items = answer_split(model, manifest, path, c, matters, about, rank, world)
+        if rank == 0:
+            kept[name] = items
+            rows[name] = score_split(name, items, c, c.clap_checkpoint or model.config.clap_checkpoint)
+            answers.finish(path, items, matters, about)
+            if "audio_id" in manifest.items[0]:
+                records.write_official(path.removesuffix("l"), manifest.items, items)
+            unheard = [item["unheard"] for item in items if "unheard" in item]
+            if unheard:
+                print(unheard_note(len(items), len(unheard), sum(unheard), model.hearing), flush=True)
+    if rank == 0 and c.scores:
+        table.add_scores(settings.place(c.scores), rows)
+    if rank == 0 and c.report:
+        attention = lambda item, windows: attention_over_time(model, item["prompt"], torch.as_tensor(windows))
+        load = lambda item: load_audio(item["audio"], item["start"], **model.hearing)
+        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load, attention)
+    wait(world)
 
 
 def answers_folder(c, source):
@@ -227,46 +295,37 @@ def answers_folder(c, source):
     return os.path.join(run, "eval")
 
 
-def main(c):
-    if not c.split:
-        raise ValueError("give --split Name-Task/split, a manifest under dataset_file_root, e.g. Clotho-AQA-AQA/test")
-    names = c.split.split(",")
-    if c.metric is not None:
-        choose_rule("", [], c.metric)
-    source, model = load_model(c)
-    for name in ("dataset_file_root", "data_root"):  # not given: where the run's own data is
-        if name not in c.given:
-            setattr(c, name, getattr(model.config, name))
-    manifests = open_manifests(c, names)
-    folder = answers_folder(c, source)
-    os.makedirs(folder, exist_ok=True)
-    table = {}
-    for name, manifest in manifests.items():
-        path = os.path.join(folder, name.replace("/", "--") + ".jsonl")
-        items = answer_split(model, manifest, path, c)
-        if not items:
-            raise ValueError(f"{manifest.file}: holds no item to score")
-        rule = choose_rule(name.split("/")[0], items, c.metric)
-        table[name] = rule(items) | {"n": len(items), "rule": rule.__name__}
-        with open(path + ".tmp", "w") as f:
-            f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-        os.replace(path + ".tmp", path)
-        unheard = [item["unheard"] for item in items if "unheard" in item]
-        if unheard:
-            print(unheard_note(len(items), len(unheard), sum(unheard), model.hearing), flush=True)
-        errors = Counter(bool(item.get("error")) for item in items)[True]
-        shown = ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v}" for k, v in table[name].items())
-        print(f"{name}: {shown}" + (f", unreadable clips {errors}" if errors else "") +
-              (f" | published 3B: {PUBLISHED[name]}" if name in PUBLISHED else ""), flush=True)
+def score_files(c, files):
+    """Score the answers of any system."""
+    if not c.task or len(files) != 1:
+        raise ValueError("usage: eval.py score answers.jsonl --task=Name-Task")
+    items = records.read_answers(files[0])
+    row = score_split(c.task, items, c, c.clap_checkpoint)
+    if c.results:
+        folder = settings.place(c.results)
+        os.makedirs(folder, exist_ok=True)
+        records.write_items(os.path.join(folder, c.task.replace("/", "--") + ".jsonl"), items)
+        if c.report:
+            pages.write_report(os.path.join(folder, "report.html"), {c.task: row}, {c.task: items})
     if c.scores:
-        c.scores = settings.place(c.scores)
-        kept = json.load(open(c.scores)) if os.path.exists(c.scores) else {}
-        kept.setdefault("tasks", {}).update({n: {k: t[k] for k in ("accuracy", "chance", "n") if k in t}
-                                             for n, t in table.items()})
-        with open(c.scores + ".tmp", "w") as f:
-            json.dump(kept, f, indent=1)
-        os.replace(c.scores + ".tmp", c.scores)
+        table.add_scores(settings.place(c.scores), {c.task: row})
+
+
+def compare_files(c, files):
+    """The paired test of two systems' answers; --task scores them first."""
+    if len(files) != 2:
+        raise ValueError("usage: eval.py compare a.jsonl b.jsonl [--task=Name-Task]")
+    both = [records.read_answers(path) for path in files]
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
+    for items in both if c.task else ():
+        score_split(c.task, items, c, c.clap_checkpoint)
+    compare(*both, names=files)
 
 
 if __name__ == "__main__":
-    settings.run(main, "eval.py", READS)
+    command = {"score": score_files, "compare": compare_files}.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if command:
+        sys.argv, files = records.take_files(sys.argv[:1] + sys.argv[2:])
+        settings.run(lambda c: command(c, files), "eval.py", READS)
+    else:
+        settings.run(main, "eval.py", READS)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import load, newest_checkpoint, pick_device, pick_precision
+from checkpoint import finished, newest_checkpoint, pick_device, pick_precision, read
 from data import read_clip, unheard_note
 from model import Sampling, pick_backend
 
@@ -42,16 +42,21 @@ def newest_run(folders):
     return max(files, key=lambda run: os.path.getmtime(files[run]))
 
 
-def load_model(c):
-    """The model that a script's settings ask for, on its device, with one line about what was chosen."""
+def read_model(c):
+    """-> where the model that settings ask for comes from, the model without weights, and its state."""
     source = c.init_from or newest_run(dict.fromkeys([c.expdir, "exp", "out"]))
+    return source, *read(source, settings.given(c))
+
+
+def load_weights(c, source, model, state):
+    """The model on its device, with one line about what was chosen."""
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
-    model = load(source, device, dtype, **settings.given(c))
+    model = finished(model, state, device, dtype, source)
     backend = (model.backend, "asked for") if model.backend != "auto" else pick_backend(device)
     print(f"model {source} | {device} | {dtype} ({reason}) | cross-attention: {backend[0]} ({backend[1]})",
           file=sys.stderr)
-    return source, model
+    return model
 
 
 def load_clips(paths, model):
@@ -113,7 +118,7 @@ def main(c):
     if c.output:
         os.makedirs(os.path.dirname(c.output) or ".", exist_ok=True)
     Sampling(**sampling(c))  # what makes no sense is refused before the model is loaded
-    _, model = load_model(c)
+    model = load_weights(c, *read_model(c))
     if len(questions) == 1 and not c.output:
         windows, n_windows, unheard = load_clips([questions[0][0]], model)
         say_unheard(unheard, model)

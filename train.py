@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 
@@ -93,14 +92,9 @@ def flops_per_step(model, tokens, windows, answers):
 
 
 def describe_machine(device, world):
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                                cwd=settings.ROOT).stdout.strip() or "unknown"
-    except FileNotFoundError:  # no git here
-        commit = "unknown"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
     versions = f"torch {torch.__version__} | python {platform.python_version()}"
-    return f"{world} x {device.type} ({name}) | {versions} | {commit}"
+    return f"{world} x {device.type} ({name}) | {versions} | {settings.commit()}"
 
 
 @torch.no_grad()

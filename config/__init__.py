@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import subprocess
 import sys
 import traceback
 import types
@@ -122,6 +123,15 @@ def load(argv, script, reads=None):
             overrides[name] = check(name, parse(text, kind), known, where)
         i += 1
     return SimpleNamespace(**(values | overrides), given=sorted(given | set(overrides)))
+
+
+def commit():
+    """The project's git commit, for logs and headers."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
+    except FileNotFoundError:  # no git here
+        return "unknown"
 
 
 def read_json(path):

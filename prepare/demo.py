@@ -42,28 +42,6 @@ def step(title, *command):
     finish(start(title, *command))
 
 
-def attention_over_time(model, prompt, windows, n_windows):
-    """Cross-attention weight of the last prompt token, mean over gated blocks, heads and frequency bins: one
-    number per time step of the clip's windows, (sum over time = 1)."""
-    import torch
-
-    from data import encode_prompts
-    ids = torch.tensor(encode_prompts(model.tokenizer, [prompt]))
-    audio, n_keys = model.listen(windows, n_windows)
-    kv = model.keys_values(audio)
-    x, place, weights = model.lm.embed_tokens(ids), model.lm.place(ids), []
-    for i, block in enumerate(model.lm.layers):  # AudioFlamingo.hidden, with a look at the weights on the way
-        if i in kv:
-            gated = model.xattn[str(i)]
-            q = gated.attn.to_q(gated.attn.norm(x[0, -1])).view(gated.heads, gated.d)
-            scores = torch.einsum("hd,nhd->hn", q, kv[i][0, :, 0]) / gated.d ** 0.5
-            weights.append(scores.softmax(-1).mean(0))
-            x = gated(x, kv[i], n_keys)
-        x = block(x, place)
-    per_window = torch.stack(weights).mean(0).view(len(windows), 2, -1)  # token = frequency bin x time step
-    return per_window.sum(1).flatten()
-
-
 def picture(path, clip, prompt):
     """Log-mel, cross-attention over time, prompt and answer as title, the loss curve beside."""
     import matplotlib
@@ -72,10 +50,11 @@ def picture(path, clip, prompt):
 
     from model import AudioFlamingo, log_mel, to_float
     from sample import load_clips
+    from tools.listening import attention_over_time
     model = AudioFlamingo.from_pretrained(RUN)
     windows, n_windows, _ = load_clips([clip], model)
     answer = model.generate([prompt], windows, n_windows, 32)[0]
-    mel, weight = log_mel(to_float(windows)).flatten(0, 1), attention_over_time(model, prompt, windows, n_windows)
+    mel, weight = log_mel(to_float(windows)).flatten(0, 1), attention_over_time(model, prompt, windows)
     losses = [json.loads(line) for line in open(f"{RUN}/log.jsonl")]
     losses = [(entry["step"], entry["loss"]) for entry in losses if "loss" in entry]
     figure, axes = plt.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1], width_ratios=[2, 1],

@@ -39,3 +39,4 @@ def fails_with_one_line(*command, saying):
     assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
     for word in [saying] if isinstance(saying, str) else saying:
         assert word in lines[0], lines[0]
+    return result

@@ -20,6 +20,9 @@ NOT_HERE = {  # command: why it is not run by this test
     "make gpu": "needs a GPU; tests/test_gpu_tool.py lets the CPU stand in",
     "pip install -r requirements.txt": "needs the registry; the Makefile's setup ran it",
     "pip install --no-deps laion-clap torchlibrosa": "needs the registry; the Makefile's setup ran it",
+    "pip install -r requirements-eval.txt": "needs the registry",
+    "python eval.py score answers.jsonl --task=Clotho-AQA-AQA": "is run by test_scores.py",
+    "python eval.py compare ours.jsonl theirs.jsonl": "is run by test_scores.py",
 }
 
 
@@ -64,7 +67,8 @@ def words(command, folder, data):
              ("questions.jsonl", f"{folder}/questions.jsonl"), ("answers.jsonl", f"{folder}/answers.jsonl"),
              ("config/pretrain.py", f"{folder}/pretrain.py"), ("config/sft.py", f"{folder}/sft.py"),
              ("config/long.py", f"{folder}/long.py"), ("train.py mine.py", f"train.py {folder}/mine.py"),
-             ("exp/mine", f"{folder}/exp/mine"), ("data/manifests/Mine-AQA", f"{data}/Mine-AQA"),
+             ("exp/mine", f"{folder}/exp/mine"), ("exp/sft", f"{folder}/exp/mine"),
+             ("data/manifests/Mine-AQA", f"{data}/Mine-AQA"),
              ("--data_root=data", f"--data_root={data}"), ("data/gm/audio/test/00000.wav", f"{data}/1.wav"),
              ("out/demo", f"{folder}/exp/mine"), ("--nproc_per_node=8", "--nproc_per_node=2")]
     for old, new in swaps:

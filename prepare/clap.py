@@ -1,8 +1,7 @@
-"""Train a CLAP audio encoder (HTS-AT) on captioned manifests, against the texts as the frozen language model
-reads them.
+"""Train a CLAP audio encoder (HTS-AT) on captioned manifests, against texts as the frozen LM reads them.
 
-    python prepare/clap.py config/demo.py                                          # the demo's encoder, 2 cores
-    python prepare/clap.py my.py --clap_config='{"audiocaps-AudioCaptioning/train": 1}' --clap_out=clap/epoch_16.pt
+    python prepare/clap.py config/demo.py        # the demo's encoder, 2 cores
+    python prepare/clap.py my.py --clap_config='{"audiocaps-AudioCaptioning/train": 1}' --clap_out=clap/my.pt
 
 Contrastive: the mean of the audio tokens, through a linear map, and the mean of the language model's states
 over the caption, through two layers, are to be near for a clip's own captions and far for others (CLAP, arXiv
@@ -10,8 +9,8 @@ over the caption, through two layers, are to be near for a clip's own captions a
 "positives": other captions of the clip, and "negatives": captions with their composition changed (order,
 attributes), contrasted with this clip alone (Audio Flamingo 2, arXiv 2503.03983, section 3.1).
 
-Writes the published layout {"epoch", "name", "state_dict": {"module.audio_branch.*", ...}}, which
-clap_checkpoint reads.
+Writes the published layout, which clap_checkpoint reads:
+{"epoch", "name", "state_dict": {"module.audio_branch.*", ...}}.
 """
 import math
 import os
@@ -38,12 +37,12 @@ clap_out: str = "clap/epoch_16.pt"  # where the checkpoint goes
 clap_steps: int = 1000  # optimizer steps
 clap_batch_size: int = 32  # clips per step
 clap_peak_lr: float = 2e-3  # of AdamW, one cycle: 10 % warm-up, cosine to zero
-clap_muon_lr: float = 1e-2  # the same for matrices, which Muon trains (on the demo's notes: in a third of AdamW's steps)
+clap_muon_lr: float = 1e-2  # the same for matrices, which Muon trains (demo: in a third of AdamW's steps)
 clap_text_bank: int = 256  # captions contrasted at every step beside the batch's own: those of the most clips
-clap_augment: bool = True  # SpecAugment and drop path, as HTS-AT has them; a few hundred steps learn faster without
-clap_position: bool = False  # HTS-AT's position embedding (published: none): tokens tell early from late at once
+clap_augment: bool = True  # HTS-AT's SpecAugment and drop path; a few hundred steps learn faster without
+clap_position: bool = False  # HTS-AT's position embedding (published: none): tokens tell times apart at once
 clap_text_layers: int = 1000  # of the language model's blocks to read captions with; more than it has: all
-clap_temperature: float = 0.02  # start value; learned. A clip near to n texts at once has cosines of n^-1/2 only
+clap_temperature: float = 0.02  # start value; learned. A clip near n texts at once has cosines of n^-1/2 only
 
 
 @torch.no_grad()
@@ -52,7 +51,8 @@ def text_states(lm, tokenizer, texts, device, layers):
     order, states = sorted(range(len(texts)), key=lambda i: len(texts[i])), [None] * len(texts)
     for first in tqdm(range(0, len(order), 64), desc="captions", disable=None):
         part = order[first:first + 64]
-        batch = tokenizer([texts[i] for i in part], padding=True, padding_side="right", return_tensors="pt").to(device)
+        captions = [texts[i] for i in part]
+        batch = tokenizer(captions, padding=True, padding_side="right", return_tensors="pt").to(device)
         hidden = lm(batch["input_ids"], layers=layers).float()
         mask = batch["attention_mask"][..., None]
         for i, state in zip(part, (hidden * mask).sum(1) / mask.sum(1)):
@@ -65,7 +65,8 @@ def contrast(similarity, positive, own):
     with. -> mean over pairs and both directions of -log(e^s / (e^s + sum over negatives)): every positive has
     to stand out from the negatives, and none competes with another."""
     negative = similarity.masked_fill(positive | ~own, -math.inf)
-    return sum(F.softplus(negative.logsumexp(dim, keepdim=True) - similarity)[positive].mean() for dim in (0, 1)) / 2
+    loss = lambda dim: F.softplus(negative.logsumexp(dim, keepdim=True) - similarity)[positive].mean()
+    return (loss(0) + loss(1)) / 2
 
 
 class Muon(torch.optim.Optimizer):
@@ -78,8 +79,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def quintic(square):
-        """x x^T -> the factor by which one iteration multiplies x: 3.4445 - 4.7750 x x^T + 2.0315 (x
-        x^T)^2."""
+        """x x^T -> the factor an iteration multiplies x by: 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2."""
         factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
         return factor
@@ -94,7 +94,8 @@ class Muon(torch.optim.Optimizer):
                 x = p.grad.lerp(mean, group["momentum"])  # Nesterov
                 tall = x.shape[0] > x.shape[1]
                 x = (x.T if tall else x) / (x.norm() + 1e-7)
-                square = x @ x.T  # Newton-Schulz: every singular value to about 1, by products of the short side alone
+                # Newton-Schulz: every singular value to about 1, by products of the short side alone
+                square = x @ x.T
                 factor = product = self.quintic(square)
                 for _ in range(4):
                     square = factor @ square @ factor
@@ -102,7 +103,8 @@ class Muon(torch.optim.Optimizer):
                     product = factor @ product
                 x = product @ x
                 x = x.T if tall else x
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=0.2 * max(x.shape) ** 0.5 * group["lr"])
+                size = 0.2 * max(x.shape) ** 0.5  # of an AdamW step
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=size * group["lr"])
 
 
 def main(c):
@@ -118,7 +120,7 @@ def main(c):
     for p in clap.trainable():
         p.requires_grad_(True)
     for module in clap.modules():
-        if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not of 32
+        if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not 32
             nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
 
     manifests = list(open_manifests(c, c.clap_config).values())
@@ -137,45 +139,48 @@ def main(c):
         item = manifests[m].items[j]
         positives.append([number(text) for text in [item["output"], *item.get("positives", [])]])
         negatives.append([number(text) for text in item.get("negatives", [])])
-    print(f"{len(clips)} clips, {len(texts)} captions | text bank {min(c.clap_text_bank, len(texts))} | {device}, {dtype} "
-          f"({reason})")
+    print(f"{len(clips)} clips, {len(texts)} captions | text bank {min(c.clap_text_bank, len(texts))} | "
+          f"{device}, {dtype} ({reason})")
     states = text_states(lm, tokenizer, texts, device, c.clap_text_layers)
     mean, std = states.mean(0), states.std(0) + 1e-3
     states = (states - mean) / std
     shared = [t for t, _ in Counter(t for p in positives for t in p).most_common(c.clap_text_bank)]
-    everyones = torch.ones(len(texts), dtype=torch.bool)  # captions that are some clip's positive contrast with all
+    everyones = torch.ones(len(texts), dtype=torch.bool)  # what is some clip's positive contrasts with all
     everyones[[t for n in negatives for t in n]] = False
     everyones[[t for p in positives for t in p]] = True
 
     width = 256
-    # Linear: what tells the captions apart is then linear in the tokens, as the cross-attention will read
-    # them.
+    # Linear: what tells captions apart is then linear in the tokens, as the cross-attention will read them.
     audio_projection = nn.Linear(clap.width, width).to(device)
-    text_projection = nn.Sequential(nn.Linear(states.shape[1], width), nn.ReLU(), nn.Linear(width, width)).to(device)
+    text_layers = nn.Linear(states.shape[1], width), nn.ReLU(), nn.Linear(width, width)
+    text_projection = nn.Sequential(*text_layers).to(device)
     logit_scale = nn.Parameter(torch.tensor(math.log(1 / c.clap_temperature), device=device))
-    layers = [m for part in (clap, audio_projection, text_projection) for m in part.modules() if isinstance(m, nn.Linear)]
+    learners = (clap, audio_projection, text_projection)
+    layers = [m for learner in learners for m in learner.modules() if isinstance(m, nn.Linear)]
     matrices = [m.weight for m in layers if m.weight.requires_grad]
-    trained = [p for part in (clap, audio_projection, text_projection) for p in part.parameters() if p.requires_grad]
+    trained = [p for learner in learners for p in learner.parameters() if p.requires_grad]
     others = [p for p in trained if not any(p is m for m in matrices)] + [logit_scale]
-    optimizers = [Muon(matrices, c.clap_muon_lr, 0.05), torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=0.05, fused=True)]
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], c.clap_steps, pct_start=0.1, cycle_momentum=False)
-                 for o in optimizers]
+    adamw = torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=0.05, fused=True)
+    optimizers = [Muon(matrices, c.clap_muon_lr, 0.05), adamw]
+    cycle = {"total_steps": c.clap_steps, "pct_start": 0.1, "cycle_momentum": False}
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], **cycle) for o in optimizers]
 
     def log_mels(rows):
-        """The log-mels of some clips and whose each is; kept, with cache_audio, since they cost a third of a
-        step."""
+        """The log-mels of some clips and whose each is; cache_audio keeps them: a third of a step's time."""
         found, unread = [], []
         for i in rows:
             clip = {} if i in mel_cache else clips[i]
             if clip.get("error"):
                 unread.append(clip["error"])
                 continue
-            found.append((i, mel_cache[i] if i in mel_cache else log_mel(to_float(clip["windows"].to(device)))))
+            mel = mel_cache[i] if i in mel_cache else log_mel(to_float(clip["windows"].to(device)))
+            found.append((i, mel))
         if not found:
             raise ValueError(f"none of {len(rows)} clips could be read, e.g. {unread[0]}")
         mel_cache.update(found if c.cache_audio else ())
         clip_of = [b for b, (_, mel) in enumerate(found) for _ in mel]
-        return torch.cat([mel for _, mel in found]), torch.tensor(clip_of, device=device), [i for i, _ in found]
+        mels = torch.cat([mel for _, mel in found])
+        return mels, torch.tensor(clip_of, device=device), [i for i, _ in found]
 
     mel_cache = {}
     clap.train()
@@ -193,7 +198,8 @@ def main(c):
                 own[b, [place[t] for t in positives[i] + negatives[i]]] = True
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 tokens = clap.encode(mels)  # (sum W, S, C)
-            pooled = torch.zeros(len(rows), clap.width, device=device).index_add(0, clip_of, tokens.float().mean(1))
+            windows = tokens.float().mean(1)
+            pooled = torch.zeros(len(rows), clap.width, device=device).index_add(0, clip_of, windows)
             pooled = pooled / torch.bincount(clip_of)[:, None]
             a = F.normalize(audio_projection(pooled), dim=-1)
             t = F.normalize(text_projection(states[bank]), dim=-1)
@@ -208,8 +214,9 @@ def main(c):
             step += 1
             bar.update()
             if step % 100 == 0 or step == c.clap_steps:
-                tqdm.write(f"clap step {step}/{c.clap_steps} | loss {np.mean(losses[-100:]):.3f} | scale "
-                           f"{logit_scale.exp().item():.1f} | {(time.time() - start) / step * 1000:.0f} ms/step overall")
+                pace = (time.time() - start) / step * 1000
+                tqdm.write(f"clap step {step}/{c.clap_steps} | loss {np.mean(losses[-100:]):.3f} | "
+                           f"scale {logit_scale.exp().item():.1f} | {pace:.0f} ms/step overall")
             if step == c.clap_steps:
                 break
         epoch += 1
@@ -223,13 +230,16 @@ def main(c):
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             asked = text_states(lm, tokenizer, names, device, c.clap_text_layers)
             t = F.normalize(text_projection((asked - mean) / std).float(), dim=-1)
-            a = [clap(to_float(check[i]["windows"].to(device))).float().mean((0, 1)) for i in range(len(check))]
+            listen = lambda clip: clap(to_float(clip["windows"].to(device)))
+            a = [listen(check[i]).float().mean((0, 1)) for i in range(len(check))]
             best = (F.normalize(audio_projection(torch.stack(a)).float(), dim=-1) @ t.T).argmax(1)
         right = np.mean([names[b] == text for b, text in zip(best.tolist(), truth)])
-        print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions (chance {1 / len(names):.1%})")
+        print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions "
+              f"(chance {1 / len(names):.1%})")
 
-    parts = {"audio_branch": clap.htsat, "audio_projection": audio_projection, "text_projection": text_projection}
-    state = {f"module.{part}.{n}": t.cpu() for part, module in parts.items() for n, t in module.state_dict().items()}
+    parts = dict(audio_branch=clap.htsat, audio_projection=audio_projection, text_projection=text_projection)
+    weights = [(f"{part}.{n}", t) for part, module in parts.items() for n, t in module.state_dict().items()]
+    state = {f"module.{name}": t.cpu() for name, t in weights}
     state["module.logit_scale_a"] = logit_scale.detach().cpu()
     out = settings.place(c.clap_out)
     os.makedirs(os.path.dirname(out), exist_ok=True)

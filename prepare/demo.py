@@ -17,8 +17,7 @@ import numpy as np
 
 import config as settings  # torch is imported where it is used: the first command starts seconds sooner
 
-# glibc gives large blocks back to the system at every free; keeping them saves a tenth of a training step on
-# a CPU
+# glibc gives large blocks back to the system at every free; on a CPU, keeping them saves a tenth of a step
 os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2 ** 25), MALLOC_TRIM_THRESHOLD_=str(2 ** 32))
 RUN = "out/demo"
 SPLITS = ["GM-Family-AQA/test", "GM-FamilyMC-AQA/test", "GM-Instrument-AQA/test", "GM-Register-AQA/test",
@@ -54,10 +53,12 @@ def picture(path, clip, prompt):
     model = AudioFlamingo.from_pretrained(RUN)
     windows, n_windows, _ = load_clips([clip], model)
     answer = model.generate([prompt], windows, n_windows, 32)[0]
-    mel, weight = log_mel(to_float(windows)).flatten(0, 1), attention_over_time(model, prompt, windows)
+    mel = log_mel(to_float(windows)).flatten(0, 1)
+    weight = attention_over_time(model, prompt, windows)
     losses = [json.loads(line) for line in open(f"{RUN}/log.jsonl")]
     losses = [(entry["step"], entry["loss"]) for entry in losses if "loss" in entry]
-    figure, axes = plt.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1], width_ratios=[2, 1],
+    panels = [["mel", "loss"], ["attention", "loss"]]
+    figure, axes = plt.subplot_mosaic(panels, height_ratios=[3, 1], width_ratios=[2, 1],
                                       figsize=(11, 4.2), layout="constrained")
     seconds = len(mel) / 100
     axes["mel"].imshow(mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
@@ -76,7 +77,8 @@ def picture(path, clip, prompt):
 def main(c):
     began = time.time()
     manifests, test = c.dataset_file_root, "GM-Family-AQA/test"
-    unpacking = start("language model", "prepare/smollm2.py", "--out", c.lang_encoder_path)  # one thread for half a minute
+    # one thread for half a minute
+    unpacking = start("language model", "prepare/smollm2.py", "--out", c.lang_encoder_path)
     step("real instruments, meanwhile", "prepare/gm_notes.py", "--out", c.data_root)
     finish(unpacking)
     if not os.path.exists(c.clap_checkpoint):
@@ -85,10 +87,11 @@ def main(c):
     item = json.load(open(f"{manifests}/{test}.json"))
     item, folder = item["data"]["0"], item["split_path"]
     clip = f"{c.data_root}/{folder}/{item['name']}"
-    step(f"a sound it never heard ({item['output']})", "sample.py", "--audio", clip, "--prompt", item["prompt"],
-         "--init_from", RUN, "--max_new_tokens", "16")
+    step(f"a sound it never heard ({item['output']})", "sample.py", "--audio", clip,
+         "--prompt", item["prompt"], "--init_from", RUN, "--max_new_tokens", "16")
     step("scores on held-out notes", "eval.py", "--split", ",".join(SPLITS), "--init_from", RUN,
-         "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "32", "--num_workers", "0")
+         "--scores", f"{RUN}/scores.json", "--max_new_tokens", "16",
+         "--eval_batch_size", "32", "--num_workers", "0")
     picture(f"{RUN}/demo.png", clip, item["prompt"])
     scores = json.load(open(f"{RUN}/scores.json"))
     scores["seconds"] = round(time.time() - began, 1)

@@ -1,14 +1,12 @@
-"""Real sampled instruments as a small audio question-answering set: 16 kHz wav files of 2.5 s and their
-manifests.
+"""A small audio question-answering set of real sampled instruments: 16 kHz wavs of 2.5 s and manifests.
 
 The General-MIDI soundfont inside pretty_midi, played by tinysoundfont: 128 programs in 16 families of 8.
 
     python prepare/gm_notes.py --out data/gm                        # the default set: 4,968 clips, 400 MB
-    python prepare/gm_notes.py --out data/tiny --train 160 --test 64 --val 32 --test_programs 32 --questions 32
+    python prepare/gm_notes.py --out data/few --train 160 --test 64 --val 32 --test_programs 32 --questions 32
 
 Writes OUT/audio/<split>/*.wav, OUT/manifests/<Name-Task>/<split>.json (data_root = OUT), OUT/clips.json (the
-notes of every clip) and OUT/settings.json. The same settings give the same bytes; a second run with them does
-nothing.
+notes of every clip) and OUT/settings.json. The same settings give the same bytes; a second run does nothing.
 
 Splits. A (program, pitch, velocity) note of train is never played in val or test. In this soundfont velocity
 mostly scales the waveform, and the loader peak-normalises, so test asks for sounds that are near to known
@@ -28,51 +26,55 @@ import tempfile
 import numpy as np
 
 RATE, SECONDS = 16000, 2.5
-RENDER_RATE = 32000  # the synth does not filter what it pitches up: play at 32 kHz, then resample without aliasing
+RENDER_RATE = 32000  # the synth filters nothing it pitches up: play at 32 kHz, resample without aliasing
 RECIPE = 7  # raise when the same settings would give other files
 
-# The 128 programs in General-MIDI order, without the brackets of the standard's names ("Lead 1 (square)"). *
-# is held out for test_programs: a typical member of its family with close relatives left in train (a viola
+# The 128 programs in General-MIDI order, without the brackets of the standard's names ("Lead 1 (square)").
+# * is held out for test_programs: a typical member of its family with close relatives left in train (a viola
 # beside violin and cello), never the odd one (timpani in strings, orchestra hit in ensemble).
 FAMILIES = {
-    "piano": "acoustic grand piano, bright acoustic piano, *electric grand piano, honky-tonk piano, electric piano 1, "
-             "electric piano 2, harpsichord, clavinet",
-    "chromatic percussion": "celesta, glockenspiel, music box, vibraphone, *marimba, xylophone, tubular bells, "
-                            "dulcimer",
+    "piano": "acoustic grand piano, bright acoustic piano, *electric grand piano, honky-tonk piano, "
+             "electric piano 1, electric piano 2, harpsichord, clavinet",
+    "chromatic percussion": "celesta, glockenspiel, music box, vibraphone, *marimba, xylophone, "
+                            "tubular bells, dulcimer",
     "organ": "drawbar organ, percussive organ, *rock organ, church organ, reed organ, accordion, harmonica, "
              "tango accordion",
     "guitar": "nylon acoustic guitar, *steel acoustic guitar, jazz electric guitar, clean electric guitar, "
               "muted electric guitar, overdriven guitar, distortion guitar, guitar harmonics",
-    "bass": "acoustic bass, fingered electric bass, *picked electric bass, fretless bass, slap bass 1, slap bass 2, "
-            "synth bass 1, synth bass 2",
-    "strings": "violin, *viola, cello, contrabass, tremolo strings, pizzicato strings, orchestral harp, timpani",
-    "ensemble": "string ensemble 1, *string ensemble 2, synth strings 1, synth strings 2, choir aahs, voice oohs, "
-                "synth choir, orchestra hit",
-    "brass": "trumpet, *trombone, tuba, muted trumpet, french horn, brass section, synth brass 1, synth brass 2",
+    "bass": "acoustic bass, fingered electric bass, *picked electric bass, fretless bass, "
+            "slap bass 1, slap bass 2, synth bass 1, synth bass 2",
+    "strings": "violin, *viola, cello, contrabass, tremolo strings, pizzicato strings, "
+               "orchestral harp, timpani",
+    "ensemble": "string ensemble 1, *string ensemble 2, synth strings 1, synth strings 2, "
+                "choir aahs, voice oohs, synth choir, orchestra hit",
+    "brass": "trumpet, *trombone, tuba, muted trumpet, french horn, brass section, "
+             "synth brass 1, synth brass 2",
     "reed": "soprano sax, alto sax, *tenor sax, baritone sax, oboe, english horn, bassoon, clarinet",
     "pipe": "piccolo, flute, *recorder, pan flute, blown bottle, shakuhachi, whistle, ocarina",
-    "synth lead": "square lead, *sawtooth lead, calliope lead, chiff lead, charang lead, voice lead, fifths lead, "
-                  "bass and lead",
-    "synth pad": "new age pad, *warm pad, polysynth pad, choir pad, bowed pad, metallic pad, halo pad, sweep pad",
+    "synth lead": "square lead, *sawtooth lead, calliope lead, chiff lead, charang lead, voice lead, "
+                  "fifths lead, bass and lead",
+    "synth pad": "new age pad, *warm pad, polysynth pad, choir pad, bowed pad, metallic pad, "
+                 "halo pad, sweep pad",
     "synth effects": "rain effect, soundtrack effect, crystal effect, atmosphere effect, *brightness effect, "
                      "goblins effect, echoes effect, sci-fi effect",
     "ethnic": "sitar, banjo, *shamisen, koto, kalimba, bagpipe, fiddle, shanai",
-    "percussive": "tinkle bell, agogo, steel drums, woodblock, taiko drum, *melodic tom, synth drum, reverse cymbal",
-    "sound effects": "guitar fret noise, breath noise, seashore, bird tweet, telephone ring, helicopter, *applause, "
-                     "gunshot",
+    "percussive": "tinkle bell, agogo, steel drums, woodblock, taiko drum, *melodic tom, "
+                  "synth drum, reverse cymbal",
+    "sound effects": "guitar fret noise, breath noise, seashore, bird tweet, telephone ring, "
+                     "helicopter, *applause, gunshot",
 }
 LISTED = [name for names in FAMILIES.values() for name in names.split(", ")]
 PROGRAMS = [name.lstrip("*") for name in LISTED]  # PROGRAMS[program] is the instrument's name
 HELD_OUT = {program for program, name in enumerate(LISTED) if name.startswith("*")}
 FAMILY_NAMES = list(FAMILIES)  # a program's family is FAMILY_NAMES[program // 8]
-REGISTERS = {"low": range(40, 48), "middle": range(56, 64), "high": range(72, 80)}  # MIDI keys, gaps of 9 semitones
+# MIDI keys, with gaps of 9 semitones
+REGISTERS = {"low": range(40, 48), "middle": range(56, 64), "high": range(72, 80)}
 COUNTS = ["one", "two", "three"]
-SOFT_TO_LOUD = {1: [(50, 127)], 2: [(36, 48), (110, 127)], 3: [(30, 38), (58, 72), (112, 127)]}  # velocity ranges
+SOFT_TO_LOUD = {1: [(50, 127)], 2: [(36, 48), (110, 127)], 3: [(30, 38), (58, 72), (112, 127)]}  # velocities
 
 
 def split_of(program, key, velocity):
-    """The split that may play this note: test and val own one velocity in eight of each program and key,
-    train the rest."""
+    """Who may play this note: test and val own 1 velocity in 8 of each program and key, train the rest."""
     return {0: "test", 4: "val"}.get((key + 3 * program + velocity) % 8, "train")
 
 
@@ -82,8 +84,7 @@ def cycle(rng, options, n):
 
 
 def plan_clips(split, n_solo, n_duo, playable, rng):
-    """Clips as dicts: notes [(program, key, velocity, start s, length s), ...] and what the questions ask
-    about.
+    """Clips as dicts: notes [(program, key, velocity, start s, length s), ...] and what is asked about.
 
     A solo clip repeats one pitch of one program one to three times, louder or softer each time; a duo clip
     has one note of each of two families, the second after the first has stopped.
@@ -97,14 +98,15 @@ def plan_clips(split, n_solo, n_duo, playable, rng):
         return int(rng.choice(own)) if own else None
 
     def velocity(program, key, low, high):
-        return int(rng.choice([v for v in range(low, high + 1) if split in ("test_programs", split_of(program, key, v))]))
+        own = [v for v in range(low, high + 1) if split in ("test_programs", split_of(program, key, v))]
+        return int(rng.choice(own))
 
     clips = []
     solo = zip(cycle(rng, range(16), n_solo), cycle(rng, list(REGISTERS), n_solo),
                cycle(rng, [(count, trend) for count in (1, 2, 3) for trend in ("louder", "softer")], n_solo))
     for family, register, (count, trend) in solo:
         key = None
-        while key is None:  # a few programs have no sound at some pitches: then the next one of the family plays
+        while key is None:  # a few programs have no sound at some pitches: the next of the family plays then
             program = next(queues[family])
             key = pitch(program, REGISTERS[register])
         velocities = [velocity(program, key, *bounds) for bounds in SOFT_TO_LOUD[count]]
@@ -112,8 +114,9 @@ def plan_clips(split, n_solo, n_duo, playable, rng):
         length = rng.uniform(0.45, slot - 0.3)  # so that how much of the clip sounds does not tell the count
         notes = [(program, key, v, round(start + i * slot, 3), round(length, 3))
                  for i, v in enumerate(velocities[::1 if trend == "louder" else -1])]
-        clips.append({"kind": "solo", "notes": notes, "family": FAMILY_NAMES[family], "instrument": PROGRAMS[program],
-                      "register": register, "count": COUNTS[count - 1], "trend": trend if count > 1 else None})
+        clips.append({"kind": "solo", "notes": notes,
+                      "family": FAMILY_NAMES[family], "instrument": PROGRAMS[program], "register": register,
+                      "count": COUNTS[count - 1], "trend": trend if count > 1 else None})
     every_key = [key for keys in REGISTERS.values() for key in keys]
     for first in cycle(rng, range(16), n_duo):
         second = (first + int(rng.integers(1, 16))) % 16
@@ -121,7 +124,8 @@ def plan_clips(split, n_solo, n_duo, playable, rng):
         for family, start in ((first, rng.uniform(0.03, 0.15)), (second, rng.uniform(1.28, 1.4))):
             program = next(queues[family])
             key = pitch(program, every_key)
-            notes.append((program, key, velocity(program, key, 50, 127), round(start, 3), round(rng.uniform(0.6, 0.95), 3)))
+            loudness, length = velocity(program, key, 50, 127), rng.uniform(0.6, 0.95)
+            notes.append((program, key, loudness, round(start, 3), round(length, 3)))
         clips.append({"kind": "duo", "notes": notes, "families": [FAMILY_NAMES[first], FAMILY_NAMES[second]]})
     return [clips[i] | {"name": f"{j:05d}.wav"} for j, i in enumerate(rng.permutation(len(clips)))]
 
@@ -129,15 +133,15 @@ def plan_clips(split, n_solo, n_duo, playable, rng):
 def caption(clip):
     if clip["kind"] == "duo":
         return "first {}, then {}".format(*clip["families"])
-    family, instrument = (("an " if clip[what][0] in "aeiou" else "a ") + clip[what] for what in ("family", "instrument"))
+    with_article = lambda name: ("an " if name[0] in "aeiou" else "a ") + name
+    family, instrument = with_article(clip["family"]), with_article(clip["instrument"])
     plural = "" if clip["count"] == "one" else "s"
     trend = f", getting {clip['trend']}" if clip["trend"] else ""
     return f"{clip['count']} {clip['register']} note{plural} of {instrument}, {family} instrument{trend}"
 
 
 def parts_of_caption(clip):
-    """What is true of the clip, one thing at a time: further captions for the audio encoder
-    (prepare/clap.py)."""
+    """What is true of the clip, one thing at a time: more captions for prepare/clap.py."""
     if clip["kind"] == "duo":
         return ["first {}".format(clip["families"][0]), "then {}".format(clip["families"][1])]
     parts = [clip["family"], clip["instrument"], f"{clip['register']} pitch", f"{clip['count']} in number"]
@@ -151,8 +155,9 @@ def balanced(clips, answer, n, rng):
         if answer(clips[i]) is not None:
             groups.setdefault(answer(clips[i]), []).append(clips[i])
     groups = [groups[name] for name in sorted(groups)]
-    groups = [groups[i] for i in rng.permutation(len(groups))]  # so that a short list does not favour early names
-    turns = [group[turn] for turn in range(max(map(len, groups), default=0)) for group in groups if turn < len(group)]
+    groups = [groups[i] for i in rng.permutation(len(groups))]  # else a short list would favour early names
+    longest = max(map(len, groups), default=0)
+    turns = [group[turn] for turn in range(longest) for group in groups if turn < len(group)]
     return [turns[:n][i] for i in rng.permutation(len(turns[:n]))]
 
 
@@ -172,7 +177,8 @@ def questions(split, clips, n, rng):
     asked = balanced(clips, lambda clip: clip.get("family"), n, rng)
     tasks["GM-FamilyMC-AQA"] = []
     for clip, place in zip(asked, cycle(rng, range(4), len(asked))):
-        options = list(rng.choice([name for name in FAMILY_NAMES if name != clip["family"]], 3, replace=False))
+        others = [name for name in FAMILY_NAMES if name != clip["family"]]
+        options = list(rng.choice(others, 3, replace=False))
         options.insert(place, clip["family"])
         tasks["GM-FamilyMC-AQA"].append((clip, choice("Which family?", options), clip["family"]))
     if split == "test_programs":
@@ -186,8 +192,8 @@ def questions(split, clips, n, rng):
     for clip, place in zip(asked, cycle(rng, range(2), len(asked))):
         options = clip["families"][::1 if place == 0 else -1]
         tasks["GM-Order-AQA"].append((clip, choice("Which comes first?", options), clip["families"][0]))
-    described = rng.permutation(len(clips))[:len(clips) if split == "train" else n]
-    tasks["GM-Note-AudioCaptioning"] = [(clips[i], "Describe the sound.", caption(clips[i])) for i in described]
+    described = [clips[i] for i in rng.permutation(len(clips))[:len(clips) if split == "train" else n]]
+    tasks["GM-Note-AudioCaptioning"] = [(clip, "Describe the sound.", caption(clip)) for clip in described]
     return tasks
 
 
@@ -230,20 +236,20 @@ def write_clip(job):
     for part in ([notes] if kind == "solo" else [[note] for note in notes]):
         one = soxr.resample(play(part), RENDER_RATE, RATE)
         if (peak := np.abs(one).max()) < 2e-4:
-            raise ValueError(f"{path}: the soundfont is silent for the note {part[0]} (program, key, velocity, ...)")
+            raise ValueError(f"{path}: the soundfont is silent for the note {part[0]} "
+                             "(program, key, velocity, ...)")
         sound = sound + one * (0.5 / peak)
-    rng = np.random.default_rng(list("/".join(path.split("/")[-2:]).encode()))  # of the clip alone: any order of work
+    name = "/".join(path.split("/")[-2:])
+    rng = np.random.default_rng(list(name.encode()))  # of the clip alone: any order of work
     sound = sound + rng.uniform(0.001, 0.003) * rng.standard_normal(len(sound))
     soundfile.write(path, sound, RATE, subtype="PCM_16")
 
 
 def playable_keys():
-    """{program: keys with a sound}: a few programs of the soundfont have holes (whistle above key 78,
-    ...)."""
-    playable = {}
-    for program in range(128):
-        playable[program] = {key for keys in REGISTERS.values() for key in keys if play([(program, key, 99, 0, 0.1)]).any()}
-    return playable
+    """{program: keys with a sound}: a few programs of the soundfont have holes (whistle above 78, ...)."""
+    every_key = [key for keys in REGISTERS.values() for key in keys]
+    sounds = lambda program, key: play([(program, key, 99, 0, 0.1)]).any()
+    return {program: {key for key in every_key if sounds(program, key)} for program in range(128)}
 
 
 def build(out, args, soundfont):
@@ -276,34 +282,40 @@ def build(out, args, soundfont):
     with open(f"{out}/clips.json", "w") as file:
         json.dump(notes_of, file)
     with multiprocessing.Pool(min(8, os.cpu_count()), start_synth, (soundfont,)) as pool:
-        for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=16), total=len(jobs), desc="render", unit="clip"):
+        written = pool.imap_unordered(write_clip, jobs, chunksize=16)
+        for _ in tqdm(written, total=len(jobs), desc="render", unit="clip"):
             pass
     return len(jobs)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", default="data/gm", help="folder to write (default data/gm)")
     parser.add_argument("--train", type=int, default=4000, help="clips: three quarters solo, one quarter duo")
     parser.add_argument("--val", type=int, default=128, help="clips: three fifths solo, two fifths duo")
     parser.add_argument("--test", type=int, default=600, help="clips: three fifths solo, two fifths duo")
     parser.add_argument("--test_programs", type=int, default=240, help="solo clips of the held-out programs")
     parser.add_argument("--train_questions", type=int, default=3000,
-                        help="per task at most; register, loudness, count and order get two fifths, captions all clips")
-    parser.add_argument("--questions", type=int, default=120, help="per task of a test split at most; val gets a fifth")
+                        help="per task at most; register, loudness, count and order get two fifths, "
+                             "captions all clips")
+    parser.add_argument("--questions", type=int, default=120,
+                        help="per task of a test split at most; val gets a fifth")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace a set in --out that has other settings")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace a set in --out that has other settings")
     args = parser.parse_args()
     for name, value in vars(args).items():
         if type(value) is int and value < 0:
             raise ValueError(f"--{name} {value}: expected 0 or more")
+    install = "pip install -r requirements-demo.txt"
     for package in ("pretty_midi", "tinysoundfont", "soundfile", "soxr", "tqdm"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"package {package} is missing: pip install -r requirements-demo.txt")
+            raise ValueError(f"package {package} is missing: {install}")
     # found, not imported: importing pretty_midi takes longer than rendering a hundred clips
     soundfont = os.path.join(os.path.dirname(importlib.util.find_spec("pretty_midi").origin), "TimGM6mb.sf2")
     if not os.path.isfile(soundfont):
-        raise FileNotFoundError(f"{soundfont}: the soundfont is missing: pip install -r requirements-demo.txt")
+        raise FileNotFoundError(f"{soundfont}: the soundfont is missing: {install}")
     with open(soundfont, "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
@@ -312,14 +324,16 @@ def main():
     out = os.path.abspath(args.out)
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         if not os.path.isfile(f"{out}/settings.json") or not os.path.isfile(f"{out}/clips.json"):
-            raise ValueError(f"--out {args.out} exists and was not written by this script: choose another folder")
+            raise ValueError(f"--out {args.out} exists and was not written by this script: "
+                             "choose another folder")
         with open(f"{out}/settings.json") as file:
             same = json.load(file) == settings
         if same and not args.overwrite:
             print(f"{args.out} is there already, with these settings: nothing to do")
             return
         if not args.overwrite:
-            raise ValueError(f"--out {args.out} holds a set with other settings: choose another folder or --overwrite")
+            raise ValueError(f"--out {args.out} holds a set with other settings: "
+                             "choose another folder or --overwrite")
     os.makedirs(os.path.dirname(out), exist_ok=True)
     # built beside its place and renamed at the end: an interrupted run leaves nothing half-made
     parent, name = os.path.split(out)

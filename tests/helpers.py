@@ -10,33 +10,33 @@ GOLDEN_SPEC, GOLDEN = f"{SHARED}/spec", f"{SHARED}/golden/af2_nano"
 
 
 def write_manifest(folder, name, items):
-    """items: [(file name, prompt, output[, duration])] -> path of folder/<name>.json; split_path is the data
-    root itself."""
+    """[(file name, prompt, output[, duration])] -> path of folder/<name>.json; split_path: the data root."""
     task, split = name.split("/")
     data = {str(i): {"name": n, "prompt": p, "output": o} | ({"duration": rest[0]} if rest else {})
             for i, (n, p, o, *rest) in enumerate(items)}
     os.makedirs(os.path.join(folder, task), exist_ok=True)
     path = os.path.join(folder, task, split + ".json")
+    manifest = {"split": split, "split_path": ".", "flamingo_task": task,
+                "total_num": len(data), "data": data}
     with open(path, "w") as f:
-        json.dump({"split": split, "split_path": ".", "flamingo_task": task, "total_num": len(data), "data": data}, f)
+        json.dump(manifest, f)
     return path
 
 
 def run(*command, ok=True, **environment):
-    """Run a script of the project (or a module: -m ...) in the project's folder; asserts that it ends
-    well."""
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                            env=os.environ | environment)
+    """Run a script of the project (or a module: -m ...) in its folder; asserts that it ends well."""
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | environment,
+                            capture_output=True, text=True, timeout=600)
     assert not ok or result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result
 
 
 def fails_with_one_line(*command, saying):
-    """The script ends with code 2 and one line on stderr that holds each of the words, without a
-    traceback."""
+    """The script ends with code 2 and one line on stderr that holds each of the words, no traceback."""
     result = run(*command, ok=False)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    assert result.returncode == 2 and len(lines) == 1, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr, result.stderr[-2000:]
     for word in [saying] if isinstance(saying, str) else saying:
         assert word in lines[0], lines[0]
     return result

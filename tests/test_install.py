@@ -19,7 +19,7 @@ for folder in ("tools", "prepare", "."):
         importlib.import_module(os.path.basename(file).removesuffix(".py"))
 from data import load_audio
 from model import ClapEncoder
-load_audio(sys.argv[1])
+load_audio(sys.argv[1], window_length=10.0, window_overlap=0.0, max_num_window=3)
 ClapEncoder(16, [1, 1, 1, 1], [1, 2, 2, 4])
 """
 

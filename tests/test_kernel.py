@@ -1,8 +1,8 @@
-"""Gated cross-attention: every backend against the naive spec in float64; resources of the kernels; a GPU if
-any.
+"""Gated cross-attention: every backend against the naive spec in float64; resources of the kernels.
 
-    python -m pytest -q tests/test_kernel.py     # without a GPU the kernels run in Triton's interpreter (not in bfloat16)
+    python -m pytest -q tests/test_kernel.py     # on a GPU if any, else in Triton's interpreter (no bfloat16)
 """
+import itertools
 import json
 import math
 import os
@@ -48,15 +48,14 @@ def check_errors(q, kv, gate, dy, n_keys, backend="triton"):
     """Asserts error <= 2x (output), 3x (gradients) of the naive form's in the same dtype; -> the ratios."""
     exact = run("naive", q, kv, gate, dy, n_keys, torch.float64)
     plain, ours = (run(name, q, kv, gate, dy, n_keys) for name in ("naive", backend))
-    # the gate's gradient is one number, which plain torch may hit by luck: measured against the size of its
-    # summands
     few = n_keys.view(n_keys.shape[0], -1).expand(q.shape[:2])
-    few = dy[(few > 0) & (few < 3)]  # tokens with a key or two: plain torch has ds = 0 exactly, ours subtracts
+    few = dy[(few > 0) & (few < 3)]  # tokens of a key or two: plain torch has ds = 0 exactly, ours subtracts
+    # the gate's gradient is one number, which plain torch may hit by luck: measured by its summands' size
     unit, eps = torch.full_like(gate, 20).double(), torch.finfo(q.dtype).eps  # tanh(20) = 1
     o = gated_cross_attention(q.double(), *kv.double().unbind(2), n_keys, unit, "naive")
-    ratios = []
-    for name, most, reference, theirs, mine in zip(("y", "dq", "dkv", "dgate"), (2, 3, 3, 3), exact, plain, ours,
-                                                   strict=True):
+    ratios, names = [], ("y", "dq", "dkv", "dgate")
+    rows = zip(names, (2, 3, 3, 3), exact, plain, ours, strict=True)
+    for name, most, reference, theirs, mine in rows:
         assert torch.isfinite(mine).all() and mine.shape == reference.shape, name
         error, allowed = ((x.double() - reference).norm().item() for x in (mine, theirs))
         if name == "dgate":
@@ -112,7 +111,8 @@ def test_decode_splits_keys(T, dtype, monkeypatch):
         check_errors(q, kv, gate, dy, n_keys.to(DEVICE))
     kernels = sys.modules[model.attend.__module__]
     monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **__: launched.append((kernel, grid)))
-    gated_cross_attention(q.detach(), *kv.detach().unbind(2), torch.tensor([0, 5, 300]), gate.detach(), "triton")
+    k, v = kv.detach().unbind(2)
+    gated_cross_attention(q.detach(), k, v, torch.tensor([0, 5, 300]), gate.detach(), "triton")
     (first, grid), (second, _) = launched
     assert first is model.forward_kernel and grid[2] > 1 and second is model.combine_kernel
 
@@ -142,7 +142,8 @@ def poison(monkeypatch):
         return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda x, **options: poisoned(x.shape, dtype=x.dtype, device=x.device))
+    like = lambda x, **options: poisoned(x.shape, dtype=x.dtype, device=x.device)
+    monkeypatch.setattr(torch, "empty_like", like)
     return sizes
 
 
@@ -166,7 +167,8 @@ def test_poisoned_memory_and_padding(T, monkeypatch):
 def test_two_backwards_are_bit_equal():
     q, kv, gate, dy = make_inputs(2, 70, 130, 2, 32, torch.float16)
     n_keys = torch.tensor([130, 77], device=DEVICE)
-    for a, b in zip(run("triton", q, kv, gate, dy, n_keys), run("triton", q, kv, gate, dy, n_keys), strict=True):
+    twice = (run("triton", q, kv, gate, dy, n_keys) for _ in range(2))
+    for a, b in zip(*twice, strict=True):
         assert torch.equal(a, b)
 
 
@@ -180,8 +182,8 @@ def test_finite_differences():
         for seed in range(4):
             rng = torch.Generator().manual_seed(seed)
             u = torch.randn(point[which].shape, generator=rng).to(DEVICE).double()
-            ahead, behind = ([x + e * u if i == which else x for i, x in enumerate(point)] for e in (step, -step))
-            slope = (f(*ahead) - f(*behind)) / (2 * step)
+            moved = lambda by: [x + by * u if i == which else x for i, x in enumerate(point)]
+            slope = (f(*moved(step)) - f(*moved(-step))) / (2 * step)
             assert (gradient * u).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-5)
 
 
@@ -190,7 +192,8 @@ def test_gradcheck_float32():
     q, kv, gate, _ = make_inputs(1, 2, 3, 1, 32)
     n_keys = torch.tensor([[2, 3]], device=DEVICE)
     f = lambda q, kv, gate: gated_cross_attention(q, *kv.unbind(2), n_keys, gate, "triton")
-    assert torch.autograd.gradcheck(f, (q, kv, gate), eps=1e-2, atol=2e-3, rtol=1e-2, fast_mode=True, nondet_tol=0.0)
+    tolerances = {"eps": 1e-2, "atol": 2e-3, "rtol": 1e-2, "nondet_tol": 0.0}
+    assert torch.autograd.gradcheck(f, (q, kv, gate), fast_mode=True, **tolerances)
 
 
 @pytest.mark.parametrize("view", ["heads first", "sliced", "expanded", "channels strided"])
@@ -204,7 +207,8 @@ def test_strided_views(view):
         wide = torch.cat([q, q, q], -1).flatten(2)[..., 33:33 + 64]
         q, k, v = wide.view(2, 6, 2, 32), k[:, 3:31], v[:, 5:33]
     elif view == "expanded":
-        k, v, dy = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), dy[:1, :1, :1, :1].expand(dy.shape)
+        k, v = (x[:1].expand(2, -1, -1, -1) for x in (k, v))
+        dy = dy[:1, :1, :1, :1].expand(dy.shape)
     else:
         q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
     n_keys = torch.tensor([3, 25], device=DEVICE)
@@ -230,11 +234,13 @@ def test_fuzz():
             q = torch.cat([q.detach(), q.detach()], 1)[:, T:]
             kv = torch.cat([kv.detach(), kv.detach()], 4)[..., d:]
         shape = (B, T) if draw(0, 1) else (B,)
-        n_keys = torch.randint(0, N + 1, shape, generator=rng, dtype=[torch.int32, torch.int64][draw(0, 1)]).to(DEVICE)
+        integer = [torch.int32, torch.int64][draw(0, 1)]
+        n_keys = torch.randint(0, N + 1, shape, generator=rng, dtype=integer).to(DEVICE)
         try:
             check_errors(q, kv, gate, dy, n_keys)
         except AssertionError as error:
-            raise AssertionError(f"FUZZ_SEED={seed}: {B=} {T=} {N=} {H=} {d=} {dtype} {n_keys.tolist()}") from error
+            case = f"{B=} {T=} {N=} {H=} {d=} {dtype} {n_keys.tolist()}"
+            raise AssertionError(f"FUZZ_SEED={seed}: {case}") from error
 
 
 def test_gate_of_another_dtype():
@@ -251,9 +257,10 @@ def test_gate_of_another_dtype():
 def test_only_what_needs_it_gets_a_gradient():
     q, kv, gate, _ = make_inputs(1, 3, 5, 1, 32)
     n_keys = torch.tensor([5], device=DEVICE)
-    y = gated_cross_attention(q.detach(), *kv.detach().unbind(2), n_keys, gate, "triton")
+    q, k, v = q.detach(), *kv.detach().unbind(2)
+    y = gated_cross_attention(q, k, v, n_keys, gate, "triton")
     assert len(torch.autograd.grad(y.sum(), (gate,))) == 1
-    assert not gated_cross_attention(q.detach(), *kv.detach().unbind(2), n_keys, gate.detach(), "triton").requires_grad
+    assert not gated_cross_attention(q, k, v, n_keys, gate.detach(), "triton").requires_grad
 
 
 def test_block_saves_what_its_products_need_and_no_scores():
@@ -277,8 +284,10 @@ def test_block_saves_what_its_products_need_and_no_scores():
             saved.clear()  # the audio, for to_kv
             y = block(x, kv, n_keys, backend)
         if backend == "triton":
-            attention = 3 * 64 + 2 + 2 * D + 2  # q, o, gated o (2, 32); lse (2,); x and LN(x), its mean and deviation
-            feed_forward = 2 * D + 2 + 2 * 4 * D + D  # x and LN(x); before and after GELU; what the gate multiplies
+            # q, o, gated o (2, 32); lse (2,); x and LN(x), its mean and deviation
+            attention = 3 * 64 + 2 + 2 * D + 2
+            # x and LN(x); before and after GELU; what the gate multiplies
+            feed_forward = 2 * D + 2 + 2 * 4 * D + D
             others = B * N * 2 * 64 + B + 2  # k, v; n_keys; the two gates
             assert sum(saved.values()) <= B * T * (attention + feed_forward) + others
         results[backend] = [y, *torch.autograd.grad(y, [x, *block.parameters()], dy)]
@@ -299,7 +308,8 @@ def test_saved_and_formed_memory(per_token, monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         y = gated_cross_attention(q, *kv.unbind(2), n_keys, gate, "triton")
-    needed = 4 * (2 * B * T * H * d + 2 * B * N * H * d + B * H * T) + n_keys.numel() * 8  # q, o, k, v, lse, n_keys
+    floats = 2 * B * T * H * d + 2 * B * N * H * d + B * H * T  # q, o, k, v, lse
+    needed = 4 * floats + n_keys.numel() * 8
     assert sum(dict(saved).values()) <= needed + 64  # and the gate
     torch.autograd.grad(y, (q, kv, gate), dy)
     assert max(formed) < B * H * T * N
@@ -320,8 +330,9 @@ def test_torch_compile_whole_graph(backend):
     n_keys = torch.tensor([3, 40], device=DEVICE)
     f = lambda q, kv, gate: gated_cross_attention(q, *kv.unbind(2), n_keys, gate, backend) * 2
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    for a, b in ((f(q, kv, gate), compiled(q, kv, gate)),
-                 *zip(*(torch.autograd.grad(g(q, kv, gate), (q, kv, gate), dy) for g in (f, compiled)), strict=True)):
+    gradients = lambda g: torch.autograd.grad(g(q, kv, gate), (q, kv, gate), dy)
+    plain, ours = ([g(q, kv, gate), *gradients(g)] for g in (f, compiled))
+    for a, b in zip(plain, ours, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(f(q, kv, gate), compiled(q, kv, gate))
@@ -335,7 +346,8 @@ def test_compile_takes_the_whole_block():
     n_keys = torch.tensor([3, 40], device=DEVICE)
     f = lambda x: block(x, *keys_values([block], audio), n_keys, "triton")
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    plain, ours = ([g(x), *torch.autograd.grad(g(x).square().sum(), list(block.parameters()))] for g in (f, compiled))
+    gradients = lambda g: torch.autograd.grad(g(x).square().sum(), list(block.parameters()))
+    plain, ours = ([g(x), *gradients(g)] for g in (f, compiled))
     for a, b in zip(plain, ours, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -351,14 +363,14 @@ def test_opcheck():
 def test_errors_name_what_was_expected():
     q, kv, gate, _ = make_inputs(2, 5, 20, 1, 32)
     k, v = kv.unbind(2)
-    n_keys = torch.tensor([3, 20], device=DEVICE)
+    n_keys, double = torch.tensor([3, 20], device=DEVICE), [x.double() for x in (q, k, v)]
     for wrong, message in (
             (lambda: gated_cross_attention(q, k[:, :4], v, n_keys, gate), "q, k, v"),
             (lambda: gated_cross_attention(q, k.half(), v, n_keys, gate), "float16"),
             (lambda: gated_cross_attention(q, k, v, n_keys[:1], gate), "n_keys"),
             (lambda: gated_cross_attention(q, k, v, n_keys.float(), gate), "n_keys"),
             (lambda: gated_cross_attention(q, k, v, n_keys, gate, "cuda"), "expected 'auto'"),
-            (lambda: gated_cross_attention(q.double(), k.double(), v.double(), n_keys, gate, "triton"), "float64")):
+            (lambda: gated_cross_attention(*double, n_keys, gate, "triton"), "float64")):
         with pytest.raises(ValueError, match=message):
             wrong()
 
@@ -371,8 +383,8 @@ def test_pick_backend():
 
 def python(code):
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *code], cwd=HERE, env=inherited, capture_output=True, text=True, timeout=900,
-                          check=False)
+    done = subprocess.run([sys.executable, *code], cwd=HERE, env=inherited, check=False,
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -403,11 +415,11 @@ def test_ahead_of_time():
     """Every kernel and table entry: no spills, <= 99 KB of shared memory, on an MI300 <= 64 KB."""
     report = python(["-c", "from tools import bench; import json; print(json.dumps(bench.aot_report()))"])
     rows = json.loads(report.splitlines()[-1])
+    kernels, dtypes = ("forward", "dq", "dkv", "combine"), ("bfloat16", "float32")
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         mine = [row for row in rows if row["arch"] == arch]
-        assert {(row["kernel"], row["dtype"], row["d"]) for row in mine} >= {
-            (kernel, dtype, d) for kernel in ("forward", "dq", "dkv", "combine") for dtype in ("bfloat16", "float32")
-            for d in (32, 64, 128)}
+        found = {(row["kernel"], row["dtype"], row["d"]) for row in mine}
+        assert found >= set(itertools.product(kernels, dtypes, (32, 64, 128)))
         for row in mine:
             assert row["spill_bytes"] == 0 and row["blocks_per_sm"] >= 1, row
             assert row["shared_bytes"] <= (64 if arch == "gfx942" else 99) * 1024, row
@@ -425,26 +437,31 @@ def test_bench_kernel():
         assert figures["aot"][arch]["spill_bytes"] == 0 and figures["aot"][arch]["shared_bytes"] <= 99 * 1024
     command = [sys.executable, "tools/bench.py", "kernels"]
     wrong = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and "expected one of kernel" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and "expected one of kernel" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, N, per_token", [(512, 768, False), (512, 768, True), (100, 1920, False), (1, 1920, False)])
+@pytest.mark.parametrize("T, N, per_token", [
+    (512, 768, False), (512, 768, True), (100, 1920, False), (1, 1920, False)])
 def test_full_size_on_gpu(dtype, T, N, per_token):
     q, kv, gate, dy = make_inputs(4, T, N, 8, 64, dtype)
     rng = torch.Generator().manual_seed(0)
     n_keys = torch.randint(0, N + 1, (4, T) if per_token else (4,), generator=rng).to(DEVICE)
     print(dtype, T, N, per_token, check_errors(q, kv, gate, dy, n_keys))
-    for a, b in zip(run("triton", q, kv, gate, dy, n_keys), run("triton", q, kv, gate, dy, n_keys), strict=True):
+    twice = (run("triton", q, kv, gate, dy, n_keys) for _ in range(2))
+    for a, b in zip(*twice, strict=True):
         assert torch.equal(a, b)
 
 
 @on_gpu
 def test_faster_than_naive_on_gpu():
     from tools import bench
-    rows = bench.kernel_rows(DEVICE, torch.bfloat16, [(8, 256, 768, 0), (1, 1, 1920, 0)], ["naive", "sdpa", "triton"])
+    shapes, backends = [(8, 256, 768, 0), (1, 1, 1920, 0)], ["naive", "sdpa", "triton"]
+    rows = bench.kernel_rows(DEVICE, torch.bfloat16, shapes, backends)
     for backward in (False, True):
         ms = {row["backend"]: row["ms"] for row in rows if row["T"] == 256 and row["backward"] == backward}
-        print(f"backward {backward}: {ms['naive'] / ms['triton']:.2f}x naive, {ms['sdpa'] / ms['triton']:.2f}x sdpa")
+        naive, sdpa = (ms[backend] / ms["triton"] for backend in ("naive", "sdpa"))
+        print(f"backward {backward}: {naive:.2f}x naive, {sdpa:.2f}x sdpa")
         assert ms["triton"] < ms["naive"]

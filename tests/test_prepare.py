@@ -1,5 +1,4 @@
-"""The embedded data and the language model of the demo, made for real: python -m pytest
-tests/test_prepare.py"""
+"""The demo's embedded data and language model, made for real: python -m pytest tests/test_prepare.py"""
 import collections
 import hashlib
 import importlib.util
@@ -16,8 +15,8 @@ import soundfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZE = ["--train", "128", "--val", "40", "--test", "160", "--test_programs", "32", "--train_questions", "96",
         "--questions", "48"]
-TASKS = ["Family-AQA", "FamilyMC-AQA", "Instrument-AQA", "Register-AQA", "Loudness-AQA", "Count-AQA", "Order-AQA",
-         "Note-AudioCaptioning"]
+TASKS = ["Family-AQA", "FamilyMC-AQA", "Instrument-AQA", "Register-AQA", "Loudness-AQA", "Count-AQA",
+         "Order-AQA", "Note-AudioCaptioning"]
 
 
 def script(name, *args):
@@ -30,8 +29,9 @@ def gm_notes(out, *args):
 
 
 def digests(folder):
-    return {os.path.relpath(os.path.join(at, name), folder): hashlib.sha256(open(os.path.join(at, name), "rb").read())
-            .hexdigest() for at, _, names in os.walk(folder) for name in names}
+    paths = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+    digest = lambda path: hashlib.sha256(open(path, "rb").read()).hexdigest()
+    return {os.path.relpath(path, folder): digest(path) for path in paths}
 
 
 needs_soundfont = pytest.mark.skipif(
@@ -86,16 +86,16 @@ def test_wavs_are_audible_16_khz_mono_16_bit(gm):
         assert (info.samplerate, info.channels, info.subtype, info.frames) == (16000, 1, "PCM_16", 40000)
         sound, _ = soundfile.read(f"{gm}/{name}")
         assert 0.49 < np.abs(sound).max() < 1
-        assert abs(sound.mean()) < 0.5 * sound.std()  # a few samples of the soundfont (alto sax) have an offset of their own
+        assert abs(sound.mean()) < 0.5 * sound.std()  # a few samples (alto sax) have an offset of their own
         onsets = [note[3] for note in played]
         assert all(b - a >= 0.4 for a, b in itertools.pairwise(onsets))
         for _, _, _, start, length in played:  # every note sounds, and has stopped 0.12 s after its release
             at, end = int(start * 16000), int((start + length) * 16000)
-            room = np.sqrt(np.mean(sound[-480:] ** 2))  # the noise alone: nothing sounds in a clip's last 0.03 s
+            room = np.sqrt(np.mean(sound[-480:] ** 2))  # the noise alone: nothing sounds in the last 0.03 s
             assert 0.0005 < room < 0.004
-            # soft reverse cymbals swell slowly, so over the loudest 50 ms; noise has 1.2 times its level
-            # there
-            loudest = max(np.sqrt(np.mean(part ** 2)) for part in np.array_split(sound[at:end], (end - at) // 800))
+            # soft reverse cymbals swell slowly, so of the loudest 50 ms; noise has 1.2 times its level there
+            parts = np.array_split(sound[at:end], (end - at) // 800)
+            loudest = max(np.sqrt(np.mean(part ** 2)) for part in parts)
             assert loudest > 1.5 * room
             assert np.sqrt(np.mean(sound[end + 1920:end + 2080] ** 2)) < 1.5 * room
 
@@ -103,7 +103,8 @@ def test_wavs_are_audible_16_khz_mono_16_bit(gm):
 @needs_soundfont
 def test_answers_are_balanced(gm):
     for task, split, answers in (("Family-AQA", "test", 16), ("Family-AQA", "test_programs", 16),
-                                 ("Register-AQA", "test", 3), ("Loudness-AQA", "test", 2), ("Count-AQA", "test", 3)):
+                                 ("Register-AQA", "test", 3), ("Loudness-AQA", "test", 2),
+                                 ("Count-AQA", "test", 3)):
         counts = collections.Counter(item["output"] for item in manifest(gm, task, split)["data"].values())
         assert len(counts) == answers and max(counts.values()) - min(counts.values()) <= 1
     for task, letters in (("FamilyMC-AQA", 4), ("Order-AQA", 2)):
@@ -187,7 +188,8 @@ def test_smollm2_is_a_normal_hugging_face_folder(tmp_path, monkeypatch):
     assert tokenizer.decode(ids) == "What is the capital of France?"
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-    prompt = tokenizer("What is the capital of France? The capital of France is", return_tensors="pt").input_ids
+    prompt = "What is the capital of France? The capital of France is"
+    prompt = tokenizer(prompt, return_tensors="pt").input_ids
     assert tokenizer.decode(model.generate(prompt, max_new_tokens=2, do_sample=False)[0]).endswith(" Paris.")
 
 
@@ -213,7 +215,8 @@ def test_muon_steps_in_every_direction_alike(shape):
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.zeros(shape))
     optimizer = Muon([w], lr=0.1, weight_decay=0.0)
-    w.grad = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1]))  # directions of very different size
+    sizes = torch.logspace(0, -1, shape[1])  # directions of very different size
+    w.grad = torch.randn(shape) @ torch.diag(sizes)
     optimizer.step()
     step = torch.linalg.svdvals(w.detach()) / (0.1 * 0.2 * max(shape) ** 0.5)
     assert 0.5 < step.min() and step.max() < 1.4

@@ -1,5 +1,4 @@
-"""Every command of the README: those that fit a CPU are run, on small data in their place; the others are
-accounted for."""
+"""Every command of the README: those that fit a CPU are run, on small data; the others are accounted for."""
 import os
 import re
 import shutil
@@ -28,19 +27,20 @@ NOT_HERE = {  # command: why it is not run by this test
 
 @pytest.fixture(scope="module")
 def stage(tiny_config, tiny_settings, tiny_data, tmp_path_factory):
-    """A folder that looks like the project's with tiny stand-ins: {what the README says: what is used
-    instead}."""
+    """A folder that looks like the project's, with tiny stand-ins for what the README says; its data."""
     folder = tmp_path_factory.mktemp("readme")
     options = [f"--expdir={folder}/exp"]
     tiny = dict(vars(config.load([tiny_config], "train.py")))
-    sizes = {k: v for k, v in tiny.items() if k in tiny["given"] and not k.endswith("dataset_config") and "blending_c" not in k}
-    for name in ("pretrain", "sft", "long"):  # the shipped configs, with the sizes and the data of the tiny one
+    of_data = lambda name: name.endswith("dataset_config") or "blending_c" in name
+    sizes = {k: v for k, v in tiny.items() if k in tiny["given"] and not of_data(k)}
+    sizes |= {"num_epochs": 1, "expdir": f"{folder}/exp"}
+    for name in ("pretrain", "sft", "long"):  # the shipped configs, with the tiny one's sizes and data
         shipped = config.load([f"{ROOT}/config/{name}.py"], "train.py")
         for key in [*shipped.dataset_blending_config, *shipped.valid_dataset_config]:
             task, split = key.split("/")
             os.makedirs(f"{tiny_data}/{task}", exist_ok=True)
             shutil.copy(f"{tiny_data}/toy-AQA/{split}.json", f"{tiny_data}/{task}/{split}.json")
-        small = sizes | {"clap_checkpoint": None, "gradient_accumulation_steps": 1, "num_epochs": 1, "expdir": f"{folder}/exp",
+        small = sizes | {"clap_checkpoint": None, "gradient_accumulation_steps": 1,
                          "dataset_blending_global_weight": 1.0 if name == "long" else 0.2}
         if name != "pretrain":
             before = {"sft": "pretrain", "long": "sft"}[name]
@@ -54,10 +54,10 @@ def stage(tiny_config, tiny_settings, tiny_data, tmp_path_factory):
     AudioFlamingo.from_pretrained(f"{folder}/exp/mine").save_pretrained(f"{folder}/release")
     (folder / "questions.jsonl").write_text(f'{{"path": "{tiny_data}/0.wav", "prompt": "What?"}}\n')
     snippet = next(block for block in BLOCKS if 'run_name = "mine"' in block)
+    mine = sizes | {"run_name": "mine2", "pretrained_path": f"{folder}/release"}
     with open(folder / "mine.py", "w") as f:
         f.write(re.sub(r"(?m)^   ", "", snippet))
-        f.writelines(f"{k} = {v!r}\n" for k, v in (sizes | {"num_epochs": 1, "expdir": f"{folder}/exp", "run_name": "mine2",
-                                                          "pretrained_path": f"{folder}/release"}).items())
+        f.writelines(f"{k} = {v!r}\n" for k, v in mine.items())
     return folder, tiny_data
 
 
@@ -78,7 +78,8 @@ def words(command, folder, data):
     parts = ["-m", "torch.distributed.run", *parts[1:]] if parts[0] == "torchrun" else parts[1:]
     if "eval.py" in parts:
         os.makedirs(f"{data}/Clotho-AQA-AQA", exist_ok=True)
-        write_manifest(data, "Clotho-AQA-AQA/test", [("0.wav", "Is it?", "yes, yes, yes"), ("1.wav", "What?", "a, b, c")])
+        items = [("0.wav", "Is it?", "yes, yes, yes"), ("1.wav", "What?", "a, b, c")]
+        write_manifest(data, "Clotho-AQA-AQA/test", items)
         parts += [f"--dataset_file_root={data}", f"--data_root={data}", "--max_new_tokens=3"]
     if "sample.py" in parts:
         parts += ["--max_new_tokens=3", f"--expdir={folder}/exp"]
@@ -88,7 +89,11 @@ def words(command, folder, data):
 STAGES = ["config/pretrain.py", "config/sft.py", "config/long.py"]  # each starts from the one before
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS, key=lambda c: next((i for i, s in enumerate(STAGES, 1) if s in c), 0)))
+def turn(command):
+    return next((i for i, path in enumerate(STAGES, 1) if path in command), 0)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS, key=turn))
 def test_command(command, stage):
     if command in NOT_HERE:
         pytest.skip(f"{command}: {NOT_HERE[command]}")
@@ -100,8 +105,9 @@ def test_command(command, stage):
 
 
 def test_the_users_card_is_in_the_readme():
-    for command in ("torchrun --nproc_per_node=8 train.py config/pretrain.py", "python train.py config/sft.py",
-                    "python sample.py --audio clip.wav", "python eval.py --split Clotho-AQA-AQA/test"):
+    for command in ("torchrun --nproc_per_node=8 train.py config/pretrain.py",
+                    "python train.py config/sft.py", "python sample.py --audio clip.wav",
+                    "python eval.py --split Clotho-AQA-AQA/test"):
         assert any(c.startswith(command) for c in COMMANDS), command
 
 

@@ -1,6 +1,7 @@
 """Measure the parts that time and memory depend on.
 
-    python tools/bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU; on a CPU the compiler's report
+    python tools/bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU;
+                                     # on a CPU the compiler's report
 
 Prints a table for people; the last line of stdout is one JSON object.
 """
@@ -45,12 +46,13 @@ def compile_entry(entry):
     constants = {"H": 8, "D": d, "STORE_Y": True, "STORE_O": True, **sizes}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
-    special = {"n_ptr": "*i64", "n_max_ptr": "*i64", "scale": "fp32"} | {
-        f"{key}_ptr": "*fp32" for key in ("gate", "lse", "delta", "part", "part_lse")}
-    kind = lambda arg: "constexpr" if arg in constants else special.get(arg, f"*{short}" if "_ptr" in arg else "i32")
+    special = {"n_ptr": "*i64", "n_max_ptr": "*i64", "scale": "fp32"}
+    special |= {f"{key}_ptr": "*fp32" for key in ("gate", "lse", "delta", "part", "part_lse")}
+    special |= dict.fromkeys(constants, "constexpr")
+    kinds = {arg: special.get(arg, f"*{short}" if "_ptr" in arg else "i32") for arg in kernel.arg_names}
     aligned = lambda arg: "_ptr" in arg or re.fullmatch("[qkv]_[btnh]", arg)  # 16 bytes, as at run time
-    source = ASTSource(kernel, {arg: kind(arg) for arg in kernel.arg_names}, constants,
-                       {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if aligned(arg)})
+    divisible = [(i,) for i, arg in enumerate(kernel.arg_names) if aligned(arg)]
+    source = ASTSource(kernel, kinds, constants, {place: [["tt.divisibility", 16]] for place in divisible})
     compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[arch]["target"]), options=options)
     if arch.startswith("sm_"):
         with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +62,7 @@ def compile_entry(entry):
             usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], check=True,
                                    capture_output=True, text=True).stdout
         count = lambda field: int(re.search(rf"{field}:(\d+)", usage)[1])
-        registers, spilled = count("REG"), count("STACK") + count("LOCAL")  # no arrays here: a stack means spills
+        registers, spilled = count("REG"), count("STACK") + count("LOCAL")  # no arrays: a stack means spills
     else:
         count = lambda field: int(re.search(rf"\.{field}:\s*(\d+)", compiled.asm["amdgcn"])[1])
         registers, spilled = count("vgpr_count"), 4 * (count("vgpr_spill_count") + count("sgpr_spill_count"))
@@ -76,10 +78,10 @@ def compile_entry(entry):
 
 
 def aot_report():
-    """Registers, spilled bytes, shared memory, blocks per multiprocessor: a dict per architecture and table
-    entry."""
+    """Registers, spilled bytes, shared memory, blocks per SM: a dict per architecture and table entry."""
     if model.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by interpreted ones; unset it to compile them")
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by interpreted ones; "
+                           "unset it to compile them")
     entries = {}  # bfloat16 stands for float16: the same bytes; T picks the rows for short texts
     for arch in ARCHITECTURES:
         for name in KERNELS:
@@ -94,17 +96,19 @@ def aot_report():
 
 
 def print_aot(rows):
-    print("\ncompiled ahead of time, all heads of 64 channels and long texts (the summary is over every entry):")
-    print(f"{'':8}{'kernel':10}{'dtype':10}{'tokens':>7}{'keys':>6}{'warps':>6}{'registers':>11}{'spilled B':>11}"
-          f"{'shared B':>10}{'blocks/SM':>11}")
-    longest = {(r["arch"], r["kernel"], r["dtype"]): r for r in rows if r["d"] == 64}  # later rows: longer texts
+    print("\ncompiled ahead of time, all heads of 64 channels and long texts "
+          "(the summary is over every entry):")
+    print(f"{'':8}{'kernel':10}{'dtype':10}{'tokens':>7}{'keys':>6}{'warps':>6}{'registers':>11}"
+          f"{'spilled B':>11}{'shared B':>10}{'blocks/SM':>11}")
+    longest = {(r["arch"], r["kernel"], r["dtype"]): r for r in rows if r["d"] == 64}  # later: longer texts
     for r in longest.values():
         print(f"{r['arch']:8}{r['kernel']:10}{r['dtype']:10}{r['BLOCK_T']:7}{r.get('BLOCK_N', '-'):>6}"
-              f"{r['num_warps']:6}{r['registers']:11}{r['spill_bytes']:11}{r['shared_bytes']:10}{r['blocks_per_sm']:11}")
-    summary = {}
+              f"{r['num_warps']:6}{r['registers']:11}"
+              f"{r['spill_bytes']:11}{r['shared_bytes']:10}{r['blocks_per_sm']:11}")
+    summary, worst = {}, ("spill_bytes", "shared_bytes", "registers")
     for arch in ARCHITECTURES:
         mine = [r for r in rows if r["arch"] == arch]
-        summary[arch] = {key: max(r[key] for r in mine) for key in ("spill_bytes", "shared_bytes", "registers")}
+        summary[arch] = {key: max(r[key] for r in mine) for key in worst}
         summary[arch]["entries"] = len(mine)
         print(f"{arch:8}at most over {len(mine)} entries: {summary[arch]}")
     return summary
@@ -115,8 +119,7 @@ def print_aot(rows):
 
 
 def timed(run, device, repeats=20):
-    """-> (median, p20, p80) seconds, peak bytes above the start. Warm; on a GPU each run starts with a cold
-    L2."""
+    """-> (median, p20, p80) seconds, peak bytes above the start. Warm; on a GPU each run has a cold L2."""
     for _ in range(3):
         run()
     seconds, peak = [], None
@@ -152,8 +155,7 @@ def per_clip(q, k, v, lengths, gate):
 
 
 def counted(T, lengths, N, H, d, size, backward):
-    """-> (operations, least bytes): real keys are read once, q, y and gradients once; padded dk, dv are
-    written."""
+    """-> (operations, least bytes): real keys, q, y and gradients move once; padded dk, dv are written."""
     B, keys, tokens = len(lengths), sum(lengths) * H * d * size, len(lengths) * T * H * d * size
     operations, moved = 4 * T * sum(lengths) * H * d, 2 * tokens + 2 * keys
     if backward:  # o and lse out; then q, o, dy, k, v, lse in and dq, dk, dv out
@@ -163,8 +165,7 @@ def counted(T, lengths, N, H, d, size, backward):
 
 
 def make_case(device, dtype, B, T, N, D, H, d):
-    """-> leaves, dy, ragged lengths and attend(backend): attention alone for D = 0, else the whole gated
-    block."""
+    """-> leaves, dy, ragged lengths, attend(backend): attention alone if D = 0, else a whole gated block."""
     torch.manual_seed(0)
     make = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
     lengths = [max(1, N * (B - i) // B // 64 * 64) for i in range(B)]  # the longest clip fills N
@@ -196,8 +197,8 @@ def kernel_rows(device, dtype, shapes, backends, H=8, d=64):
         big = torch.empty(2**30, dtype=torch.uint8, device=device)
         bandwidth = 2 * big.numel() / timed(big.clone, device)[0][0]
         print(f"floor: {rate / 1e12:.0f} TFLOP/s measured matmul, {bandwidth / 1e9:.0f} GB/s measured copy")
-    print(f"{'B':>3}{'T':>5}{'N':>6}{'D':>6}  {'':12}{'backend':14}{'ms':>9}{'p20':>9}{'p80':>9}{'TFLOP/s':>9}"
-          f"{'GB/s':>8}{'peak MB':>9}{'floor ms':>10}")
+    print(f"{'B':>3}{'T':>5}{'N':>6}{'D':>6}  {'':12}{'backend':14}{'ms':>9}{'p20':>9}{'p80':>9}"
+          f"{'TFLOP/s':>9}{'GB/s':>8}{'peak MB':>9}{'floor ms':>10}")
     rows = []
     for B, T, N, D in shapes:
         leaves, dy, lengths, attend = make_case(device, dtype, B, T, N, D, H, d)
@@ -220,15 +221,15 @@ def kernel_rows(device, dtype, shapes, backends, H=8, d=64):
                             attend(backend)
 
                 (median, p20, p80), peak = timed(run, device)
-                row = {"B": B, "T": T, "N": N, "D": D, "backward": backward, "backend": backend, "ms": median * 1e3,
-                       "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3, "tflops": operations / median / 1e12,
-                       "gb_per_s": moved / median / 1e9, "peak_mb": peak and peak / 1e6,
-                       "floor_ms": floor and floor * 1e3}
+                row = {"B": B, "T": T, "N": N, "D": D, "backward": backward, "backend": backend,
+                       "ms": median * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3,
+                       "tflops": operations / median / 1e12, "gb_per_s": moved / median / 1e9,
+                       "peak_mb": peak and peak / 1e6, "floor_ms": floor and floor * 1e3}
                 rows.append(row)
+                on_gpu = f"{row['peak_mb']:9.1f}{row['floor_ms']:10.4f}" if rate else f"{'n/a':>9}{'n/a':>10}"
                 print(f"{B:3}{T:5}{N:6}{D or '-':>6}  {'fwd + bwd' if backward else 'forward':12}{backend:14}"
                       f"{row['ms']:9.3f}{row['p20_ms']:9.3f}{row['p80_ms']:9.3f}{row['tflops']:9.3f}"
-                      f"{row['gb_per_s']:8.1f}"
-                      + (f"{row['peak_mb']:9.1f}{row['floor_ms']:10.4f}" if rate else f"{'n/a':>9}{'n/a':>10}"))
+                      f"{row['gb_per_s']:8.1f}{on_gpu}")
     return rows
 
 
@@ -238,8 +239,10 @@ def kernel():
     name = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    print(f"gated cross-attention, 8 heads of 64, on {name}, torch {torch.__version__}; auto = {backend} ({reason})")
-    figures = {"mode": "kernel", "device": name, "torch": torch.__version__, "auto": backend, "reason": reason}
+    print(f"gated cross-attention, 8 heads of 64, on {name}, torch {torch.__version__}; "
+          f"auto = {backend} ({reason})")
+    figures = {"mode": "kernel", "device": name, "torch": torch.__version__,
+               "auto": backend, "reason": reason}
     if device.type == "cuda":
         shapes = [(8, T, N, 0) for T in (32, 128, 256, 512) for N in (64, 768, 1920)]
         shapes += [(1, 1, 768, 0), (1, 1, 1920, 0)] + [(8, 256, 768, D) for D in (896, 1536, 2048)]
@@ -248,12 +251,15 @@ def kernel():
     else:
         figures["gpu"] = None
         shapes = [(2, 32, 64, 0), (2, 64, 192, 0), (1, 1, 768, 0), (2, 32, 192, 896)]
-        figures["cpu"] = {"rows": kernel_rows(device, torch.float32, shapes, ["naive", "sdpa"]), "dtype": "float32"}
-    print("\nbytes moved by count, bfloat16, 8 clips of 768 keys: the least, and one (B, H, T, N) of the naive form")
+        rows = kernel_rows(device, torch.float32, shapes, ["naive", "sdpa"])
+        figures["cpu"] = {"rows": rows, "dtype": "float32"}
+    print("\nbytes moved by count, bfloat16, 8 clips of 768 keys: "
+          "the least, and one (B, H, T, N) of the naive form")
     for T in (32, 128, 256, 512):
         least = [counted(T, [768] * 8, 768, 8, 64, 2, backward)[1] / 1e6 for backward in (False, True)]
         scores = 8 * 8 * T * 768 * 2 / 1e6
-        print(f"T {T:4}: forward {least[0]:6.1f} MB, with backward {least[1]:6.1f} MB; scores {scores:6.1f} MB")
+        print(f"T {T:4}: forward {least[0]:6.1f} MB, with backward {least[1]:6.1f} MB; "
+              f"scores {scores:6.1f} MB")
     figures["aot"] = {}
     if triton.__version__:
         figures["aot"] = print_aot(aot_report())
@@ -265,8 +271,10 @@ def kernel():
 MODES = {"kernel": kernel}
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit(0)
     if len(sys.argv) != 2 or sys.argv[1] not in MODES:
-        print(__doc__ if "--help" in sys.argv else f"bench.py: expected one of {', '.join(MODES)}, got {sys.argv[1:]}",
-              file=sys.stdout if "--help" in sys.argv else sys.stderr)
-        sys.exit(0 if "--help" in sys.argv else 2)
+        print(f"bench.py: expected one of {', '.join(MODES)}, got {sys.argv[1:]}", file=sys.stderr)
+        sys.exit(2)
     print(json.dumps(MODES[sys.argv[1]]()))

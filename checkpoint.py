@@ -145,7 +145,8 @@ def text_side(c):
         eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta") or get("rope_theta", 10000.0),
         rope_stretch={n: rope[n] for n in stretch} if found["rotary scaling"] == "llama3" else None,
         qkv_bias=get("attention_bias", hf.model_type == "qwen2"), out_bias=get("attention_bias", False),
-        mlp_bias=get("mlp_bias", False), qk_norm=hf.model_type == "qwen3", tied=hf.tie_word_embeddings)
+        mlp_bias=get("mlp_bias", False), qk_norm=hf.model_type == "qwen3", tied=hf.tie_word_embeddings,
+        positions=get("max_position_embeddings", 10 ** 9))
     return folder, sizes, tokenizer
 
 

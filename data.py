@@ -101,12 +101,13 @@ def encode_text(tokenizer, texts):
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_prompts(tokenizer, prompts):
-    """Prompts of a manifest -> lists of ids: what the tokenizer begins with, <audio>, prompt, sep."""
+def encode_prompts(tokenizer, prompts, n_clips=None):
+    """Prompts -> lists of ids: what the tokenizer begins with, <audio> for each clip, prompt, sep."""
     audio = tokenizer.convert_tokens_to_ids(MARKS[0])
     begin = tokenizer(MARKS[0])["input_ids"]
-    begin = begin[:begin.index(audio) + 1]
-    return [begin + ids + [tokenizer.sep_token_id] for ids in encode_text(tokenizer, prompts)]
+    begin = begin[:begin.index(audio)]
+    texts, n_clips = encode_text(tokenizer, prompts), n_clips or [1] * len(prompts)
+    return [begin + [audio] * n + ids + [tokenizer.sep_token_id] for ids, n in zip(texts, n_clips)]
 
 
 def pad_rows(rows, pad_id):

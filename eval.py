@@ -29,6 +29,7 @@ from tools.captions import captioning
 from tools.clap_text import text_tower
 from tools.closed_sets import closed_set, multi_label, nsynth
 from tools.compare import compare
+from tools.decoding import answer
 from tools.listening import attention_over_time
 from tools.reading import (labels_of, mark_of, marks_in, normalise, option_named, options_of,
                            reference_option, said)
@@ -191,27 +192,34 @@ def answer_split(model, manifest, path, c, matters, about, rank, world):
     done = answers.kept(path, manifest, matters)
     wait(world)  # all ranks have read before one writes: the same shares
     clips = Clips([manifest], None, model.hearing)
-    todo = sorted(set(range(len(manifest))) - set(done), key=lambda i: len(manifest[i]["prompt"]))
-    todo = todo[rank::world]
-    batches = [todo[first:first + c.eval_batch_size] for first in range(0, len(todo), c.eval_batch_size)]
-    loader = DataLoader(clips, batch_sampler=batches, collate_fn=list,
-                        num_workers=min(c.num_workers, len(batches)))
+    todo = sorted(set(range(len(manifest))) - set(done))[rank::world]
+    loader = DataLoader(clips, batch_size=None, sampler=todo, num_workers=min(c.num_workers, len(todo)))
     bar = tqdm(total=len(todo), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
+    heard = []  # (index, clip) of the items that can be answered, in the order in which they are read
+
     with answers.open_part(path, matters, rank, about) as f, bar:
-        for ids, loaded in zip(batches, loader):
-            good = [(i, clip["windows"]) for i, clip in zip(ids, loaded) if clip["windows"] is not None]
-            texts = model.generate([manifest[i]["prompt"] for i, _ in good], torch.cat([w for _, w in good]),
-                                   torch.tensor([len(w) for _, w in good]), c.max_new_tokens) if good else []
-            said_of = dict(zip([i for i, _ in good], texts))
-            for i, clip in zip(ids, loaded):
-                item = {"id": i} | answers.question_of(manifest, i) | {"answer": said_of.get(i, "")}
-                if "error" in clip:
-                    item["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
-                elif clip["unheard"]:
-                    item["unheard"] = round(clip["unheard"], 2)  # seconds beyond what is heard
-                f.write(json.dumps(item, ensure_ascii=False) + "\n")
+        def write(i, clip, text):
+            item = {"id": i} | answers.question_of(manifest, i) | {"answer": text}
+            if "error" in clip:
+                item["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
+            elif clip["unheard"]:
+                item["unheard"] = round(clip["unheard"], 2)  # seconds beyond what is heard
+            f.write(json.dumps(item, ensure_ascii=False) + "\n")
             f.flush()
-            bar.update(len(ids))
+            bar.update()
+
+        def questions():
+            for i, clip in zip(todo, loader):
+                if "error" in clip:
+                    write(i, clip, "")
+                    continue
+                windows = clip.pop("windows")
+                heard.append((i, clip))
+                yield clip["prompt"], windows, [len(windows)]
+
+        slots = c.eval_batch_size
+        for index, text in answer(model, questions(), slots, max_new_tokens=c.max_new_tokens):
+            write(*heard[index], text)
     wait(world)
     if rank:
         return []

@@ -20,7 +20,6 @@ import sys
 import types
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -30,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import HEARING, MARKS, SAMPLE_RATE, encode_prompts, pad_rows
+from data import HEARING, MARKS, SAMPLE_RATE
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -126,6 +125,9 @@ class ClapEncoder(nn.Module):
         self.tokens_per_window = (spec_size // 32) ** 2
         self.max_frames = spec_size * (spec_size // 64)
 
+    def __reduce__(self):  # HTS-AT's module is not importable before load_htsat_class has run
+        return unpickled_encoder, (), self.__dict__
+
     def forward(self, windows):
         return self.encode(log_mel(windows))
 
@@ -181,6 +183,11 @@ class ClapEncoder(nn.Module):
         patches = (self.htsat.spec_size // 4) ** 2  # of a window; a quarter remains after every stage
         stages = enumerate(self.htsat.layers)
         return 2 * n * sum(matrix_sizes(stage) * patches / 4 ** i for i, stage in stages)
+
+
+def unpickled_encoder():
+    load_htsat_class()
+    return ClapEncoder.__new__(ClapEncoder)
 
 
 def matrix_sizes(module):
@@ -519,44 +526,17 @@ def gated_blocks(every, layers):
     return blocks
 
 
-CACHE_STEP = 64  # slots of a cache at first, or a multiple: one shape for most prompts and answers
-
-
 def recomputed(module, *args):
     """module(*args), whose insides are computed again in the backward pass instead of being kept."""
     return checkpoint(module, *args, use_reentrant=False)
 
 
-@dataclass
-class Sampling:
-    """How answers are decoded; ValueError for what makes no sense."""
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0: greedy
-    top_k: int | None = None  # sample among the k likeliest tokens; 0 and None: all
-    top_p: float | None = None  # sample among the likeliest tokens of this total probability; None: all
-    seed: int = 0
-
-    def __post_init__(self):
-        positive = self.max_new_tokens >= 0 and (self.top_k or 0) >= 0 and 0 <= self.temperature < math.inf
-        if not positive or not 0 < (1 if self.top_p is None else self.top_p) <= 1:
-            raise ValueError(f"{self}: expected nothing below 0 but the seed, and 0 < top_p <= 1")
-
-
-def pick(logits, how, generator):
-    """logits (B, V) float32 -> token ids (B,). Sampling adds one Gumbel noise vector to every row (argmax of
-    logits + Gumbel noise is a draw from the softmax), so a row's answer does not depend on the others."""
-    if how.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / how.temperature
-    if how.top_k:
-        least = logits.topk(min(how.top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if how.top_p:
-        ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= how.top_p  # the first token is always kept
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -math.inf)
-    uniform = torch.rand(logits.shape[1], generator=generator).clamp(min=1e-20).to(logits.device)
-    return (logits - (-uniform.log()).log()).argmax(-1)
+def pad_parts(x, n):
+    """x (sum n, C), n (P,) -> (P, max n, C), zeros after each part, and where x stands in it."""
+    real = torch.arange(int(n.max()), device=x.device) < n[:, None]
+    padded = x.new_zeros(*real.shape, x.shape[1])
+    padded[real] = x
+    return padded, real
 
 
 class AudioFlamingo(nn.Module):
@@ -585,15 +565,24 @@ class AudioFlamingo(nn.Module):
     # --- listening and reading
 
     def listen(self, windows, n_windows):
-        """windows (sum W, L) int16 or float32, n_windows (B,) -> audio tokens (B, S, C) and n_keys (B,), how
-        many of them are real; S = 64 max(n_windows)."""
+        """windows (sum W, L) int16 or float32 -> audio tokens (B, S, C) and n_keys, how many are real: (B,)
+        as n_windows, or (B, K), up to and with each of the K clips of a text (0 windows: there are fewer)."""
         tokens = torch.cat([self.clap(to_float(part)) for part in windows.split(64)])  # (sum W, 64, C)
         n_windows = n_windows.to(tokens.device)
-        slots = torch.arange(int(n_windows.max()), device=tokens.device) < n_windows[:, None]
-        audio = tokens.new_zeros(*slots.shape, *tokens.shape[1:])
-        audio[slots] = tokens
-        n_keys = slots.sum(1) * self.clap.tokens_per_window
-        return self.audio_transformer(audio.flatten(1, 2), n_keys), n_keys
+        n_tokens = n_windows[n_windows > 0] * self.clap.tokens_per_window  # of every clip
+        audio, real = pad_parts(tokens.flatten(0, 1), n_tokens)
+        audio = self.audio_transformer(audio, n_tokens)  # clip by clip: (clips, S, C)
+        n_keys = n_windows * self.clap.tokens_per_window
+        if n_windows.ndim == 1:
+            return audio, n_keys
+        return pad_parts(audio[real], n_keys.sum(1))[0], n_keys.cumsum(1)
+
+    def keys_heard(self, ids, n_keys):
+        """n_keys of listen for every token of ids (B, T): of the clips whose marks stand before or at it."""
+        if n_keys.ndim == 1:
+            return n_keys
+        marks = (ids == self.audio_id).cumsum(1).clamp(1, n_keys.shape[1])  # before all: the first
+        return n_keys.gather(1, marks - 1)
 
     def keys_values(self, audio):
         """audio (B, S, C) -> {block index: (B, S, 2, H, d)} for the gated blocks."""
@@ -611,59 +600,30 @@ class AudioFlamingo(nn.Module):
         return self.lm.norm(x)
 
     def forward(self, input_ids, windows, n_windows, labels=None):
-        """input_ids (B, T) right-padded; windows (sum W, L); n_windows (B,); labels (B, T) unshifted, -100
-        ignored -> logits (B, T, V) and no loss, or no logits and the mean loss over the labelled tokens: then
-        the head runs at the positions before those alone (V = 151,669 makes the rest expensive)."""
+        """input_ids (B, T) right-padded; windows (sum W, L); n_windows (B,), or (B, K) for K clips a text;
+        labels (B, T) unshifted, -100 ignored -> logits (B, T, V) and no loss, or no logits and the mean loss
+        over the labelled tokens: then the head runs before those alone (V = 151,669 is expensive)."""
         audio, n_keys = self.listen(windows, n_windows)
-        x = self.hidden(input_ids, self.keys_values(audio), n_keys)
+        x = self.hidden(input_ids, self.keys_values(audio), self.keys_heard(input_ids, n_keys))
         if labels is None:
             return self.lm.logits(x), None
         answers = labels[:, 1:] != -100
         logits = self.lm.logits(x[:, :-1][answers]).float()
         return None, F.cross_entropy(logits, labels[:, 1:][answers], reduction="sum") / max(len(logits), 1)
 
-    # --- answering
+    # --- answering: tools/decoding.py
 
-    @torch.no_grad()
-    def stream(self, prompts, windows, n_windows, **sampling):
-        """generate as a Python generator: per step one (B,) tensor of token ids, -1 in finished rows."""
-        how = Sampling(**sampling)
-        if len(prompts) != len(n_windows) or int(n_windows.sum()) != len(windows):
-            raise ValueError(f"{len(prompts)} prompts, {len(n_windows)} clips and {len(windows)} windows (of "
-                             f"{int(n_windows.sum())} announced) do not belong together")
-        device, was_training = self.lm.norm.weight.device, self.training
-        rows = encode_prompts(self.tokenizer, prompts)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        ids = pad_rows(rows, self.pad_id).to(device)
-        B, T = ids.shape
-        noise = torch.Generator().manual_seed(how.seed)
-        stops = torch.tensor(self.stop_ids, device=device)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        self.eval()
-        try:
-            audio, n_keys = self.listen(windows.to(device), n_windows)
-            kv = self.keys_values(audio)  # once, not at every token
-            cache = self.lm.new_cache(B, -(-(T + 1) // CACHE_STEP) * CACHE_STEP, like=kv[min(kv)])
-            positions = torch.arange(T, device=device).expand(B, T)
-            x = self.hidden(ids, kv, n_keys, positions, cache)[torch.arange(B), lengths - 1]  # (B, D)
-            for step in range(how.max_new_tokens):
-                token = pick(self.lm.logits(x).float(), how, noise)
-                done = done | torch.isin(token, stops)
-                yield token.masked_fill(done, -1)
-                if step + 1 == how.max_new_tokens or done.all():
-                    break
-                if T + step >= cache.shape[4]:
-                    cache = F.pad(cache, (0, 0, 0, cache.shape[4]))  # twice as long
-                x = self.hidden(token[:, None], kv, n_keys, (lengths + step)[:, None], cache)[:, 0]
-        finally:  # also when the reader stops early
-            self.train(was_training)
+    def stream(self, prompts, windows, n_windows, **how):
+        """generate, step by step: a generator of (B,) token ids, -1 in rows that have ended."""
+        from tools.decoding import stream
+        return stream(self, prompts, windows, n_windows, **how)
 
-    def generate(self, prompts, windows, n_windows, max_new_tokens=256, **sampling):
-        """prompts: B strings as in a manifest; windows (sum W, L), n_windows (B,) of their clips; sampling:
-        fields of Sampling -> B strings. No answer depends on the rest of its batch, sampled or not."""
-        steps = list(self.stream(prompts, windows, n_windows, max_new_tokens=max_new_tokens, **sampling))
-        rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in prompts]
-        return [self.tokenizer.decode([t for t in row if t >= 0], skip_special_tokens=True) for row in rows]
+    def generate(self, prompts, windows, n_windows, max_new_tokens=256, **how):
+        """prompts: B strings as in a manifest; windows (sum W, L); n_windows (B,) of their clips, or (B, K) of
+        the K clips of each, 0 for none; how: fields of tools.decoding.Sampling -> B strings. No answer depends
+        on the rest of its batch, sampled or not."""
+        from tools.decoding import generate
+        return generate(self, prompts, windows, n_windows, max_new_tokens=max_new_tokens, **how)
 
     # --- training
 

@@ -2,11 +2,14 @@
 
     python sample.py --audio clip.wav                                     # the newest run under exp/ or out/
     python sample.py --audio clip.wav --prompt "What happens?" --init_from=nvidia/audio-flamingo-2
-    python sample.py --audio "a.wav,b.flac" --prompt "Describe the sound."     # several clips, one batch
+    python sample.py --audio a.wav --audio b.wav --prompt "What differs?"     # several clips, one question
+    python sample.py --audio clip.wav --chat                                  # question after question
     python sample.py --input questions.jsonl --output answers.jsonl      # {"path": ..., "prompt": ...} a line
 """
+import itertools
 import json
 import os
+import re
 import sys
 
 import torch
@@ -15,12 +18,16 @@ from tqdm import tqdm
 import config as settings
 from checkpoint import finished, newest_checkpoint, pick_device, pick_precision, read
 from data import read_clip, unheard_note
-from model import Sampling, pick_backend
+from model import pick_backend
+from tools.decoding import Sampling, answer, hear, text_of, tokens
 
-audio: str = ""  # audio file, or several separated by commas
-prompt: str = "Describe the sound in a sentence."  # what to ask about each
+audio: list = []  # audio file; again for each further clip of the same prompt
+prompt: str = "Describe the sound in a sentence."  # what to ask
+chat: bool = False  # ask on: a question a line from standard input, about the same clips
+reasoning: bool = False  # of SoundCoT checkpoints: an answer without its conclusion is asked for it once more
+answer_prefix: str = ""  # words that the answer begins with
 input: str | None = None  # JSONL of {"path", "prompt"} instead; paths relative to its folder or to here
-output: str | None = None  # JSONL to write the answers of --input to; None: only printed
+output: str | None = None  # JSONL to write the answers to; None: only printed
 init_from: str | None = None  # run directory, checkpoint, release directory or hub id; None: the newest run
 max_new_tokens: int = 256  # at most, per answer
 temperature: float = 0.0  # 0: greedy
@@ -60,33 +67,38 @@ def load_weights(c, source, model, state):
 
 
 def load_clips(paths, model):
-    """-> windows (sum W, L) int16, n_windows (B,), and of each clip the seconds that are not heard."""
+    """-> windows (sum W, L) int16, n_windows (clips,), and of each clip the seconds that are not heard."""
     clips = [read_clip(path, 0.0, **model.hearing) for path in paths]
     windows = [torch.from_numpy(clip) for clip, _ in clips]
     return torch.cat(windows), torch.tensor([len(w) for w in windows]), [seconds for _, seconds in clips]
 
 
 def sampling(c):
-    return {name: getattr(c, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "answer_prefix")
+    return {name: getattr(c, name) for name in names}
 
 
 def read_questions(path):
-    """[(audio path, prompt)] of a JSONL file; every line checked before any is answered."""
+    """The lines of a JSONL file, {"path": str or list, "prompt": str, ...}; every one checked before any is
+    answered. A path that is not there is looked for beside the file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     questions = []
     for number, line in enumerate(open(path), 1):
-        if line.strip():
-            try:
-                item = json.loads(line)
-                audio_path, question = item["path"], item["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path} line {number}: expected {{"path": ..., "prompt": ...}} '
-                                 f'({error!r})') from error
-            beside = os.path.join(os.path.dirname(path), audio_path)
-            if not os.path.exists(audio_path) and os.path.exists(beside):
-                audio_path = beside
-            questions.append((audio_path, question))
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
+            good = isinstance(item["prompt"], str) and paths and all(isinstance(p, str) for p in paths)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            expected = '{"path": clip or list of clips, "prompt": text}'
+            raise ValueError(f"{path} line {number}: expected {expected}, got {line.strip()[:80]}")
+        beside = [os.path.join(os.path.dirname(path), p) for p in paths]
+        places = [b if not os.path.exists(p) and os.path.exists(b) else p for p, b in zip(paths, beside)]
+        questions.append((item, places))
     return questions
 
 
@@ -96,47 +108,110 @@ def say_unheard(seconds, model):
         print(note, file=sys.stderr)
 
 
-def stream_answer(model, question, windows, n_windows, c):
-    """Print an answer as its tokens come."""
-    ids, shown = [], ""
-    for token in model.stream([question], windows, n_windows, **sampling(c)):
-        ids += [t for t in token.tolist() if t >= 0]
-        text = model.tokenizer.decode(ids, skip_special_tokens=True)
+def concluded(model, item, text, how):
+    """A reasoning answer that ends without its conclusion is cut at the last sentence and asked for it."""
+    if "<conclusion>" in text.lower():
+        return text
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
+    prefix = f"{text[:ends[-1]] if ends else text} <conclusion>"
+    return dict(answer(model, [item], 1, **how | {"answer_prefix": prefix}))[0]
+
+
+def print_answer(model, item, heard, c):
+    """Print an answer as its tokens come, and return it."""
+    ids, shown, how = [], "", sampling(c)
+    for step in tokens(model, [item], 1, Sampling(**how), heard):
+        ids += [t for t in step.values() if t >= 0]
+        text = text_of(model, ids, c.answer_prefix)
         if not text.endswith("\ufffd"):  # a character may be several tokens: wait until it is whole
             print(text[len(shown):], end="", flush=True)
             shown = text
-    print(flush=True)
+    text = text_of(model, ids, c.answer_prefix)
+    whole = concluded(model, item, text, how) if c.reasoning else text
+    print(whole[len(text):] if whole.startswith(text) else "\n" + whole, flush=True)
+    return whole
+
+
+def ask(model, c):
+    """One clip, or several of one prompt; with --chat one question after the other."""
+    windows, n_windows, unheard = load_clips(c.audio, model)
+    say_unheard(unheard, model)
+    with torch.no_grad():
+        heard = hear(model.eval(), windows, n_windows[None] if len(n_windows) > 1 else n_windows)
+    for prompt in itertools.chain([c.prompt], map(str.strip, sys.stdin) if c.chat else ()):
+        if not prompt:
+            continue
+        text = print_answer(model, (prompt, windows, n_windows.tolist()), heard, c)
+        if c.output:
+            line = {"path": c.audio, "prompt": prompt, "output": text}
+            with open(c.output, "a") as f:
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def ask_all(model, questions, c):
+    """The answers of --input, written in its order as they come; -> how many clips could not be read."""
+    lines, asked, all_unheard, written = {}, [], [], 0
+
+    def items():
+        for number, (item, places) in enumerate(questions):
+            try:
+                windows, n_windows, unheard = load_clips(places, model)
+            except (ValueError, FileNotFoundError) as error:  # told in its line; the others are answered
+                lines[number] = item | {"output": None, "error": str(error)}
+                continue
+            all_unheard.extend(unheard)
+            asked.append((number, (item["prompt"], windows, n_windows.tolist())))
+            yield asked[-1][1]
+
+    part = open(c.output + ".part", "w") if c.output else None
+    bar = tqdm(total=len(questions), desc="answer", unit="question", disable=None)
+
+    def write():
+        nonlocal written
+        while written in lines:
+            line = json.dumps(lines[written], ensure_ascii=False)
+            tqdm.write(line)
+            if part:
+                part.write(line + "\n")
+                part.flush()
+            written += 1
+            bar.update()
+
+    how = sampling(c)
+    for index, text in answer(model, items(), c.batch_size, **how):
+        number, item = asked[index]
+        asked[index] = (number, None)  # its windows may go
+        text = concluded(model, item, text, how) if c.reasoning else text
+        lines[number] = questions[number][0] | {"output": text}
+        write()
+    write()
+    bar.close()
+    say_unheard(all_unheard, model)
+    if part:
+        part.close()
+        os.replace(c.output + ".part", c.output)
+    bad = [line["path"] for line in lines.values() if line.get("error")]
+    if bad:
+        print(f"{len(bad)} of {len(questions)} could not be read, e.g. {bad[0]}", file=sys.stderr)
+    return len(bad)
 
 
 def main(c):
-    if bool(c.audio) == bool(c.input):
-        raise ValueError("give either --audio clip.wav (or a.wav,b.wav) or --input questions.jsonl")
-    questions = read_questions(c.input) if c.input else [(path, c.prompt) for path in c.audio.split(",")]
-    for path, _ in questions:
+    if bool(c.audio) + bool(c.input) != 1:
+        raise ValueError("give either --audio clip.wav (again for each further clip of the same prompt) or "
+                         "--input questions.jsonl")
+    questions = read_questions(c.input) if c.input else []
+    for path in c.audio:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such audio file")
     if c.output:
         os.makedirs(os.path.dirname(c.output) or ".", exist_ok=True)
     Sampling(**sampling(c))  # what makes no sense is refused before the model is loaded
     model = load_weights(c, *read_model(c))
-    if len(questions) == 1 and not c.output:
-        windows, n_windows, unheard = load_clips([questions[0][0]], model)
-        say_unheard(unheard, model)
-        return stream_answer(model, questions[0][1], windows, n_windows, c)
-    answers, all_unheard = [], []
-    for first in tqdm(range(0, len(questions), c.batch_size), desc="answer", unit="batch", disable=None):
-        part = questions[first:first + c.batch_size]
-        windows, n_windows, unheard = load_clips([path for path, _ in part], model)
-        all_unheard += unheard
-        texts = model.generate([question for _, question in part], windows, n_windows, **sampling(c))
-        for (path, question), text in zip(part, texts):
-            answers.append(json.dumps({"path": path, "prompt": question, "output": text}, ensure_ascii=False))
-            tqdm.write(answers[-1] if c.input else f"{path}: {text}")
-    say_unheard(all_unheard, model)
-    if c.output:
-        with open(c.output + ".tmp", "w") as f:
-            f.writelines(line + "\n" for line in answers)
-        os.replace(c.output + ".tmp", c.output)
+    if c.audio:
+        return ask(model, c)
+    if ask_all(model, questions, c):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,11 @@ def load(argv, script, reads=None):
                 if i == len(argv):
                     raise ValueError(f"{where}: --{name} has no value; write --{name}=value")
                 text = argv[i]
-            kind = known[name][0] if name in known else None
-            overrides[name] = check(name, parse(text, kind), known, where)
+            kind, default, _ = known.get(name, (None, None, None))
+            value = parse(text, kind)
+            if default == [] and type(value) is not list:  # a list that grows with every use of its flag
+                value = [*overrides.get(name, []), text]
+            overrides[name] = check(name, value, known, where)
         i += 1
     return SimpleNamespace(**(values | overrides), given=sorted(given | set(overrides)))
 

@@ -4,7 +4,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvidia0"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # no GPU: the kernels run in Triton's interpreter; before `import model`
+    # no GPU: the kernels run in Triton's interpreter; to be set before `import model`
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib.util
@@ -31,20 +32,22 @@ def interpreter_that_works(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory):
-    """A random 3-block Llama in a Hugging Face directory, with a byte-level tokenizer of its own: a
-    folder."""
+    """A Hugging Face folder: a random 3-block Llama, with a byte-level tokenizer of its own."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     folder = str(tmp_path_factory.mktemp("lm"))
-    vocab = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0} | {character: i + 1 for i, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    c = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, vocab_size=264, tie_word_embeddings=True,
+                    max_position_embeddings=512, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                                 num_key_value_heads=2, vocab_size=264, tie_word_embeddings=True, max_position_embeddings=512,
-                                 bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    LlamaForCausalLM(c).save_pretrained(folder)
     return folder
 
 
@@ -58,15 +61,14 @@ def tokenizer(tiny_lm):
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_lm):
-    return dict(lang_encoder_path=tiny_lm, window_length=2.5, max_num_window=2, clap_spec_size=128, clap_embed_dim=16,
-                clap_depths=[1, 1, 1, 1], clap_num_heads=[1, 2, 2, 4], audio_transformer_n_head=4, audio_transformer_n_layers=1,
-                audio_transformer_d_inner=32)
+    return dict(lang_encoder_path=tiny_lm, window_length=2.5, max_num_window=2,
+                clap_spec_size=128, clap_embed_dim=16, clap_depths=[1, 1, 1, 1], clap_num_heads=[1, 2, 2, 4],
+                audio_transformer_n_head=4, audio_transformer_n_layers=1, audio_transformer_d_inner=32)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """Eight short clips and manifests toy-AQA/{train,val,test}: a folder, both data_root and
-    dataset_file_root."""
+    """A folder of eight short clips and toy-AQA/{train,val,test}: data_root and dataset_file_root in one."""
     import soundfile
     folder = str(tmp_path_factory.mktemp("data"))
     rng, items = np.random.default_rng(0), []
@@ -85,9 +87,10 @@ def tiny_data(tmp_path_factory):
 def tiny_config(tiny_settings, tiny_data, tmp_path_factory):
     """A config file for the scripts: tiny sizes on the tiny data."""
     path = str(tmp_path_factory.mktemp("config") / "tiny.py")
-    names = tiny_settings | dict(dataset_file_root=tiny_data, data_root=tiny_data, num_workers=0, batch_size=2, warmup_steps=2,
-                                 dataset_blending_global_weight=0.5, num_epochs=2, logging_steps=1, learning_rate=1e-3,
-                                 dataset_blending_config={"toy-AQA/train": 1.0}, valid_dataset_config={"toy-AQA/val": 1.0})
+    names = tiny_settings | dict(
+        dataset_file_root=tiny_data, data_root=tiny_data, num_workers=0, batch_size=2, warmup_steps=2,
+        dataset_blending_global_weight=0.5, num_epochs=2, logging_steps=1, learning_rate=1e-3,
+        dataset_blending_config={"toy-AQA/train": 1.0}, valid_dataset_config={"toy-AQA/val": 1.0})
     with open(path, "w") as f:
         f.writelines(f"{name} = {value!r}\n" for name, value in names.items())
     return path

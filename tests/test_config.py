@@ -14,23 +14,26 @@ def load(*argv):
 def test_defaults_files_and_overrides(tmp_path):
     file = tmp_path / "c.py"
     file.write_text('import math\nbatch_size = int(math.sqrt(16))\nrun_name = "a=b"\nlearning_rate = 1\n')
-    c = load(str(file), "--batch_size", "3", "--clap_finetune=true", "--lang_encoder_path=x=y", "--max_steps=7")
+    options = ("--batch_size", "3", "--clap_finetune=true", "--lang_encoder_path=x=y", "--max_steps=7")
+    c = load(str(file), *options)
     assert (c.batch_size, c.run_name, c.learning_rate, type(c.learning_rate)) == (3, "a=b", 1.0, float)
     assert c.clap_finetune is True and c.lang_encoder_path == "x=y" and c.max_steps == 7 and c.seed == 42
 
 
 def test_values():
-    c = load("--clap_depths=[1, 1, 2, 1]", "--tokenizer_path=None", "--freeze_lm_embeddings=added", "--gate_learning_rate=1e-2",
-             '--dataset_blending_config={"a-AQA/train": 1}', "--cross_attn_every_n_layers=[1,2]")
+    c = load("--clap_depths=[1, 1, 2, 1]", "--tokenizer_path=None", "--freeze_lm_embeddings=added",
+             "--gate_learning_rate=1e-2", '--dataset_blending_config={"a-AQA/train": 1}',
+             "--cross_attn_every_n_layers=[1,2]")
     assert c.clap_depths == [1, 1, 2, 1] and c.tokenizer_path is None and c.freeze_lm_embeddings == "added"
     assert c.gate_learning_rate == 0.01 and c.cross_attn_every_n_layers == [1, 2]
     assert load("--freeze_lm_embeddings=False").freeze_lm_embeddings is False
 
 
-@pytest.mark.parametrize("argument, message", [("--bach_size=3", "batch_size"), ("--batch_size=big", "expected int"),
-                                               ("--batch_size=1.5", "expected int"), ("--clap_finetune=1", "expected bool"),
-                                               ("--learning_rate=fast", "expected float"), ("nowhere.py", "nowhere.py"),
-                                               ("--seed", "no value"), ("config/defaults.txt", "config file")])
+@pytest.mark.parametrize("argument, message", [
+    ("--bach_size=3", "batch_size"), ("--batch_size=big", "expected int"),
+    ("--batch_size=1.5", "expected int"), ("--clap_finetune=1", "expected bool"),
+    ("--learning_rate=fast", "expected float"), ("nowhere.py", "nowhere.py"),
+    ("--seed", "no value"), ("config/defaults.txt", "config file")])
 def test_refusals(argument, message):
     with pytest.raises(ValueError, match=message):
         load(argument)
@@ -61,21 +64,25 @@ def test_help_lists_every_setting_with_its_reason(capsys):
 
 
 @pytest.mark.parametrize("script, own, shared, others", [
-    ("sample.py", "prompt", "max_num_window", ["learning_rate", "dataset_blending_config", "num_workers", "max_tokens"]),
-    ("eval.py", "split", "num_workers", ["learning_rate", "batch_size", "warmup_steps", "max_tokens"])])
+    ("sample.py", "prompt", "max_num_window",
+     ["learning_rate", "dataset_blending_config", "num_workers", "max_tokens"]),
+    ("eval.py", "split", "num_workers",
+     ["learning_rate", "batch_size", "warmup_steps", "max_tokens"])])
 def test_help_lists_what_a_script_reads_its_own_first(script, own, shared, others):
     text = run(script, "--help").stdout
     assert 0 < text.index(f"--{own}=") < text.index(f"--{shared}=")
     assert not [name for name in others if f"--{name}=" in text]
     source = open(f"{config.ROOT}/{script}").read() + open(f"{config.ROOT}/sample.py").read()
-    for name in re.findall(r"^  --(\w+)=", text, re.M):  # each is read: by the script, or by what loads its model
+    # each is read: by the script, or by what loads its model
+    for name in re.findall(r"^  --(\w+)=", text, re.M):
         assert re.search(rf"\bc\.{name}\b|\"{name}\"", source) or name in config.LOADING, name
 
 
 def test_what_shapes_a_model_is_a_list_of_settings():
     defaults = config.defaults()
     assert set(config.LOADING) <= set(defaults) and set(config.ORIGINS) <= set(defaults)
-    assert not {"clap_finetune", "clap_learning_rate", "attention_backend", "cache_dir"} & set(config.MODEL_SETTINGS)
+    shapes_nothing = {"clap_finetune", "clap_learning_rate", "attention_backend", "cache_dir"}
+    assert not shapes_nothing & set(config.MODEL_SETTINGS)
 
 
 def test_paths_of_settings_start_at_the_project(monkeypatch, tmp_path):

@@ -26,9 +26,10 @@ def tone(seconds, rate, channels=1, hz=440):
     return np.stack([np.sin(2 * np.pi * (hz + 100 * c) * t) * 0.5 for c in range(channels)], 1)
 
 
-@pytest.mark.parametrize("name, subtype", [("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.wav", "FLOAT"), ("a.wav", "ULAW"),
-                                           ("a.wav", "ALAW"), ("a.wav", "PCM_U8"), ("a.flac", None), ("a.ogg", None),
-                                           ("a.mp3", None), ("a.aiff", None), ("a.opus", None)])
+@pytest.mark.parametrize("name, subtype", [
+    ("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.wav", "FLOAT"),
+    ("a.wav", "ULAW"), ("a.wav", "ALAW"), ("a.wav", "PCM_U8"),
+    ("a.flac", None), ("a.ogg", None), ("a.mp3", None), ("a.aiff", None), ("a.opus", None)])
 def test_formats(tmp_path, name, subtype):
     path = tmp_path / name
     rate = 48000 if name.endswith("opus") else 44100
@@ -40,8 +41,9 @@ def test_formats(tmp_path, name, subtype):
     assert abs(spectrum.argmax() / 2 - 440) < 2  # the first channel's tone, at its pitch
 
 
-@pytest.mark.parametrize("seconds, overlap, most, n", [(10, 0, 12, 1), (10.01, 0, 12, 2), (25, 0, 12, 3), (25, 0, 2, 2),
-                                                       (0.01, 0, 12, 1), (25, 5, 12, 4), (30, 5, 3, 3), (15, 5, 12, 2)])
+@pytest.mark.parametrize("seconds, overlap, most, n", [
+    (10, 0, 12, 1), (10.01, 0, 12, 2), (25, 0, 12, 3), (25, 0, 2, 2), (0.01, 0, 12, 1),
+    (25, 5, 12, 4), (30, 5, 3, 3), (15, 5, 12, 2)])
 def test_windows(tmp_path, seconds, overlap, most, n):
     path = tmp_path / "a.wav"
     soundfile.write(path, tone(seconds, 16000), 16000)
@@ -63,10 +65,10 @@ def test_start_silence_channels_and_rates(tmp_path):
 
 
 def test_bad_audio_is_named(tmp_path):
-    empty, text = str(tmp_path / "empty.wav"), str(tmp_path / "text.wav")
+    empty, text, gone = (str(tmp_path / n) for n in ("empty.wav", "text.wav", "none.wav"))
     soundfile.write(empty, np.zeros(0), 16000)
     open(text, "w").write("not a sound")
-    for path, error in ((empty, ValueError), (text, ValueError), (str(tmp_path / "none.wav"), FileNotFoundError)):
+    for path, error in ((empty, ValueError), (text, ValueError), (gone, FileNotFoundError)):
         with pytest.raises(error, match=os.path.basename(path)):
             load_audio(path)
     with pytest.raises(ValueError, match="no audio from 5"):
@@ -103,8 +105,9 @@ def test_broken_manifest_names_file_key_and_expectation(tmp_path, key):
         Manifest(path)
 
 
-@pytest.mark.parametrize("item, message", [({"name": ["a"]}, "name"), ({"prompt": None}, "prompt"),
-                                           ({"duration": "10"}, "duration"), ({"name": "../../x.wav"}, "inside data_root")])
+@pytest.mark.parametrize("item, message", [
+    ({"name": ["a"]}, "name"), ({"prompt": None}, "prompt"), ({"duration": "10"}, "duration"),
+    ({"name": "../../x.wav"}, "inside data_root")])
 def test_broken_items(tmp_path, item, message):
     path = write_manifest(tmp_path, "a-AQA/train", [("x.wav", "p", "o")] * 2)
     content = json.load(open(path))
@@ -129,7 +132,7 @@ def test_batches_are_a_seeded_partition_with_equal_work():
 
 
 def test_the_order_is_the_same_under_every_numpy():
-    """Written down under numpy 1.26, whose nested seeds the flat ones replaced: a run goes on under another numpy."""
+    """Written down under numpy 1.26, whose nested seeds the flat ones replaced: runs go on under another."""
     sizes = np.zeros((12, 2), np.int64)
     assert Batches(sizes, 2, [42, 3]).mine == [[5, 4], [2, 8], [0, 6], [1, 10], [9, 3], [7, 11]]
     sizes = np.arange(24).reshape(12, 2)
@@ -168,11 +171,13 @@ def test_check_command(tmp_path):
     files = ("good.wav", "silent.wav", "broken.wav", "gone.wav")
     path = write_manifest(tmp_path, "a-AQA/test", [(f, "p", "o") for f in files])
     before = open(path).read()
+    command = [sys.executable, f"{ROOT}/data.py", "check", path]
     options = [f"--data_root={tmp_path}", f"--write={tmp_path}/clean"]
-    result = subprocess.run([sys.executable, f"{ROOT}/data.py", "check", path, *options], capture_output=True, text=True)
+    result = subprocess.run(command + options, capture_output=True, text=True)
     assert result.returncode == 1 and "4 items, 1 good" in result.stdout, result
     assert open(path).read() == before
-    assert [item["name"] for item in Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path)).items] == ["good.wav"]
+    clean = Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path))
+    assert [item["name"] for item in clean.items] == ["good.wav"]
 
 
 def test_windows_stay_int16_until_the_model(tmp_path):

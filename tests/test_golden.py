@@ -1,5 +1,4 @@
-"""The published system's numbers for a tiny random model (shared golden files), forward and backward, batched
-or not."""
+"""The published numbers of a tiny random model (shared golden files): forward, backward, batched or not."""
 import json
 import os
 import types
@@ -16,14 +15,16 @@ from tests.helpers import GOLDEN as FOUND
 
 GOLDEN = FOUND if os.path.isdir(FOUND) else None
 assert GOLDEN or not os.environ.get("CI"), "in CI the golden numbers must be there"
-pytestmark = pytest.mark.skipif(GOLDEN is None, reason="golden files not found; set SHARED=<the shared folder>")
+REASON = "golden files not found; set SHARED=<the shared folder>"
+pytestmark = pytest.mark.skipif(GOLDEN is None, reason=REASON)
 BACKENDS = ["naive", "sdpa"] + ["triton"] * bool(os.environ.get("TRITON_INTERPRET"))
 
 
 @pytest.fixture(scope="module")
 def golden():
     arrays, facts = load_file(f"{GOLDEN}/golden.safetensors"), json.load(open(f"{GOLDEN}/golden.json"))
-    clips = [load_audio(f"{GOLDEN}/clip_{i}.wav", window_length=10.0, window_overlap=0.0, max_num_window=3) for i in range(2)]
+    hearing = dict(window_length=10.0, window_overlap=0.0, max_num_window=3)
+    clips = [load_audio(f"{GOLDEN}/clip_{i}.wav", **hearing) for i in range(2)]
     windows = torch.from_numpy(np.concatenate(clips))
     return arrays, facts, windows, torch.tensor([len(c) for c in clips])
 
@@ -42,7 +43,8 @@ def close(ours, theirs, tolerance):
 
 def test_sizes_are_inferred_from_weights(model, golden):
     clap, c = golden[1]["clap"], model.config
-    assert (c.clap_embed_dim, c.clap_depths, c.clap_num_heads) == (clap["embed_dim"], clap["depths"], clap["num_heads"])
+    inferred = (c.clap_embed_dim, c.clap_depths, c.clap_num_heads)
+    assert inferred == (clap["embed_dim"], clap["depths"], clap["num_heads"])
     assert c.audio_transformer_d_inner == golden[1]["audio_transformer"]["d_inner"]
 
 
@@ -91,7 +93,8 @@ def published_dropout(shape=(2, 4, 192, 192), layers=3, position=13204928):
     outputs of the Mersenne Twister an element.
     """
     n = int(np.prod(shape)) * layers
-    draws = np.random.RandomState(0).randint(0, 2 ** 32, position + 2 * n, dtype=np.uint32)[position:].astype(np.uint64)
+    outputs = np.random.RandomState(0).randint(0, 2 ** 32, position + 2 * n, dtype=np.uint32)
+    draws = outputs[position:].astype(np.uint64)
     uniform = (((draws[0::2] << np.uint64(32)) | draws[1::2]) & np.uint64(2 ** 53 - 1)) / 2 ** 53
     return torch.from_numpy(uniform < 0.9).view(layers, *shape)
 
@@ -99,7 +102,8 @@ def published_dropout(shape=(2, 4, 192, 192), layers=3, position=13204928):
 def attention_keeping(keep):
     """AudioAttention.forward, naive, with attention weights dropped."""
     def forward(self, x, rope, mask):
-        q, k, v = (w(x).unflatten(-1, (self.n_head, self.d)).transpose(1, 2) for w in (self.w_qs, self.w_ks, self.w_vs))
+        heads = lambda w: w(x).unflatten(-1, (self.n_head, self.d)).transpose(1, 2)
+        q, k, v = heads(self.w_qs), heads(self.w_ks), heads(self.w_vs)
         score = rotate(q, *rope) @ rotate(k, *rope).transpose(-1, -2) / self.d ** 0.5
         weight = score.masked_fill(~mask, -1e9).softmax(-1) * keep / 0.9
         return self.layer_norm(x + self.fc((weight @ v).transpose(1, 2).flatten(2)))
@@ -112,7 +116,8 @@ def test_gradients(model, golden, backend, checkpointing, monkeypatch):
     arrays, _, windows, n = golden
     model.backend, model.recompute = backend, checkpointing
     for layer, keep in zip(model.audio_transformer.layer_stack, published_dropout()):
-        monkeypatch.setattr(layer.slf_attn, "forward", types.MethodType(attention_keeping(keep), layer.slf_attn))
+        forward = types.MethodType(attention_keeping(keep), layer.slf_attn)
+        monkeypatch.setattr(layer.slf_attn, "forward", forward)
     model.requires_grad_(True).train()
     model.clap.eval()
     loss = model(arrays["input_ids"], windows, n, labels=arrays["labels"])[1]
@@ -137,9 +142,9 @@ def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend):
     for b, clip in enumerate((windows[:3], windows[3:])):
         alone = torch.stack(list(model.stream([prompts[b]], clip, n[b:b + 1], max_new_tokens=24)), 1)
         assert torch.equal(alone[0], arrays["greedy"][b])
-        ids = torch.tensor(encode_prompts(model.tokenizer, prompts[b:b + 1]))  # no cache: the whole text again for every token
+        ids = torch.tensor(encode_prompts(model.tokenizer, prompts[b:b + 1]))
         with torch.no_grad():
-            for _ in range(24):
+            for _ in range(24):  # no cache: the whole text again for every token
                 ids = torch.cat([ids, model(ids, clip, n[b:b + 1])[0][:, -1].argmax(-1, keepdim=True)], 1)
         assert torch.equal(ids[0, -24:], arrays["greedy"][b])
     model.stop_ids = stops

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import checkpoint
 import config
@@ -44,9 +45,10 @@ def test_closed_gates_are_the_plain_language_model_exactly(tiny_lm, tiny_setting
     folder = tiny_lm
     if family == "qwen2":
         folder = str(tmp_path)
+        c = Qwen2Config(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+                        num_key_value_heads=3, vocab_size=300, tie_word_embeddings=False)
         torch.manual_seed(3)
-        Qwen2ForCausalLM(Qwen2Config(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-                                     num_key_value_heads=3, vocab_size=300, tie_word_embeddings=False)).save_pretrained(folder)
+        Qwen2ForCausalLM(c).save_pretrained(folder)
         AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(folder)
     model = build(tiny_settings | {"lang_encoder_path": folder})
     ids, windows, n, _ = batch(model)
@@ -76,7 +78,8 @@ def test_answers_do_not_depend_on_the_batch(tiny_settings):
         together = model.generate(prompts, windows, n, max_new_tokens=12, **options)
         first = 0
         for b, prompt in enumerate(prompts):
-            alone = model.generate([prompt], windows[first:first + n[b]], n[b:b + 1], max_new_tokens=12, **options)
+            own = windows[first:first + n[b]]
+            alone = model.generate([prompt], own, n[b:b + 1], max_new_tokens=12, **options)
             assert alone == [together[b]]
             first += n[b]
     sampled = [model.generate(prompts, windows, n, 12, temperature=1.0, seed=seed) for seed in (1, 2)]
@@ -99,7 +102,8 @@ def test_loss_is_the_naive_loss(tiny_settings):
     ids, windows, n, labels = batch(model)
     logits, _ = model(ids, windows, n)
     _, loss = model(ids, windows, n, labels=labels)
-    naive = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    predictions, targets = logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten()
+    naive = cross_entropy(predictions, targets, ignore_index=-100)
     assert abs(loss - naive) < 1e-5
     assert model(ids, windows, n, labels=torch.full_like(labels, -100))[1] == 0  # nothing to learn is no NaN
 
@@ -117,7 +121,8 @@ def test_gradient_checkpointing_and_finite_differences(tiny_settings):
         model(ids, windows, n, labels=labels)[1].backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     model.eval()
-    assert all((gradients[0][name] - g).abs().max() <= 1e-5 * max(g.abs().max(), 1e-3) for name, g in gradients[1].items())
+    for name, g in gradients[1].items():
+        assert (gradients[0][name] - g).abs().max() <= 1e-5 * max(g.abs().max(), 1e-3), name
     model.double()
     for name in ("xattn.0.attn_gate", "xattn.2.ff_gate"):
         p, difference = dict(model.named_parameters())[name], []
@@ -126,10 +131,11 @@ def test_gradient_checkpointing_and_finite_differences(tiny_settings):
                 p += shift
                 audio, n_keys = listen_double(model, windows, n)
                 logits = model.lm.logits(model.hidden(ids, model.keys_values(audio), n_keys))
-                loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+                loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
                 difference.append(loss.item())
                 p -= shift
-        assert (difference[0] - difference[1]) / 2e-4 == pytest.approx(gradients[0][name].item(), rel=2e-3, abs=1e-6)
+        slope = (difference[0] - difference[1]) / 2e-4
+        assert slope == pytest.approx(gradients[0][name].item(), rel=2e-3, abs=1e-6)
 
 
 def listen_double(model, windows, n):
@@ -211,7 +217,8 @@ def test_strict_loading_lists_what_is_wrong(tiny_settings, tmp_path):
 
 
 def test_gated_blocks():
-    assert gated_blocks(1, 3) == [0, 1, 2] and gated_blocks(2, 5) == [1, 3] and gated_blocks([0, 2], 3) == [0, 2]
+    assert gated_blocks(1, 3) == [0, 1, 2] and gated_blocks(2, 5) == [1, 3]
+    assert gated_blocks([0, 2], 3) == [0, 2]
     for bad in (4, [3], []):
         with pytest.raises(ValueError, match="cross_attn_every_n_layers"):
             gated_blocks(bad, 3)
@@ -227,10 +234,13 @@ def test_sampling_follows_the_softmax():
 
 
 def test_import_needs_no_network_and_no_torchvision():
-    code = ("import sys, socket\nsocket.socket.connect = lambda *a: (_ for _ in ()).throw(OSError('network'))\n"
-            "import model, data, train, sample, eval\nmodel.load_htsat_class()\n"
+    code = ("import sys, socket\n"
+            "socket.socket.connect = lambda *a: (_ for _ in ()).throw(OSError('network'))\n"
+            "import model, data, train, sample, eval\n"
+            "model.load_htsat_class()\n"
             "assert 'torchvision' not in sys.modules and 'laion_clap' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=offline)
 
 
 def test_a_decoding_step_is_one_graph(tiny_settings, monkeypatch):
@@ -246,8 +256,9 @@ def test_a_decoding_step_is_one_graph(tiny_settings, monkeypatch):
         return graph.forward
 
     step = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend=count)
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, *rest: (step if ids.shape[1] == 1 else hidden)(ids, *rest))
+    prefill = model.hidden
+    hidden = lambda ids, *rest: (step if ids.shape[1] == 1 else prefill)(ids, *rest)
+    monkeypatch.setattr(model, "hidden", hidden)
     monkeypatch.setattr("model.CACHE_STEP", 64)  # one length for both prompts
     monkeypatch.setattr(model, "stop_ids", [])
     compiled = [list(model.stream(p, windows, n, max_new_tokens=20)) for p in (prompts, ["a", "b", "c"])]
@@ -268,8 +279,9 @@ def test_a_growing_cache_changes_nothing(tiny_settings, monkeypatch):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
-                                   {"top_p": 1.5}, {"max_new_tokens": -1}])
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1},
+    {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": -1}])
 def test_sampling_that_makes_no_sense_is_refused(tiny_settings, wrong):
     model = build(tiny_settings)
     _, windows, n, _ = batch(model)
@@ -298,7 +310,7 @@ def test_int16_windows_are_the_floats(tiny_settings):
 
 @pytest.mark.parametrize("mark", ["<audio>", "<|endofchunk|>", "<SEP>", "<|PAD_TOKEN|>", "<|endoftext|>"])
 def test_marks_inside_texts_are_text(tiny_settings, mark):
-    """In training and in answering alike: one <audio>, one sep, and every character of the mark read as such."""
+    """In training as in answering: one <audio>, one sep, and every character of the mark read as such."""
     from data import Collate, encode_prompts
     model = build(tiny_settings, gates=0.5)
     tokenizer, text = model.tokenizer, f"what is {mark} here"
@@ -315,7 +327,7 @@ def test_marks_inside_texts_are_text(tiny_settings, mark):
 
 
 def test_what_the_tokenizer_puts_before_a_text_stays(tiny_lm):
-    """A tokenizer that begins texts with a mark of its own and ends them with another: the first alone is kept."""
+    """A tokenizer begins texts with a mark of its own and ends them with another: only the first is kept."""
     from tokenizers import processors
     from transformers import AutoTokenizer
 

@@ -14,6 +14,8 @@ import torch
 
 from tests.helpers import ROOT, fails_with_one_line, run, write_manifest
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
 
 @pytest.fixture(scope="module")
 def trained(tiny_config, tmp_path_factory):
@@ -39,8 +41,9 @@ def test_clips_of_all_kinds_are_answered(trained, tmp_path):
 
 
 def test_questions_file(trained, tiny_data, tmp_path):
+    questions = [{"path": f"{tiny_data}/{i}.wav", "prompt": f"Question {i}?"} for i in range(5)]
     with open(tmp_path / "q.jsonl", "w") as f:
-        f.writelines(json.dumps({"path": f"{tiny_data}/{i}.wav", "prompt": f"Question {i}?"}) + "\n" for i in range(5))
+        f.writelines(json.dumps(question) + "\n" for question in questions)
     sample(trained, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", "--batch_size=2")
     answers = [json.loads(line) for line in open(tmp_path / "a.jsonl")]
     assert [a["prompt"] for a in answers] == [f"Question {i}?" for i in range(5)]
@@ -49,11 +52,12 @@ def test_questions_file(trained, tiny_data, tmp_path):
 
 
 def test_what_is_not_heard_is_said_once(trained, tiny_data, tmp_path):
-    """Two windows of 2.5 s are heard of a clip of 12 s, on the command line as in Python; and of 8 clips, none is longer."""
+    """Of 12 s two windows of 2.5 s are heard, by the command as in Python; of the 8 clips, none is longer."""
     from data import load_audio
     from model import AudioFlamingo
     soundfile.write(tmp_path / "long.wav", np.random.default_rng(2).standard_normal(12 * 16000) * 0.1, 16000)
-    note = "note: 1 of 1 clips are longer than the 5 s that are heard (max_num_window = 2): 7.0 s are left out"
+    note = ("note: 1 of 1 clips are longer than the 5 s that are heard (max_num_window = 2): "
+            "7.0 s are left out")
     result = sample(trained, "--audio", tmp_path / "long.wav", "--prompt", "What?", "--precision=fp32")
     assert result.stderr.count("note:") == 1 and note in result.stderr
     model = AudioFlamingo.from_pretrained(f"{trained}/tiny")
@@ -62,27 +66,32 @@ def test_what_is_not_heard_is_said_once(trained, tiny_data, tmp_path):
     answer = model.generate(["What?"], windows, torch.tensor([2]), max_new_tokens=4)[0]
     assert result.stdout.rstrip("\n") == answer.rstrip("\n")
     assert "note:" not in sample(trained, "--audio", f"{tiny_data}/3.wav").stderr
-    options = ["--split", "toy-AQA/test", f"--init_from={trained}/tiny", "--max_new_tokens=1", f"--results={tmp_path}"]
+    options = ["--split", "toy-AQA/test", f"--init_from={trained}/tiny",
+               "--max_new_tokens=1", f"--results={tmp_path}"]
     note = "note: 5 of 8 clips are longer than the 2.5 s that are heard (max_num_window = 1)"
     assert note in run("eval.py", *options, "--max_num_window=1").stdout
 
 
 def test_newest_run_is_the_default(trained, tiny_data):
-    assert "tiny" in run("sample.py", f"--expdir={trained}", "--audio", f"{tiny_data}/0.wav", "--max_new_tokens=2").stderr
+    clip = f"{tiny_data}/0.wav"
+    result = run("sample.py", f"--expdir={trained}", "--audio", clip, "--max_new_tokens=2")
+    assert "tiny" in result.stderr
 
 
-@pytest.mark.parametrize("content, saying", [(None, "no such audio file"), ("text", "not readable as audio"), ("", "audio")])
+@pytest.mark.parametrize("content, saying", [
+    (None, "no such audio file"), ("text", "not readable as audio"), ("", "audio")])
 def test_bad_clips_are_one_line(trained, tmp_path, content, saying):
     path = tmp_path / "clip.wav"
     if content is not None:
         path.write_text(content)
-    fails_with_one_line("sample.py", f"--init_from={trained}/tiny", "--audio", path, saying=["clip.wav", saying])
+    model = f"--init_from={trained}/tiny"
+    fails_with_one_line("sample.py", model, "--audio", path, saying=["clip.wav", saying])
 
 
 def test_other_bad_input_is_one_line(trained, tiny_data, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    clip = f"{tiny_data}/0.wav"
-    fails_with_one_line("sample.py", f"--init_from={trained}/tiny", "--audio", tmp_path / "empty.wav", saying="no audio")
+    model, clip = f"--init_from={trained}/tiny", f"{tiny_data}/0.wav"
+    fails_with_one_line("sample.py", model, "--audio", tmp_path / "empty.wav", saying="no audio")
     fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}/none", saying="none")
     fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}", saying="neither checkpoint")
     fails_with_one_line("sample.py", saying="--audio")
@@ -90,10 +99,11 @@ def test_other_bad_input_is_one_line(trained, tiny_data, tmp_path):
     fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}/bad.pt", saying="bad.pt")
     (tmp_path / "bad.jsonl").write_text('{"path": "a.wav"}\n')
     fails_with_one_line("sample.py", "--input", tmp_path / "bad.jsonl", saying="line 1")
-    fails_with_one_line("eval.py", "--split", "no-AQA/test", f"--init_from={trained}/tiny", saying="no-AQA/test.json")
+    fails_with_one_line("eval.py", "--split", "no-AQA/test", model, saying="no-AQA/test.json")
     fails_with_one_line("eval.py", "--split", "toy-AQA/test", "--metric=x", saying="multiple_choice")
-    fails_with_one_line("eval.py", "--split", "no-AQA/test", "--dataset_file_root=data/manifests", "--init_from=none",
-                        saying="data/manifests/no-AQA/test.json")  # told before the model is looked for, default or not
+    # told before the model is looked for, default or not
+    fails_with_one_line("eval.py", "--split", "no-AQA/test", "--dataset_file_root=data/manifests",
+                        "--init_from=none", saying="data/manifests/no-AQA/test.json")
 
 
 def read(file):
@@ -130,8 +140,8 @@ def test_answers_do_not_outlive_their_model(trained, tiny_config, tiny_data, tmp
     """Another number of tokens, a newer checkpoint, a corrected label, another clip of the same name."""
     shutil.copytree(f"{trained}/tiny", tmp_path / "run")
     shutil.copytree(tiny_data, tmp_path / "data")
-    options = ["--split", "toy-AQA/test", f"--init_from={tmp_path}/run", f"--dataset_file_root={tmp_path}/data",
-               f"--data_root={tmp_path}/data", "--report=false"]
+    options = ["--split", "toy-AQA/test", f"--init_from={tmp_path}/run",
+               f"--dataset_file_root={tmp_path}/data", f"--data_root={tmp_path}/data", "--report=false"]
     file = tmp_path / "run/eval/toy-AQA--test.jsonl"
 
     def ask(*more):
@@ -143,7 +153,8 @@ def test_answers_do_not_outlive_their_model(trained, tiny_config, tiny_data, tmp
     marked = [item | {"answer": "kept"} for item in first]
     file.write_text("\n".join(json.dumps(line) for line in (header, *marked)) + "\n")
     (_, items), said = ask("--max_new_tokens=2")
-    assert len(said) == 1 and "max_new_tokens 4 -> 2" in said[0] and not any(i["answer"] == "kept" for i in items)
+    assert len(said) == 1 and "max_new_tokens 4 -> 2" in said[0]
+    assert not any(i["answer"] == "kept" for i in items)
     (_, items), said = ask("--max_new_tokens=4")  # back again: nothing is lost
     assert len(said) == 1 and all(i["answer"] == "kept" for i in items)
 
@@ -152,7 +163,8 @@ def test_answers_do_not_outlive_their_model(trained, tiny_config, tiny_data, tmp
     content["data"]["0"]["output"], content["data"]["1"]["prompt"] = "kept", "Another question?"
     labels.write_text(json.dumps(content))
     (_, items), said = ask("--max_new_tokens=4")  # references are those of now; a changed question is asked
-    assert not said and items[0]["answer"] == "kept" and items[0]["score"] == 1 and items[1]["answer"] != "kept"
+    assert not said and items[0]["answer"] == "kept" and items[0]["score"] == 1
+    assert items[1]["answer"] != "kept"
 
     soundfile.write(tmp_path / "data/2.wav", np.random.default_rng(5).standard_normal(50000) * 0.1, 16000)
     (_, items), _ = ask("--max_new_tokens=4")
@@ -165,9 +177,9 @@ def test_answers_do_not_outlive_their_model(trained, tiny_config, tiny_data, tmp
     assert len(said) == 1 and "weights" in said[0] and not any(i["answer"] == "kept" for i in items)
 
 
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")])
+@pytest.mark.parametrize("launcher", [(), TORCHRUN])
 def test_kills_lose_and_repeat_nothing(trained, tiny_data, tmp_path, launcher):
-    """SIGKILL after some answers, twice; then to the end: every item once, none asked twice, the same table."""
+    """SIGKILL after some answers, twice; then to the end: each item once, none asked twice, same table."""
     items = [(f"{tiny_data}/{i % 8}.wav", f"Question {i}?", "noise") for i in range(24)]
     write_manifest(tmp_path, "toy-AQA/test", items)
     options = ["--split", "toy-AQA/test", f"--init_from={trained}/tiny", f"--dataset_file_root={tmp_path}",
@@ -175,18 +187,20 @@ def test_kills_lose_and_repeat_nothing(trained, tiny_data, tmp_path, launcher):
     whole = run("eval.py", *options, f"--results={tmp_path}/whole").stdout
     parts = lambda: sorted(tmp_path.glob("killed/*.part*"))
     answered = lambda: [json.loads(line)["id"] for part in parts() for line in open(part) if '"id"' in line]
+    command = (*launcher, "eval.py", *options, f"--results={tmp_path}/killed")
     for seen in (1, 9):
-        process = subprocess.Popen([sys.executable, *launcher, "eval.py", *options, f"--results={tmp_path}/killed"],
-                                   cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while len(answered()) < seen and process.poll() is None:
             time.sleep(0.01)
         subprocess.run(["pkill", "-KILL", "-f", f"{tmp_path}/killed"], check=False)  # torchrun's workers, too
         process.communicate()
     before = answered()
     assert len(before) == len(set(before)) >= 9
-    last = run(*launcher, "eval.py", *options, f"--results={tmp_path}/killed")
+    last = run(*command)
     assert last.stdout == whole and not parts()
-    assert (tmp_path / "killed/toy-AQA--test.jsonl").read_bytes() == (tmp_path / "whole/toy-AQA--test.jsonl").read_bytes()
+    kept = lambda folder: (tmp_path / folder / "toy-AQA--test.jsonl").read_bytes()
+    assert kept("killed") == kept("whole")
 
 
 def test_a_wrong_split_is_told_before_weights_are_loaded(trained, tmp_path):
@@ -197,20 +211,25 @@ def test_a_wrong_split_is_told_before_weights_are_loaded(trained, tmp_path):
 
 
 def test_eval_counts_unreadable_clips_as_wrong(trained, tiny_data, tmp_path):
-    write_manifest(tmp_path, "toy-AQA/test", [(f"{tiny_data}/0.wav", "Tone?", "noise"), ("gone.wav", "Tone?", "noise")])
-    result = run("eval.py", "--split", "toy-AQA/test", f"--init_from={trained}/tiny", f"--dataset_file_root={tmp_path}",
-                 f"--data_root={tmp_path}", f"--results={tmp_path}/r", "--max_new_tokens=2")
+    items = [(f"{tiny_data}/0.wav", "Tone?", "noise"), ("gone.wav", "Tone?", "noise")]
+    write_manifest(tmp_path, "toy-AQA/test", items)
+    result = run("eval.py", "--split", "toy-AQA/test", f"--init_from={trained}/tiny",
+                 f"--dataset_file_root={tmp_path}", f"--data_root={tmp_path}",
+                 f"--results={tmp_path}/r", "--max_new_tokens=2")
     assert "unreadable clips 1" in result.stdout
 
 
 def test_eval_on_mmaus_own_file(trained, tiny_data, tmp_path):
     (tmp_path / "MMAU").mkdir()
-    questions = [{"id": f"u{i}", "audio_id": f"./{i}.wav", "question": "Which?", "choices": ["tone", "noise"], "answer": "tone",
+    questions = [{"id": f"u{i}", "audio_id": f"./{i}.wav", "question": "Which?",
+                  "choices": ["tone", "noise"], "answer": "tone",
                   "task": ["sound", "music"][i % 2]} for i in range(4)]
     (tmp_path / "MMAU/test-mini.json").write_text(json.dumps(questions))
-    result = run("eval.py", "--split", " MMAU/test-mini , ", f"--init_from={trained}/tiny", f"--dataset_file_root={tmp_path}",
-                 f"--data_root={tiny_data}", f"--results={tmp_path}/r", "--max_new_tokens=2")
-    assert "mark stripped" in result.stdout and "task: sound" in result.stdout and "published 3B 61.56" in result.stdout
+    result = run("eval.py", "--split", " MMAU/test-mini , ", f"--init_from={trained}/tiny",
+                 f"--dataset_file_root={tmp_path}", f"--data_root={tiny_data}",
+                 f"--results={tmp_path}/r", "--max_new_tokens=2")
+    assert "mark stripped" in result.stdout and "task: sound" in result.stdout
+    assert "published 3B 61.56" in result.stdout
     rows = json.load(open(tmp_path / "r/MMAU--test-mini.json"))
     assert [row["id"] for row in rows] == ["u0", "u1", "u2", "u3"]
     assert all(row["model_output"] == row["model_prediction"] for row in rows)

@@ -1,5 +1,4 @@
-"""train.py as a user runs it: one process, two processes (gloo), resumed, from a checkpoint, with bad
-files."""
+"""train.py as a user runs it: one process, two (gloo), resumed, from a checkpoint, with bad files."""
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from checkpoint import load_pickle
 from model import AudioFlamingo
 from tests.helpers import fails_with_one_line, run, write_manifest
 
-EXACT = ("--precision=fp32",)  # where the processor has bf16 units, amp_bf16 rounds a batch and its halves differently
+EXACT = ("--precision=fp32",)  # on a CPU's bf16 units amp_bf16 rounds a batch and its halves differently
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -32,7 +31,8 @@ def weights(out, name, epoch=1):
 
 def close(a, b, tolerance):
     assert set(a) == set(b)
-    return all((a[k].double() - b[k].double()).abs().max() <= tolerance * max(1e-2, b[k].double().abs().max()) for k in a)
+    near = lambda x, y: (x - y).abs().max() <= tolerance * max(1e-2, y.abs().max())
+    return all(near(a[k].double(), b[k].double()) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def test_run_leaves_what_is_promised(straight):
     out, result = straight
     run_folder = f"{out}/straight"
     assert sorted(os.listdir(run_folder)) == ["checkpoint_0.pt", "checkpoint_1.pt", "log.jsonl"]
-    assert "cross-attention: sdpa" in result.stdout and "trainable" in result.stdout and "| eta 0h00m" in result.stdout
+    assert "cross-attention: sdpa" in result.stdout and "trainable" in result.stdout
+    assert "| eta 0h00m" in result.stdout
     assert len(log(out, "straight")) == 2 and log(out, "straight", "valid")[-1].keys() == {"toy-AQA/val"}
     saved = load_pickle(f"{run_folder}/checkpoint_1.pt")
     assert {"epoch", "model_state_dict", "optimizer_state_dict", "lr_scheduler_state_dict"} <= set(saved)
-    # frozen weights that have a file of their own are not in it; a CLAP drawn at random, as here, is nowhere
-    # else
+    # frozen weights that have a file of their own are not in it; this CLAP, drawn at random, is nowhere else
     assert not any(name.startswith("lm.layers.") for name in saved["model_state_dict"])
     assert any(name.startswith("clap.") for name in saved["model_state_dict"])
     model = AudioFlamingo.from_pretrained(run_folder)
@@ -78,12 +78,17 @@ def test_resume_equals_a_straight_run(tiny_config, tmp_path, launcher):
     train(tiny_config, tmp_path, "whole", *options, launcher=launcher)
     steps = len(log(tmp_path, "whole"))
     # stop in the middle of an epoch as a kill would: the interim checkpoint of step 1 is what is left
-    script = ("import train, sys, os, config\nsave = train.save_atomically\ndef stop(content, path):\n    save(content, path)\n"
-              "    if content['step'] == 1: os._exit(9)\ntrain.save_atomically = stop\n"
+    script = ("import train, sys, os, config\n"
+              "save = train.save_atomically\n"
+              "def stop(content, path):\n"
+              "    save(content, path)\n"
+              "    if content['step'] == 1: os._exit(9)\n"
+              "train.save_atomically = stop\n"
               "train.main(config.load(sys.argv[1:], 'train.py'))\n")
     stopper = tmp_path / "stop.py"
     stopper.write_text("import sys; sys.path.insert(0, '.')\n" + script)
-    assert run(*launcher, stopper, tiny_config, f"--expdir={tmp_path}", "--run_name=part", *options, ok=False).returncode != 0
+    command = (*launcher, stopper, tiny_config, f"--expdir={tmp_path}", "--run_name=part", *options)
+    assert run(*command, ok=False).returncode != 0
     assert os.listdir(tmp_path / "part").count("checkpoint_interim.pt") == 1
     result = train(tiny_config, tmp_path, "part", *options, launcher=launcher)
     assert "resumed" in result.stdout
@@ -94,12 +99,14 @@ def test_resume_equals_a_straight_run(tiny_config, tmp_path, launcher):
 
 def test_fine_tuning_starts_from_a_run(straight, tiny_config):
     out, _ = straight
-    result = train(tiny_config, out, "sft", f"--pretrained_path={out}/straight", "--pretrained_ckpt=checkpoint_1.pt",
+    result = train(tiny_config, out, "sft",
+                   f"--pretrained_path={out}/straight", "--pretrained_ckpt=checkpoint_1.pt",
                    "--clap_finetune=true", "--clap_learning_rate=1e-4", "--num_epochs=1")
     assert "audio encoder (CLAP)" in result.stdout
     tuned = AudioFlamingo.from_pretrained(f"{out}/sft")
     before = AudioFlamingo.from_pretrained(f"{out}/straight")
-    changed = {n.split(".")[0] for n, t in tuned.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
+    old = before.state_dict()
+    changed = {n.split(".")[0] for n, t in tuned.state_dict().items() if not torch.equal(t, old[n])}
     assert changed == {"clap", "audio_transformer", "xattn", "lm"}
     assert torch.equal(tuned.lm.layers[0].mlp.up_proj.weight, before.lm.layers[0].mlp.up_proj.weight)
 
@@ -116,42 +123,52 @@ def test_other_frozen_weights_are_noticed(straight, tiny_config, tiny_settings, 
 
 
 def test_unreadable_clips_are_skipped_counted_and_bounded(tiny_config, tiny_data, tmp_path):
-    items = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(7)] + [("gone.wav", "Tone?", "noise")]
-    write_manifest(tmp_path / "m", "toy-AQA/train", items)
-    options = [f"--dataset_file_root={tmp_path}/m", "--valid_dataset_config={}", "--dataset_blending_global_weight=1.0"]
+    items = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(7)]
+    write_manifest(tmp_path / "m", "toy-AQA/train", [*items, ("gone.wav", "Tone?", "noise")])
+    options = [f"--dataset_file_root={tmp_path}/m", "--valid_dataset_config={}",
+               "--dataset_blending_global_weight=1.0"]
     result = train(tiny_config, tmp_path, "some", *options, "--num_epochs=1", "--max_bad_fraction=0.5")
-    assert "gone.wav" in result.stderr and "gone.wav" in open(f"{tmp_path}/some/log.jsonl").read() and "bad 1" in result.stdout
-    fails_with_one_line("train.py", tiny_config, *options, f"--expdir={tmp_path}", "--run_name=none", "--max_bad_fraction=0.0",
-                        saying=["max_bad_fraction", "gone.wav"])
+    assert "gone.wav" in result.stderr and "bad 1" in result.stdout
+    assert "gone.wav" in open(f"{tmp_path}/some/log.jsonl").read()
+    fails_with_one_line("train.py", tiny_config, *options, f"--expdir={tmp_path}", "--run_name=none",
+                        "--max_bad_fraction=0.0", saying=["max_bad_fraction", "gone.wav"])
 
 
 def test_blending_record(tiny_config, tmp_path):
-    train(tiny_config, tmp_path, "blend", f"--dataset_blending_output={tmp_path}/blend.jsonl", "--valid_dataset_config={}")
+    train(tiny_config, tmp_path, "blend",
+          f"--dataset_blending_output={tmp_path}/blend.jsonl", "--valid_dataset_config={}")
     rows = [json.loads(line) for line in open(f"{tmp_path}/blend.jsonl")]
     assert [(row["epoch"], row["first"], row["stop"]) for row in rows] == [(0, 0, 4), (1, 4, 8)]
 
 
 @pytest.mark.parametrize("options, saying", [
-    (["--bach_size=3"], ["bach_size", "batch_size"]), (["--batch_size=x"], ["batch_size", "int"]),
+    (["--bach_size=3"], ["bach_size", "batch_size"]),
+    (["--batch_size=x"], ["batch_size", "int"]),
     (['--dataset_blending_config={"no-AQA/train": 1.0}'], "no-AQA/train.json: no such manifest"),
-    (["--lang_encoder_path=nowhere"], "nowhere"), (["--clap_checkpoint=none.pt"], "none.pt: no such file"),
-    (["--lr_scheduler=step"], ["lr_scheduler", "cosine"]), (["--device=cuda:9"], "cuda"), (["--precision=fp8"], "precision"),
-    (["--audio_transformer_n_head=7"], "audio_transformer_n_head"), (["--cross_attn_every_n_layers=9"], "cross_attn")])
+    (["--lang_encoder_path=nowhere"], "nowhere"),
+    (["--clap_checkpoint=none.pt"], "none.pt: no such file"),
+    (["--lr_scheduler=step"], ["lr_scheduler", "cosine"]),
+    (["--device=cuda:9"], "cuda"),
+    (["--precision=fp8"], "precision"),
+    (["--audio_transformer_n_head=7"], "audio_transformer_n_head"),
+    (["--cross_attn_every_n_layers=9"], "cross_attn")])
 def test_bad_input_is_one_line(tiny_config, tmp_path, options, saying):
     fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", *options, saying=saying)
 
 
 def test_which_parts_each_stage_of_the_recipe_moves(tiny_config, tiny_data, tmp_path):
-    """The real config files, one after the other, at tiny sizes: the audio encoder trains in the second alone."""
+    """The real config files, one after the other, at tiny sizes: only the second trains the audio encoder."""
     c = config.load([tiny_config], "train.py")
-    sizes = {n: v for n, v in vars(c).items() if n in c.given and not n.endswith(("_config", "learning_rate"))}
+    of_a_stage = ("_config", "learning_rate")
+    sizes = {n: v for n, v in vars(c).items() if n in c.given and not n.endswith(of_a_stage)}
     before = None
     for stage, moved in (("pretrain", {"audio_transformer", "xattn", "lm.embed_tokens"}),
                          ("sft", {"audio_transformer", "xattn", "lm.embed_tokens", "clap"}),
                          ("long", {"audio_transformer", "xattn", "lm.embed_tokens"})):
-        small = sizes | {"clap_checkpoint": None, "gradient_accumulation_steps": 1, "num_epochs": 1, "batch_size": 4,
-                         "expdir": str(tmp_path), "dataset_blending_config": {"toy-AQA/train": 1.0},
-                         "valid_dataset_config": {}, "dataset_blending_global_weight": 1.0, "warmup_steps": 1}
+        small = sizes | {
+            "clap_checkpoint": None, "gradient_accumulation_steps": 1, "num_epochs": 1, "batch_size": 4,
+            "expdir": str(tmp_path), "dataset_blending_config": {"toy-AQA/train": 1.0},
+            "valid_dataset_config": {}, "dataset_blending_global_weight": 1.0, "warmup_steps": 1}
         if before:
             small |= {"pretrained_path": f"{tmp_path}/{before}", "pretrained_ckpt": "checkpoint_0.pt"}
         file = tmp_path / f"{stage}.py"
@@ -169,16 +186,19 @@ def test_which_parts_each_stage_of_the_recipe_moves(tiny_config, tiny_data, tmp_
         changed = {n for n in compare if not torch.equal(model.state_dict()[n], start.state_dict()[n])}
         assert {next((part for part in moved if n.startswith(part)), n) for n in changed} == moved, stage
         trained = {n for n, _ in model.named_parameters() if n.startswith(tuple(moved))}
-        still = {n for n in trained & set(compare) - changed if "fusion_model" not in n and "mel_conv2d" not in n}
+        unused = ("fusion_model", "mel_conv2d")
+        still = {n for n in trained & set(compare) - changed if not any(part in n for part in unused)}
         assert not {n for n in still if not n.endswith(("bias", "_gate"))}, still
         before = stage
 
 
 def test_what_is_not_heard_is_said_once(tiny_config, tmp_path):
     """toy-AQA: clips of 1.5 to 4.3 s. One window of 2.5 s hears the first three whole."""
-    options = ["--max_num_window=1", "--num_epochs=2", "--dataset_blending_global_weight=1.0", "--valid_dataset_config={}"]
+    options = ["--max_num_window=1", "--num_epochs=2",
+               "--dataset_blending_global_weight=1.0", "--valid_dataset_config={}"]
     result = train(tiny_config, tmp_path, "short", *options)
     seconds = sum(max(0, 1.5 + 0.4 * i - 2.5) for i in range(8))
-    note = f"note: 5 of 8 clips are longer than the 2.5 s that are heard (max_num_window = 1): {seconds:.1f} s are left out"
+    note = ("note: 5 of 8 clips are longer than the 2.5 s that are heard (max_num_window = 1): "
+            f"{seconds:.1f} s are left out")
     assert result.stdout.count("left out") == 1 and note in result.stdout
     assert "left out" not in train(tiny_config, tmp_path, "whole", "--num_epochs=1").stdout

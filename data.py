@@ -131,7 +131,7 @@ KEYS = {"split": str, "split_path": str, "flamingo_task": str, "total_num": int,
 
 
 class Manifest:
-    """One checked manifest. len(m), m[i] -> {"name", "prompt", "output", "path", "start", "duration"},
+    """One checked manifest. len(m), m[i] -> {"prompt", "output", "path", "paths", "start", "duration"},
     m.epoch(e, w).
 
     Raises FileNotFoundError, or ValueError with file, key and what was expected there.
@@ -160,15 +160,19 @@ class Manifest:
                 self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0' ... '{len(data) - 1}' in order)")
             if not isinstance(item, dict):
                 self._fail(where, item, "an object with name, prompt, output")
-            for field in ("name", "prompt", "output"):
+            names = item.get("name")
+            if type(names) is not list or len(names) < 2 or not all(type(name) is str for name in names):
+                self._expect(item, "name", str, where)  # or two clips and more, of one question
+                names = [names]
+            for field in ("prompt", "output"):
                 self._expect(item, field, str, where)
             for field in ("duration", "audio_start"):
                 if field in item and (type(item[field]) not in (int, float) or item[field] < 0):
                     self._fail(f"{where} {field}", item[field], "seconds, not negative")
-            if ".." in item["name"]:  # cheap first look; the full rule only where it can matter
-                path = os.path.normpath(os.path.join(folder, item["name"]))
+            for name in names:
+                path = os.path.normpath(os.path.join(folder, name)) if ".." in name else folder
                 if path.startswith("..") or (os.path.isabs(folder) and not path.startswith(folder)):
-                    self._fail(f"{where} name", item["name"], "a path inside data_root")
+                    self._fail(f"{where} name", name, "a path inside data_root")
         if folder.startswith(".."):
             self._fail("split_path", content["split_path"], "a path inside data_root, or an absolute one")
         self.items = list(data.values())
@@ -188,9 +192,10 @@ class Manifest:
 
     def __getitem__(self, i):
         item = self.items[i]
-        return {"name": item["name"], "prompt": item["prompt"], "output": item["output"],
-                "path": os.path.join(self.folder, item["name"]), "start": float(item.get("audio_start", 0)),
-                "duration": item.get("duration")}
+        names = [item["name"]] if type(item["name"]) is str else item["name"]
+        paths = [os.path.join(self.folder, name) for name in names]
+        return {"prompt": item["prompt"], "output": item["output"], "path": " + ".join(paths), "paths": paths,
+                "start": float(item.get("audio_start", 0)), "duration": item.get("duration")}
 
     def epoch(self, e, weight):
         """Items of epoch e, (n,) int64, when an epoch takes w = `weight` passes: positions int(e N w) to
@@ -222,8 +227,8 @@ def open_manifests(config, names):
 
 
 class Clips(Dataset):
-    """Items as {"prompt", "output", "path", "windows" int16 (n, L), "unheard" seconds}; of a file that can't
-    be read windows are None and "error" says why."""
+    """Items as {"prompt", "output", "path", "windows" int16 (n, L), "n_windows" of each clip, "unheard"
+    seconds}; where a file can't be read windows are None and "error" says why."""
 
     def __init__(self, manifests, rows, hearing, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; hearing: that of the model."""
@@ -247,10 +252,12 @@ class Clips(Dataset):
         if self.cache is not None and where in self.cache:
             return sample | self.cache[where]
         try:
-            windows, unheard = read_clip(*where, **self.hearing)
+            clips = [read_clip(path, item["start"], **self.hearing) for path in item["paths"]]
         except (FileNotFoundError, ValueError) as error:  # counted and reported by whoever asked
             return sample | {"windows": None, "error": str(error)}
-        heard = {"windows": torch.from_numpy(windows), "unheard": unheard}
+        windows = np.concatenate([windows for windows, _ in clips])
+        heard = {"windows": torch.from_numpy(windows), "n_windows": [len(windows) for windows, _ in clips],
+                 "unheard": sum(more for _, more in clips)}
         if self.cache is not None:
             self.cache[where] = heard
         return sample | heard
@@ -261,7 +268,8 @@ class Clips(Dataset):
         sizes = np.empty((len(self), 2), np.int64)
         for i in range(len(self)):
             item = self.item(i)
-            seconds = most * length if item["duration"] is None else max(item["duration"] - item["start"], 0)
+            unknown = item["duration"] is None
+            seconds = most * length if unknown else max(item["duration"] - item["start"], 0)
             windows = min(most, 1 + max(0, -int(-(seconds - length) // (length - overlap))))
             sizes[i] = windows, len(item["prompt"]) + len(item["output"])
         return sizes
@@ -303,11 +311,11 @@ class Collate:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.silence = torch.zeros(1, window_samples, dtype=torch.int16)
 
-    def encode(self, pairs):
+    def encode(self, pairs, n_clips=None):
         """(prompt, output) pairs -> input_ids, labels (B, T) int64 and how many outputs max_tokens cut."""
         t = self.tokenizer
         end_id = t.convert_tokens_to_ids(MARKS[1])
-        prompts = encode_prompts(t, [prompt for prompt, _ in pairs])
+        prompts = encode_prompts(t, [prompt for prompt, _ in pairs], n_clips)
         outputs = encode_text(t, [output for _, output in pairs])
         rows = [(p + o + [end_id, t.eos_token_id])[:self.max_tokens] for p, o in zip(prompts, outputs)]
         ids = pad_rows(rows, t.pad_token_id)
@@ -318,11 +326,15 @@ class Collate:
         good = [item for item in items if item["windows"] is not None]
         bad = [item["error"] for item in items if item["windows"] is None]
         unheard = [item["unheard"] for item in good if item["unheard"]]
-        ids, labels, cut = self.encode([(item["prompt"], item["output"]) for item in good] or [("", "")])
+        n_clips = [len(item["n_windows"]) for item in good] or [1]
+        pairs = [(item["prompt"], item["output"]) for item in good] or [("", "")]
+        ids, labels, cut = self.encode(pairs, n_clips)
         windows = [item["windows"] for item in good]
+        n_windows = [item["n_windows"] for item in good]
         if not good:  # a rank whose whole batch is unreadable still takes part, with nothing to learn
-            windows, labels, cut = [self.silence], torch.full_like(labels, -100), 0
-        n_windows = torch.tensor([len(w) for w in windows])
+            windows, n_windows, labels, cut = [self.silence], [[1]], torch.full_like(labels, -100), 0
+        n_windows = pad_rows(n_windows, 0)  # (B, clips of a text)
+        n_windows = n_windows[:, 0] if n_windows.shape[1] == 1 else n_windows
         return {"input_ids": ids, "labels": labels, "windows": torch.cat(windows), "n_windows": n_windows,
                 "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard)}
 
@@ -381,10 +393,10 @@ def check(file, data_root, write):
     for i in tqdm(range(len(manifest)), desc=manifest.name, unit="clip", disable=None):
         item, problem = manifest[i], None
         try:
-            windows = load_audio(item["path"], item["start"], **hearing)
-            info = soundfile.info(item["path"])
-            seconds = info.frames / info.samplerate - item["start"]
-            if not windows.any():
+            heard = [load_audio(path, item["start"], **hearing).any() for path in item["paths"]]
+            infos = [soundfile.info(path) for path in item["paths"]]
+            seconds = sum(info.frames / info.samplerate - item["start"] for info in infos)
+            if not all(heard):
                 problem = "silent"
             elif item["duration"] is not None and abs(item["duration"] - seconds) > 0.5 + 0.01 * seconds:
                 problem = "truncated" if seconds < item["duration"] else "wrong duration"

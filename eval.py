@@ -196,7 +196,6 @@ def answer_split(model, manifest, path, c, matters, about, rank, world):
     loader = DataLoader(clips, batch_size=None, sampler=todo, num_workers=min(c.num_workers, len(todo)))
     bar = tqdm(total=len(todo), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
     heard = []  # (index, clip) of the items that can be answered, in the order in which they are read
-
     with answers.open_part(path, matters, rank, about) as f, bar:
         def write(i, clip, text):
             item = {"id": i} | answers.question_of(manifest, i) | {"answer": text}
@@ -212,13 +211,11 @@ def answer_split(model, manifest, path, c, matters, about, rank, world):
             for i, clip in zip(todo, loader):
                 if "error" in clip:
                     write(i, clip, "")
-                    continue
-                windows = clip.pop("windows")
-                heard.append((i, clip))
-                yield clip["prompt"], windows, [len(windows)]
+                else:
+                    heard.append((i, clip))
+                    yield clip["prompt"], clip.pop("windows"), clip["n_windows"]
 
-        slots = c.eval_batch_size
-        for index, text in answer(model, questions(), slots, max_new_tokens=c.max_new_tokens):
+        for index, text in answer(model, questions(), c.eval_batch_size, max_new_tokens=c.max_new_tokens):
             write(*heard[index], text)
     wait(world)
     if rank:

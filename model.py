@@ -95,8 +95,11 @@ def load_htsat_class():
     sys.modules.update(modules)
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)  # of an older torch
     htsat = importlib.import_module(f"{name}.htsat")
+    # whoever imports torchlibrosa later gets the real one; ours go by the stand-in's name, for pickle
+    sys.modules[f"{name}.augmentation"] = augmentation = sys.modules["torchlibrosa.augmentation"]
+    augmentation.SpecAugmentation.__module__ = augmentation.DropStripes.__module__ = f"{name}.augmentation"
     for n in ("torchlibrosa", "torchlibrosa.stft", "torchlibrosa.augmentation"):
-        del sys.modules[n]  # whoever imports torchlibrosa later gets the real one
+        del sys.modules[n]
     return htsat.HTSAT_Swin_Transformer
 
 
@@ -619,9 +622,9 @@ class AudioFlamingo(nn.Module):
         return stream(self, prompts, windows, n_windows, **how)
 
     def generate(self, prompts, windows, n_windows, max_new_tokens=256, **how):
-        """prompts: B strings as in a manifest; windows (sum W, L); n_windows (B,) of their clips, or (B, K) of
-        the K clips of each, 0 for none; how: fields of tools.decoding.Sampling -> B strings. No answer depends
-        on the rest of its batch, sampled or not."""
+        """prompts: B strings as in a manifest; windows (sum W, L); n_windows (B,) of their clips, or (B, K)
+        of the K clips of each, 0 for none; how: fields of tools.decoding.Sampling -> B strings. No answer
+        depends on the rest of its batch, sampled or not."""
         from tools.decoding import generate
         return generate(self, prompts, windows, n_windows, max_new_tokens=max_new_tokens, **how)
 

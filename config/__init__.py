@@ -114,12 +114,14 @@ def load(argv, script, reads=None):
                     given.add(name)
         else:
             name, equals, text = arg[2:].partition("=")
-            if not equals:
-                i += 1
-                if i == len(argv):
-                    raise ValueError(f"{where}: --{name} has no value; write --{name}=value")
-                text = argv[i]
             kind, default, _ = known.get(name, (None, None, None))
+            following = "".join(argv[i + 1:i + 2])
+            if not equals and kind is bool and following.lower() not in ("true", "false"):
+                text = "true"  # a flag by itself
+            elif not equals and (not following or following.startswith("--")):
+                raise ValueError(f"{where}: --{name} has no value; write --{name}=value")
+            elif not equals:
+                i, text = i + 1, following
             value = parse(text, kind)
             if default == [] and type(value) is not list:  # a list that grows with every use of its flag
                 value = [*overrides.get(name, []), text]

@@ -1,4 +1,5 @@
 """Settings: what a newcomer types is understood, or refused in one line that helps."""
+import glob
 import re
 
 import pytest
@@ -27,6 +28,13 @@ def test_values():
     assert c.clap_depths == [1, 1, 2, 1] and c.tokenizer_path is None and c.freeze_lm_embeddings == "added"
     assert c.gate_learning_rate == 0.01 and c.cross_attn_every_n_layers == [1, 2]
     assert load("--freeze_lm_embeddings=False").freeze_lm_embeddings is False
+    c = load("--clap_finetune", "--batch_size", "3", "--cache_audio", "false")
+    assert c.clap_finetune is True and c.cache_audio is False and c.batch_size == 3
+    # again and again; a comma is a comma
+    c = config.load(["--audio", "a,b.wav", "--audio=[1].wav"], "sample.py")
+    assert c.audio == ["a,b.wav", "[1].wav"]
+    with pytest.raises(ValueError, match="--run_name has no value"):
+        load("--run_name", "--batch_size=4")
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -72,7 +80,8 @@ def test_help_lists_what_a_script_reads_its_own_first(script, own, shared, other
     text = run(script, "--help").stdout
     assert 0 < text.index(f"--{own}=") < text.index(f"--{shared}=")
     assert not [name for name in others if f"--{name}=" in text]
-    source = open(f"{config.ROOT}/{script}").read() + open(f"{config.ROOT}/sample.py").read()
+    files = [f"{config.ROOT}/{script}", f"{config.ROOT}/sample.py", *glob.glob(f"{config.ROOT}/tools/*.py")]
+    source = "".join(open(file).read() for file in files)
     # each is read: by the script, or by what loads its model
     for name in re.findall(r"^  --(\w+)=", text, re.M):
         assert re.search(rf"\bc\.{name}\b|\"{name}\"", source) or name in config.LOADING, name

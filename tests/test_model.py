@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 import checkpoint
 import config
-from model import AudioFlamingo, Sampling, gated_blocks, pick
+from model import AudioFlamingo, gated_blocks
+from tools.decoding import Sampling, pick
 from tests.helpers import ROOT
 
 torch.manual_seed(0)
@@ -259,7 +260,7 @@ def test_a_decoding_step_is_one_graph(tiny_settings, monkeypatch):
     prefill = model.hidden
     hidden = lambda ids, *rest: (step if ids.shape[1] == 1 else prefill)(ids, *rest)
     monkeypatch.setattr(model, "hidden", hidden)
-    monkeypatch.setattr("model.CACHE_STEP", 64)  # one length for both prompts
+    monkeypatch.setattr("tools.decoding.CACHE_STEP", 64)  # one length for both prompts
     monkeypatch.setattr(model, "stop_ids", [])
     compiled = [list(model.stream(p, windows, n, max_new_tokens=20)) for p in (prompts, ["a", "b", "c"])]
     assert len(graphs) == 1
@@ -274,7 +275,7 @@ def test_a_growing_cache_changes_nothing(tiny_settings, monkeypatch):
     model.stop_ids = []
     answers = []
     for step in (256, 4):  # slots at first: all that are needed, or some, doubled again and again
-        monkeypatch.setattr("model.CACHE_STEP", step)
+        monkeypatch.setattr("tools.decoding.CACHE_STEP", step)
         answers.append(model.generate(["What?", "A longer question", "hm"], windows, n, max_new_tokens=50))
     assert answers[0] == answers[1]
 

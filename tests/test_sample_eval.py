@@ -35,9 +35,57 @@ def test_clips_of_all_kinds_are_answered(trained, tmp_path):
     for name, (sound, rate) in clips.items():
         soundfile.write(tmp_path / f"{name}.wav", sound, rate)
         sample(trained, "--audio", tmp_path / f"{name}.wav")
-    paths = ",".join(str(tmp_path / f"{name}.wav") for name in clips)
-    result = sample(trained, "--audio", paths, "--prompt", "What?")
-    assert [line.split(": ")[0] for line in result.stdout.splitlines()] == paths.split(",")
+    paths = [f"{name}.wav" for name in clips]  # beside the file of questions
+    questions = [{"path": path, "prompt": "What?", "id": i} for i, path in enumerate(paths)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    lines = sample(trained, "--input", tmp_path / "q.jsonl").stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [(a["path"], a["id"]) for a in answers] == [(path, i) for i, path in enumerate(paths)]
+
+
+def test_several_clips_of_one_question(trained, tiny_data, tmp_path):
+    clips = [f"{tiny_data}/{i}.wav" for i in (1, 4)]
+    both = sample(trained, "--audio", clips[0], "--audio", clips[1], "--prompt", "What differs?").stdout
+    line = json.dumps({"path": clips, "prompt": "What differs?"}) + "\n"
+    (tmp_path / "q.jsonl").write_text(line + json.dumps({"path": clips[0], "prompt": "What differs?"}))
+    lines = sample(trained, "--input", tmp_path / "q.jsonl").stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert answers[0]["output"].rstrip("\n") == both.rstrip("\n") and answers[0]["path"] == clips
+
+
+def test_follow_ups(trained, tiny_data):
+    """Each question of a chat is answered as if it were asked alone."""
+    command = ["sample.py", "--audio", f"{tiny_data}/2.wav", "--precision=fp32", "--max_new_tokens=4",
+               f"--init_from={trained}/tiny"]
+    alone = [run(*command, "--prompt", prompt).stdout for prompt in ("One?", "Two?", "Three?")]
+    chat = subprocess.run([sys.executable, *command, "--chat", "--prompt", "One?"], cwd=ROOT, text=True,
+                          input="Two?\n\nThree?\n", capture_output=True)
+    assert chat.returncode == 0 and chat.stdout == "".join(alone)
+
+
+def test_one_bad_clip_among_many(trained, tiny_data, tmp_path):
+    """The others are answered and written, its own line says why, and the exit code is 1."""
+    (tmp_path / "text.wav").write_text("no sound")
+    bad = [str(tmp_path / name) for name in ("text.wav", "gone.wav")]
+    paths = [f"{tiny_data}/0.wav", bad[0], f"{tiny_data}/1.wav", bad[1]]
+    lines = [json.dumps({"path": path, "prompt": "What?"}) for path in paths]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    done = sample(trained, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", ok=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "2 of 4 could not be read" in done.stderr
+    answers = [json.loads(line) for line in open(tmp_path / "a.jsonl")]
+    assert [a["path"] for a in answers] == paths
+    assert [isinstance(a["output"], str) for a in answers] == [True, False, True, False]
+    assert "not readable as audio" in answers[1]["error"] and "no such audio file" in answers[3]["error"]
+
+
+@pytest.mark.parametrize("line", ['{"path": "a.wav", "prompt": null}', '{"path": [], "prompt": "x"}', '["a"]',
+                                  '{"path": 3, "prompt": "x"}', "{"])
+def test_a_wrong_question_is_told_with_its_line_first(tmp_path, line):
+    """Before a model is looked for."""
+    (tmp_path / "q.jsonl").write_text('{"path": "a.wav", "prompt": "x"}\n' + line)
+    fails_with_one_line("sample.py", "--input", tmp_path / "q.jsonl", "--init_from=none",
+                        saying="q.jsonl line 2")
 
 
 def test_questions_file(trained, tiny_data, tmp_path):

@@ -21,8 +21,8 @@ def question_of(manifest, i):
     """What an answer depends on, beside the model: prompt, file, start, and the file's size and time."""
     item = manifest[i]
     try:
-        stat = os.stat(item["path"])
-        stamp = [stat.st_size, int(stat.st_mtime)]
+        stats = map(os.stat, item["paths"])
+        stamp = [n for stat in stats for n in (stat.st_size, int(stat.st_mtime))]
     except OSError:  # it can't be read, which is an answer, too, until it is there
         stamp = None
     return {"audio": item["path"], "start": item["start"], "prompt": item["prompt"], "file": stamp}

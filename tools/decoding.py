@@ -72,9 +72,8 @@ class Answers:
 
     def __init__(self, model, prompts, heard, n_windows, prefix):
         n_clips = (n_windows.view(len(n_windows), -1) > 0).sum(1)
-        if len(prompts) != len(n_windows) or not n_clips.all():
-            raise ValueError(f"{len(prompts)} prompts and clips of {n_windows.tolist()} windows: expected a "
-                             f"prompt and a clip or more for each")
+        if not n_clips.all():
+            raise ValueError(f"clips of {n_windows.tolist()} windows: expected a clip or more for a prompt")
         self.model, (self.kv, n_keys) = model, heard
         (more,), device = encode_text(model.tokenizer, [prefix]), n_keys.device
         rows = [row + more for row in encode_prompts(model.tokenizer, prompts, n_clips.tolist())]
@@ -112,6 +111,10 @@ class Answers:
         self.longest = int(self.lengths.max())
 
 
+def asks_every_step(device):
+    return device.type == "cpu"
+
+
 @torch.no_grad()
 def tokens(model, items, slots, how, heard=None):
     """Any number of items -> per step {index: token id, or -1 where its answer has ended}. The next items
@@ -144,7 +147,7 @@ def tokens(model, items, slots, how, heard=None):
             device = answers.x.device
             still = lambda: torch.tensor([int(row in going) for row in range(len(answers.x))], device=device)
             mask = still()
-            block = 1 if device.type == "cpu" else STOP_TEST
+            block = 1 if asks_every_step(device) else STOP_TEST
             said = []
             for ahead in range(block):
                 steps = [going[row][1] + ahead if row in going else 0 for row in range(len(answers.x))]
@@ -168,8 +171,9 @@ def tokens(model, items, slots, how, heard=None):
 
 def items_of(prompts, windows, n_windows):
     """A batch as items of `tokens`."""
-    clips = [[n for n in row if n] for row in n_windows.view(len(n_windows), -1).tolist()]
-    if not len(prompts) == len(clips) > 0 or sum(map(sum, clips)) != len(windows):
+    rows = n_windows[:, None] if n_windows.ndim == 1 else n_windows
+    clips = [[n for n in row if n] for row in rows.tolist()]
+    if not len(prompts) == len(clips) > 0 or int(n_windows.min()) < 0 or int(n_windows.sum()) != len(windows):
         raise ValueError(f"{len(prompts)} prompts, clips of {n_windows.tolist()} windows and {len(windows)} "
                          f"windows do not belong together")
     return list(zip(prompts, windows.split([sum(row) for row in clips]), clips))

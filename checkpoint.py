@@ -312,6 +312,8 @@ def read_release(folder, given):
     saved = {name: value for name, value in saved.items() if name in settings.MODEL_SETTINGS}
     if os.path.isdir(os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
         saved |= {"lang_encoder_path": os.path.abspath(os.path.join(folder, "lm")), "tokenizer_path": None}
+    clap = os.path.abspath(os.path.join(folder, "clap_ckpt/epoch_16.pt"))  # its text encoder
+    saved |= {"clap_checkpoint": clap} if os.path.isfile(clap) else {}
     c = SimpleNamespace(**(settings.defaults() | saved | given))
     text = text_side(c)
     state = from_published(state, text[1])

@@ -1,5 +1,4 @@
-"""The text tower of a CLAP checkpoint, for "retrieval" in closed sets: the label nearest to what the model
-said.
+"""CLAP's text tower, for "retrieval" in closed sets: the label nearest to what the model said.
 
 The published one of Audio Flamingo 2: a T5 encoder of flan-t5-large's shape, texts padded to 77 tokens, the
 plain mean of all 77 last hidden states, two linear layers. Sizes are read from the weights.
@@ -10,17 +9,20 @@ from functools import lru_cache
 
 import torch
 
+import config as settings
+from checkpoint import load_pickle, pick_device
+
 LENGTH = 77  # tokens
 
 
 def text_tower(file, c):
-    """embed of the CLAP checkpoint `file` under the settings matching, text_tokenizer, device; None:
-    exact."""
+    """embed of the CLAP checkpoint `file` under matching, text_tokenizer and device; None: exact."""
     if c.matching not in ("auto", "exact", "retrieval"):
         raise ValueError(f"matching = {c.matching!r}, expected auto, exact or retrieval")
     embed, why = None, "asked for"
     if c.matching != "exact":
-        embed, why = _read(file, c.text_tokenizer, c.device) if file else (None, "no clap_checkpoint given")
+        where = file and settings.place(file)
+        embed, why = _read(where, c.text_tokenizer, c.device) if file else (None, "no clap_checkpoint given")
     if embed is None and c.matching == "retrieval":
         raise ValueError(f"matching = 'retrieval': {why}")
     print(f"closed set: {'exact' if embed is None else 'retrieval'} ({why})", file=sys.stderr)
@@ -31,14 +33,9 @@ def text_tower(file, c):
 def _read(file, tokenizer, device):
     if not os.path.isfile(file):
         return None, f"{file} is not there"
+    saved = load_pickle(file)
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and storage errors alike
-        raise ValueError(f"{file}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        embed = load_text_tower(saved.get("state_dict", {}), tokenizer, device)
+        embed = load_text_tower(saved.get("state_dict", {}), tokenizer, pick_device(device))
     except OSError as error:  # no tokenizer on disk, no hub
         return None, f"its tokenizer {tokenizer} cannot be had ({str(error).splitlines()[0]})"
     return embed, file if embed else f"{file} holds no T5 text encoder"

@@ -202,3 +202,20 @@ def test_what_is_not_heard_is_said_once(tiny_config, tmp_path):
             f"{seconds:.1f} s are left out")
     assert result.stdout.count("left out") == 1 and note in result.stdout
     assert "left out" not in train(tiny_config, tmp_path, "whole", "--num_epochs=1").stdout
+
+
+def test_questions_about_two_clips_train_and_are_scored(tiny_config, tiny_data, tmp_path):
+    """Manifests whose names are lists, beside others: in training, validation, check and eval."""
+    two = [([f"{i}.wav", f"{i + 1}.wav"], "Which is the tone?", ["second", "first"][i % 2]) for i in range(4)]
+    one = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(4)]
+    for split in ("train", "test"):
+        write_manifest(tmp_path / "m", f"two-AQA/{split}", two + one)
+    options = [f"--dataset_file_root={tmp_path}/m", '--valid_dataset_config={"two-AQA/test": 1.0}',
+               '--dataset_blending_config={"two-AQA/train": 1.0}', "--dataset_blending_global_weight=1.0",
+               "--num_epochs=1"]
+    train(tiny_config, tmp_path, "two", *options)
+    assert log(tmp_path, "two", "valid")[-1]["two-AQA/test"] > 0
+    run("data.py", "check", f"{tmp_path}/m/two-AQA/test.json", f"--data_root={tiny_data}")
+    result = run("eval.py", "--split=two-AQA/test", f"--init_from={tmp_path}/two", f"--data_root={tiny_data}",
+                 f"--dataset_file_root={tmp_path}/m", "--max_new_tokens=2")
+    assert "two-AQA/test: accuracy" in result.stdout and "n 8" in result.stdout

@@ -106,7 +106,7 @@ def load_htsat_class():
 class ClapEncoder(nn.Module):
     """windows (n, L) -> (n, S, C): tokens before HTS-AT's pooling; S = (spec_size/32)^2, C = 8 embed_dim."""
 
-    sample_rate = SAMPLE_RATE
+    sample_rate, frequency_bins = SAMPLE_RATE, 2  # of a window's tokens: bin * (S/2) + time step
 
     def __init__(self, embed_dim, depths, num_heads, spec_size=256, position=False, augment=True):
         """position: HTS-AT's own position embedding (published: none); augment: drop path, SpecAugment."""

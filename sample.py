@@ -19,6 +19,7 @@ import config as settings
 from checkpoint import finished, newest_checkpoint, pick_device, pick_precision, read
 from data import read_clip, unheard_note
 from model import pick_backend
+from tools import listening
 from tools.decoding import Sampling, answer, hear, text_of, tokens
 
 audio: list = []  # audio file; again for each further clip of the same prompt
@@ -26,6 +27,7 @@ prompt: str = "Describe the sound in a sentence."  # what to ask
 chat: bool = False  # ask on: a question a line from standard input, about the same clips
 reasoning: bool = False  # of SoundCoT checkpoints: an answer without its conclusion is asked for it once more
 answer_prefix: str = ""  # words that the answer begins with
+timeline: str | None = None  # write <this>.json and .png: where in the clip it listened, word by word
 input: str | None = None  # JSONL of {"path", "prompt"} instead; paths relative to its folder or to here
 output: str | None = None  # JSONL to write the answers to; None: only printed
 init_from: str | None = None  # run directory, checkpoint, release directory or hub id; None: the newest run
@@ -142,6 +144,9 @@ def ask(model, c):
         if not prompt:
             continue
         text = print_answer(model, (prompt, windows, n_windows.tolist()), heard, c)
+        if c.timeline:
+            told = listening.timeline(model, prompt, text, windows)
+            listening.write_timeline(c.timeline, told, windows)
         if c.output:
             line = {"path": c.audio, "prompt": prompt, "output": text}
             with open(c.output, "a") as f:
@@ -201,6 +206,8 @@ def main(c):
         raise ValueError("give either --audio clip.wav (again for each further clip of the same prompt) or "
                          "--input questions.jsonl")
     questions = read_questions(c.input) if c.input else []
+    if c.timeline and len(c.audio) != 1:
+        raise ValueError("--timeline is of one --audio clip")
     for path in c.audio:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such audio file")

@@ -162,3 +162,37 @@ def test_noise_is_that_of_seed_and_step():
     together = pick(logits, how, [3, 7])
     assert [int(pick(logits[:1], how, [step])) for step in (3, 7)] == together.tolist()
     assert math.prod(together.shape) == 2
+
+
+def test_where_it_listened_at_every_word(model, tmp_path):
+    """Against the weights of the naive attention, token by token."""
+    from data import encode_prompts, encode_text
+    from tools.listening import attention_over_time, timeline, write_timeline
+    _, windows, _, _ = batch(model, n=(2,), T=(4,))
+    windows = (windows * 32767).to(torch.int16)
+    told = timeline(model, "What is it?", "a red dog", windows)
+    assert told["words"] == ["a", "red", "dog"] and told["tokens"] == [[0, 1], [1, 5], [5, 9]]
+    weights = torch.tensor(told["weights"])
+    assert weights.shape == (3, len(told["seconds"]))
+    assert torch.allclose(weights.sum(1), torch.ones(3), atol=1e-5)
+    assert told["seconds"][0][0] == 0 and told["seconds"][-1][1] == 5.0
+    seen = []
+
+    def look(q, k, v, n_keys, gate):
+        scores = torch.einsum("bthd,bnhd->bhtn", q, k) / q.shape[-1] ** 0.5
+        seen.append(scores.softmax(-1)[0].mean(0))
+        return gate.tanh() * torch.einsum("bhtn,bnhd->bthd", scores.softmax(-1), v)
+
+    import model as model_file
+    before = encode_prompts(model.tokenizer, ["What is it?"])[0]
+    ids = before + encode_text(model.tokenizer, ["a red dog"])[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_file.BACKENDS, "sdpa", look)
+        model(torch.tensor([ids]), windows, torch.tensor([2]))
+    mean = torch.stack(seen).mean(0).view(len(ids), 2, 2, -1).sum(2).flatten(1)
+    assert torch.allclose(weights[1], mean[len(before):len(before) + 4].mean(0), atol=1e-5)
+    last = attention_over_time(model, "What is it?", windows)
+    assert torch.allclose(last, mean[len(before) - 1], atol=1e-5)
+    pytest.importorskip("matplotlib")
+    write_timeline(str(tmp_path / "deep/clip"), told, windows)
+    assert sorted(f.name for f in (tmp_path / "deep").iterdir()) == ["clip.json", "clip.png"]

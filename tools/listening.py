@@ -1,25 +1,87 @@
-"""Where in a recording the model listens."""
+"""Where in a recording the model listens, at every word of an answer (python sample.py --timeline=out/clip).
+
+The weights are the softmax of q and k of every gated block, computed again from what the block is given: the
+same whatever attention backend answered.
+"""
+import json
+import os
+
 import torch
 
-from data import encode_prompts
+from data import encode_prompts, encode_text
 
 
 @torch.no_grad()
-def attention_over_time(model, prompt, windows):
-    """Cross-attention of the last prompt token to one clip's windows (W, L), mean over gated blocks, heads
-    and frequency bins: a weight per time step of the windows, summing to 1."""
-    device = model.lm.norm.weight.device
-    ids = torch.tensor(encode_prompts(model.tokenizer, [prompt]), device=device)
+def listening(model, ids, windows):
+    """ids [T] of a text about one clip, windows (W, L) -> (T, time steps of all windows): cross-attention, mean
+    over gated blocks, heads and frequency bins; rows sum to 1."""
+    device, bins = model.lm.norm.weight.device, getattr(model.clap, "frequency_bins", 1)
+    ids = torch.tensor([ids], device=device)
     audio, n_keys = model.listen(windows.to(device), torch.tensor([len(windows)]))
     kv = model.keys_values(audio)
     x, place, weights = model.lm.embed_tokens(ids), model.lm.place(ids), []
     for i, block in enumerate(model.lm.layers):  # AudioFlamingo.hidden, with a look at the weights on the way
         if i in kv:
             gated = model.xattn[str(i)]
-            q = gated.attn.to_q(gated.attn.norm(x[0, -1])).view(gated.heads, gated.d)
-            scores = torch.einsum("hd,nhd->hn", q, kv[i][0, :, 0]).float() / gated.d ** 0.5
+            q = gated.attn.to_q(gated.attn.norm(x[0])).view(-1, gated.heads, gated.d)  # (T, H, d)
+            scores = torch.einsum("thd,nhd->htn", q, kv[i][0, :, 0]).float() / gated.d ** 0.5
             weights.append(scores.softmax(-1).mean(0))
             x = gated(x, kv[i], n_keys, model.backend)
         x = block(x, place)
-    per_window = torch.stack(weights).mean(0).view(len(windows), 2, -1)  # token = frequency bin x time step
-    return per_window.sum(1).flatten().cpu()
+    weights = torch.stack(weights).mean(0).view(ids.shape[1], len(windows), bins, -1)  # (T, W, bin, step)
+    return weights.sum(2).flatten(1).cpu()
+
+
+def attention_over_time(model, prompt, windows):
+    """Where it listens when it has read the prompt: a weight per time step, summing to 1."""
+    return listening(model, encode_prompts(model.tokenizer, [prompt])[0], windows)[-1]
+
+
+def timeline(model, prompt, answer, windows):
+    """-> {"words", "tokens" [first, end) of each, "seconds" [start, end) of every time step, "weights" words x
+    steps, ...}: a word's row is the mean over its tokens, each as it was about to be said."""
+    before = encode_prompts(model.tokenizer, [prompt])[0]
+    (said,) = encode_text(model.tokenizer, [answer])
+    weights = listening(model, before + said, windows)[len(before) - 1:-1]  # what a token was chosen with
+    words, spans = [], []
+    for at in range(len(said)):
+        piece = model.tokenizer.decode(said[:at + 1])[len(model.tokenizer.decode(said[:at])):]
+        if not words or piece[:1].isspace():
+            words.append("")
+            spans.append([at, at])
+        words[-1] += piece
+        spans[-1][1] = at + 1
+    steps = weights.shape[1] // len(windows)
+    length, overlap = model.hearing["window_length"], model.hearing["window_overlap"]
+    starts = [w * (length - overlap) + s * length / steps for w in range(len(windows)) for s in range(steps)]
+    return {"prompt": prompt, "answer": answer, "words": [word.strip() for word in words], "tokens": spans,
+            "seconds": [[round(start, 4), round(start + length / steps, 4)] for start in starts],
+            "weights": [weights[a:b].mean(0).tolist() for a, b in spans]}
+
+
+def write_timeline(base, told, windows):
+    """<base>.json and, with matplotlib, <base>.png: the log-mel, and under it words x seconds."""
+    from model import log_mel, to_float
+    os.makedirs(os.path.dirname(base) or ".", exist_ok=True)
+    with open(base + ".json.tmp", "w") as f:
+        json.dump(told, f, ensure_ascii=False)
+    os.replace(base + ".json.tmp", base + ".json")
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{base}.json is written; the picture needs matplotlib: pip install -r "
+                                  f"requirements-eval.txt") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    mel, seconds = log_mel(to_float(windows)).flatten(0, 1).T, told["seconds"][-1][1]  # (64, frames)
+    n = len(told["words"])
+    figure, axes = plt.subplots(2, 1, figsize=(9, 3 + 0.25 * n), layout="constrained", sharex=True,
+                                height_ratios=[2, max(1, 0.25 * n)])
+    axes[0].imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
+    axes[0].set(ylabel="mel band", title=f"“{told['prompt']}” → “{told['answer'].strip()}”")
+    if n:
+        axes[1].imshow(told["weights"], aspect="auto", extent=(0, seconds, n, 0), cmap="viridis")
+    axes[1].set(xlabel="seconds heard", yticks=[i + 0.5 for i in range(n)], yticklabels=told["words"])
+    figure.savefig(base + ".tmp.png", dpi=110)
+    plt.close(figure)
+    os.replace(base + ".tmp.png", base + ".png")

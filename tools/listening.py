@@ -13,8 +13,8 @@ from data import encode_prompts, encode_text
 
 @torch.no_grad()
 def listening(model, ids, windows):
-    """ids [T] of a text about one clip, windows (W, L) -> (T, time steps of all windows): cross-attention, mean
-    over gated blocks, heads and frequency bins; rows sum to 1."""
+    """ids [T] of a text about one clip, windows (W, L) -> (T, time steps of all windows): the mean
+    attention over gated blocks, heads and frequency bins; rows sum to 1."""
     device, bins = model.lm.norm.weight.device, getattr(model.clap, "frequency_bins", 1)
     ids = torch.tensor([ids], device=device)
     audio, n_keys = model.listen(windows.to(device), torch.tensor([len(windows)]))
@@ -38,7 +38,7 @@ def attention_over_time(model, prompt, windows):
 
 
 def timeline(model, prompt, answer, windows):
-    """-> {"words", "tokens" [first, end) of each, "seconds" [start, end) of every time step, "weights" words x
+    """-> {"words", "tokens" [first, end) of each, "seconds" [start, end) of each time step, "weights" words x
     steps, ...}: a word's row is the mean over its tokens, each as it was about to be said."""
     before = encode_prompts(model.tokenizer, [prompt])[0]
     (said,) = encode_text(model.tokenizer, [answer])

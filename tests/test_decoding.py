@@ -1,5 +1,6 @@
 """Batches that never wait, several clips, questions about what was heard before: all answer as one by one."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -196,3 +197,15 @@ def test_where_it_listened_at_every_word(model, tmp_path):
     pytest.importorskip("matplotlib")
     write_timeline(str(tmp_path / "deep/clip"), told, windows)
     assert sorted(f.name for f in (tmp_path / "deep").iterdir()) == ["clip.json", "clip.png"]
+
+
+def test_compiled_decoding_answers_the_same(model, monkeypatch):
+    import tools.decoding as decoding
+    items = questions(model, 3)
+    plain = dict(answer(model, items, 3, max_new_tokens=5))
+    monkeypatch.setattr(decoding.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    decoding.compile_decoding(model)
+    try:
+        assert dict(answer(model, items, 3, max_new_tokens=5)) == plain
+    finally:
+        del model.one_token

@@ -94,8 +94,8 @@ class Answers:
         """One more token (B,) of those that are `going` (B,) int64; the others stay as they are."""
         if self.longest >= self.cache.shape[4]:
             self.cache = fit(self.cache, 4, 2 * self.longest)
-        places = self.lengths[:, None]
-        self.x = self.model.hidden(token[:, None], self.kv, self.n_keys, places, self.cache)[:, 0]
+        hidden = getattr(self.model, "one_token", self.model.hidden)  # compiled, if that was asked for
+        self.x = hidden(token[:, None], self.kv, self.n_keys, self.lengths[:, None], self.cache)[:, 0]
         self.lengths, self.longest = self.lengths + going, self.longest + 1
 
     def put(self, rows, new):
@@ -109,6 +109,12 @@ class Answers:
         for name in ("n_keys", "lengths", "x"):
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(new, name)))
         self.longest = int(self.lengths.max())
+
+
+def compile_decoding(model):
+    """One graph for a decoding step; on a GPU one launch of it (CUDA graphs)."""
+    mode = "reduce-overhead" if model.lm.norm.weight.is_cuda else None
+    model.one_token = torch.compile(model.hidden, fullgraph=True, dynamic=False, mode=mode)
 
 
 def asks_every_step(device):

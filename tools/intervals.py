@@ -74,7 +74,10 @@ def bootstrap_p(differences, clips):
 def mean_average_precision(truth, scores, clips, draws=200):
     """(mAP, [low, high]) of truth and scores (n, labels): scikit-learn's average precision, mean over the
     labels that occur."""
-    from sklearn.metrics import average_precision_score
+    try:
+        from sklearn.metrics import average_precision_score
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("mAP needs scikit-learn: pip install -r requirements-eval.txt") from error
     truth, scores = truth[:, truth.any(0)], scores[:, truth.any(0)]
     value = float(average_precision_score(truth, scores, average="macro"))
     numbers = {clip: i for i, clip in enumerate(dict.fromkeys(clips))}

@@ -390,6 +390,8 @@ def save_release(model, folder):
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     own, c = model.state_dict(), model.config
+    if getattr(model, "int8", False):
+        raise ValueError("a model with int8 weights is for answering: save the one it was made from")
     for table in set(TABLES) & set(own):  # one table, as published
         added = own.pop(table.replace("weight", "added"))
         own[table] = torch.cat([own[table], added.to(own[table].dtype)])

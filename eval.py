@@ -46,6 +46,7 @@ report: bool = True  # write <results>/report.html: the table, and the worst ite
 scores: str | None = None  # JSON file to add {"tasks": {split: {"accuracy", "chance", "n", "intervals"}}} to
 max_new_tokens: int = 256  # at most, per answer
 eval_batch_size: int = 16  # clips answered at once
+int8: bool = False  # weights of a byte each, on a CPU: less time per token
 compile: bool = False  # torch.compile for the decoding step: a minute first, then less per token
 READS = (*settings.LOADING, "expdir", "dataset_file_root", "data_root", "num_workers", "device", "precision")
 

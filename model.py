@@ -203,12 +203,13 @@ def matrix_sizes(module):
 
 
 def rotary_table(positions, r, base, stretch=None):
-    """positions (..., T) -> cos, sin (..., T, r) float32; stretch: see stretch_frequencies."""
+    """positions (..., T) -> cos and signed sin (..., T, r) float32; stretch: see stretch_frequencies."""
     frequency = base ** (-torch.arange(0, r, 2, device=positions.device, dtype=torch.float32) / r)
     if stretch:
         frequency = stretch_frequencies(frequency, **stretch)
     angle = positions[..., None].float() * frequency
-    return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def stretch_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
@@ -222,12 +223,10 @@ def stretch_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
 
 
 def rotate(x, cos, sin):
-    """x (B, H, T, d); cos, sin (T, r) or (B, 1, T, r), r <= d: the other channels pass through. In
-    float32."""
+    """x (B, H, T, d); cos, sin (T, r) or (B, 1, T, r), r <= d: the other channels pass through."""
     r = cos.shape[-1]
     head = x[..., :r]  # times float32 tables: float32 (or float64) arithmetic whatever x is
-    half = torch.cat([-head[..., r // 2:], head[..., :r // 2]], -1)
-    head = (head * cos + half * sin).to(x.dtype)
+    head = torch.addcmul(head * cos, head.roll(r // 2, -1), sin).to(x.dtype)
     return head if r == x.shape[-1] else torch.cat([head, x[..., r:]], -1)
 
 
@@ -308,13 +307,12 @@ def naive_attention(q, k, v, n_keys, gate):
 
 
 def sdpa_attention(q, k, v, n_keys, gate):
-    # a row without keys sees key 0 and is replaced by zeros afterwards: no kernel of SDPA meets an empty
-    # softmax
+    # a row without keys sees key 0, behind a closed gate: no kernel of SDPA meets an empty softmax
     mask = key_mask(n_keys.clamp(min=1), k.shape[1])
+    has_keys = (n_keys > 0).view(*n_keys.shape, *[1] * (4 - n_keys.ndim))  # (B, 1 or T, 1, 1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    has_keys = (n_keys > 0).view(*n_keys.shape, *[1] * (4 - n_keys.ndim))  # (B, 1 or T, 1, 1)
-    return (gate.tanh() * torch.where(has_keys, o, 0)).to(q.dtype)
+    return (gate.tanh() * has_keys * o).to(q.dtype)
 
 
 BACKENDS = {"naive": naive_attention, "sdpa": sdpa_attention}  # and "triton", at the end of this file
@@ -398,15 +396,14 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Place(NamedTuple):
     """Where the tokens of a call stand in their texts."""
     rope: tuple  # cos, sin of their positions
     slots: torch.Tensor | None = None  # (B, T) of the cache, which are the positions
-    mask: torch.Tensor | None = None  # (B, 1, T, length) bool: the slots that each token sees
+    mask: torch.Tensor | None = None  # (B, 1, queries of a key head, length): 0 where seen, else -inf
 
 
 class SelfAttention(nn.Module):
@@ -427,13 +424,15 @@ class SelfAttention(nn.Module):
         q, k, v = (w(x).view(B, T, -1, self.d) for w in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, d)
-        q, k = rotate(q, *place.rope), rotate(k, *place.rope)
-        if past is not None:
+        qk, v = rotate(torch.cat([q, k], 2).transpose(1, 2), *place.rope), v.transpose(1, 2)
+        q, k = qk.split([q.shape[2], k.shape[2]], 1)  # (B, H, T, d); k and v have fewer heads
+        if past is None:  # causality alone keeps the tokens of right-padded texts from seeing padding
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
             slots = place.slots[:, None, :, None].expand_as(k)
             k, v = past[0].scatter_(2, slots, k), past[1].scatter_(2, slots, v)
-        # Without a cache, causality alone keeps the tokens of right-padded texts from seeing padding.
-        o = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=past is None, enable_gqa=True)
+            grouped = q.reshape(*k.shape[:2], -1, self.d)  # all queries of a key head: nothing is repeated
+            o = F.scaled_dot_product_attention(grouped, k, v, place.mask).reshape(q.shape)
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -504,7 +503,8 @@ class LanguageModel(nn.Module):
         if cache is None:
             return Place(rope)
         slots = torch.arange(cache.shape[4], device=ids.device)
-        return Place(rope, positions, (slots <= positions[..., None])[:, None])
+        ahead = slots > positions.repeat(1, c.heads // c.kv_heads)[:, None, :, None]
+        return Place(rope, positions, cache.new_zeros(ahead.shape).masked_fill_(ahead, -math.inf))
 
     def forward(self, ids, layers=None):
         """Without listening: ids (B, T) right-padded -> (B, T, D) before the head, after `layers` blocks."""

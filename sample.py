@@ -21,12 +21,14 @@ from data import read_clip, unheard_note
 from model import pick_backend
 from tools import listening
 from tools.decoding import Sampling, answer, compile_decoding, hear, text_of, tokens
+from tools.int8 import quantize
 
 audio: list = []  # audio file; again for each further clip of the same prompt
 prompt: str = "Describe the sound in a sentence."  # what to ask
 chat: bool = False  # ask on: a question a line from standard input, about the same clips
 reasoning: bool = False  # of SoundCoT checkpoints: an answer without its conclusion is asked for it once more
 answer_prefix: str = ""  # words that the answer begins with
+int8: bool = False  # weights of a byte each, on a CPU: less time per token
 compile: bool = False  # torch.compile for the decoding step: a minute first, then less per token
 timeline: str | None = None  # write <this>.json and .png: where in the clip it listened, word by word
 input: str | None = None  # JSONL of {"path", "prompt"} instead; paths relative to its folder or to here
@@ -63,6 +65,8 @@ def load_weights(c, source, model, state):
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
     model = finished(model, state, device, dtype, source)
+    if c.int8:
+        quantize(model)
     if c.compile:
         compile_decoding(model)
     backend = (model.backend, "asked for") if model.backend != "auto" else pick_backend(device)

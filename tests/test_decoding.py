@@ -209,3 +209,23 @@ def test_compiled_decoding_answers_the_same(model, monkeypatch):
         assert dict(answer(model, items, 3, max_new_tokens=5)) == plain
     finally:
         del model.one_token
+
+
+def test_int8_weights(tiny_settings, tmp_path):
+    """Each product within the rounding of its weights; the whole model answers, and is not saved."""
+    from tools.int8 import Int8Linear, quantize
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96)
+    few, many = torch.randn(3, 64), torch.randn(40, 64)
+    with torch.no_grad():
+        small = Int8Linear(linear.weight, linear.bias)
+        for x in (few, many, few[None]):
+            error = (small(x) - linear(x)).abs().max() / linear(x).abs().max()
+            assert small(x).shape == linear(x).shape and error < 0.02
+    model = build(tiny_settings, gates=0.5)
+    _, windows, n, _ = batch(model)
+    kinds = {type(module).__name__ for module in quantize(model).lm.layers.modules()}
+    assert "Int8Linear" in kinds and "Linear" not in kinds
+    assert len(model.generate(["a", "b", "c"], windows, n, max_new_tokens=3)) == 3
+    with pytest.raises(ValueError, match="int8 weights"):
+        model.save_pretrained(str(tmp_path))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import model
 from model import block_sizes, gated_cross_attention, keys_values, pick_backend, triton
+from tools.bench_decode import decode
 
 # ------------------------------------------------------------------------------------------------------------
 # What the compiler makes of the kernels, on any machine: no GPU is needed to compile for one
@@ -268,7 +269,7 @@ def kernel():
     return figures
 
 
-MODES = {"kernel": kernel}
+MODES = {"kernel": kernel, "decode": decode}
 
 if __name__ == "__main__":
     if "--help" in sys.argv:

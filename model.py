@@ -383,7 +383,10 @@ def keys_values(blocks, audio):
     the clip alone, so decoding makes it once per request."""
     some = blocks[0]
     kv = F.linear(audio, torch.cat([block.attn.to_kv.weight for block in blocks]))
-    return kv.view(*audio.shape[:2], len(blocks), 2, some.heads, some.d).unbind(2)
+    kv = kv.view(*audio.shape[:2], len(blocks), 2, some.heads, some.d)
+    if not torch.is_grad_enabled():  # decoding reads a head at every token: its keys one after the other
+        kv = kv.permute(2, 0, 3, 4, 1, 5).contiguous().permute(1, 4, 0, 2, 3, 5)
+    return kv.unbind(2)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class Folder:
     def __init__(self, path):
         if not os.path.isdir(path):
             raise FileNotFoundError(f"{path}: no such folder")
-        self.path, self.files, self.left_out = os.path.abspath(path), {}, Counter()
+        self.path, self.files, self.left_out, self.reading = os.path.abspath(path), {}, Counter(), path
         for folder, below, names in os.walk(path, followlinks=True):
             below.sort()
             for name in sorted(names):
@@ -177,7 +177,8 @@ class Folder:
         """(file, *groups) of the files whose path fits, of one name the first; example: what is expected."""
         rows = []
         for files in self.files.values():
-            hits = [(file, re.search(pattern, "/" + file)) for file in files]
+            sounds = [file for file in files if file.lower().endswith(SOUNDS)]
+            hits = [(file, re.search(pattern, "/" + file)) for file in sounds]
             rows += [(file, *hit.groups()) for file, hit in hits if hit][:1]
         if not rows:
             raise FileNotFoundError(f"{self.path}: expected files such as {example!r} in it")
@@ -185,13 +186,17 @@ class Folder:
 
     def rows(self, path, *columns):
         """Dicts of a table with these columns; path: absolute, or as in need."""
-        path = path if os.path.isabs(path) else self.need(path)
+        path = self.reading = path if os.path.isabs(path) else self.need(path)
         rows, there, _ = read_table(path)
         for column in columns:
             if column not in there:
                 raise ValueError(f"{path}: no column {column!r}, expected {', '.join(columns)}; "
                                  f"it has {', '.join(map(repr, there))}")
         return [row for _, row in rows]
+
+    def json(self, path):
+        self.reading = os.path.join(self.path, path)
+        return settings.read_json(self.reading)
 
 
 def seconds_of(path):
@@ -239,8 +244,7 @@ def with_duration(item, folder, seconds):
         if isinstance(seconds[path], str):
             return seconds[path]
         if seconds[path] <= start:
-            seconds[path] = "shorter than their audio_start"
-            return seconds[path]
+            return "shorter than their audio_start"
         total += seconds[path] - start
     return item if "duration" in item else item | {"duration": round(total, 3)}
 
@@ -253,22 +257,23 @@ def write(to, items, split_path, data_root):
     seconds = measure((path for item in items for path in paths_of(item, folder)), name)
     done = [with_duration(item, folder, seconds) for item in items]
     good = [item for item in done if not isinstance(item, str)]
-    reasons = Counter(why for why in done if isinstance(why, str))
-    for why, count in reasons.items():
-        clips = [repr(os.path.relpath(path, folder)) for path in seconds if seconds[path] == why]
-        clips = clips[:3] + ["..."] * (len(clips) > 3)
-        print(f"{name}: the clips of {count} of {len(items)} items are {why}: {', '.join(clips)}")
+    for why in dict.fromkeys(why for why in done if isinstance(why, str)):
+        names = [item["name"] for item, reason in zip(items, done) if reason == why]
+        shown = list(dict.fromkeys(map(repr, names)))
+        shown = shown[:3] + ["..."] * (len(shown) > 3)
+        print(f"{name}: the clips of {len(names)} of {len(items)} items are {why}: {', '.join(shown)}")
     if good:
         task, split = name.split("/")
-        content = {"split": split, "split_path": split_path, "flamingo_task": task, "total_num": len(good),
-                   "data": {str(i): item for i, item in enumerate(good)}}
+        content = {"split": split, "split_path": split_path, "flamingo_task": task, "total_num": len(good)}
         place = os.path.dirname(to)
         os.makedirs(place, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=place) as tmp:  # made beside it, checked, moved
             file = os.path.join(tmp, task, split + ".json")
             os.makedirs(os.path.dirname(file))
             with open(file, "w") as f:
-                json.dump(content, f, indent=1, allow_nan=False)
+                f.write(json.dumps(content)[:-1] + ', "data": {\n')  # an item a line
+                lines = (f'"{i}": {json.dumps(item, allow_nan=False)}' for i, item in enumerate(good))
+                f.write(",\n".join(lines) + "}}\n")
             try:
                 Manifest(file, data_root)
             except ValueError as error:
@@ -295,7 +300,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """main() -> exit code: 0 done, 1 done but some clips were left out, 2 not done, for a reason in a line."""
+    """Exit code of main(): 0 done, 1 done but some clips were left out, 2 not done, with one line why."""
     try:
         sys.exit(main())
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -97,7 +97,8 @@ def items_of(path, options):
         if same in seen:
             raise ValueError(f"{cell(name_columns[0])}: the same clip, prompt and output as {seen[same]}")
         seen[same] = where
-        items.append(item | {column: row[column] for column in keep if row.get(column) is not None})
+        kept = {column: row.get(column) for column in keep}
+        items.append(item | {column: value for column, value in kept.items() if value == value is not None})
     print(f"{path}: {len(rows)} rows, {how}")
     return items
 

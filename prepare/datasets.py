@@ -10,6 +10,7 @@ left out and counted (exit code 1). Prompts are ours, a few for every kind of qu
 name. Sources of a kind of their own go by prepare/table.py.
 """
 import os
+import re
 import sys
 import zlib
 
@@ -17,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from prepare import datasets_qa
-from prepare.manifests import Folder, Parser, run, split_path_of, stem, write
+from prepare.manifests import Folder, Parser, decode, run, split_path_of, write
 
 PROMPTS = {
     "caption": ("Describe the audio in one sentence.", "What can be heard in this recording?",
@@ -176,7 +177,8 @@ def fsd50k(source):
                                     eval=("FSD50K.ground_truth/eval.csv", "eval.csv")):
         for row in source.rows(path, "fname", "labels", *(["split"] if part == "dev" else [])):
             labels = ", ".join(words(label) for label in row["labels"].split(","))
-            clip = source.clip(f"FSD50K.{part}_audio/{row['fname']}.wav")
+            clip = source.clip(*(f"{folder}/{row['fname']}.wav" for folder in
+                                 (f"FSD50K.{part}_audio", f"{part}_audio", part)))
             split = row["split"] if part == "dev" else "test"
             yield f"FSD50k-EventClassification/{split}", item("events", clip, labels)
 
@@ -212,15 +214,21 @@ def vocalsound(source):
     """VocalSound: 21,024 clips of 3,365 people, six sounds.
     home: https://github.com/YuanGongND/vocalsound
     licence: CC BY-SA 4.0
-    layout: datafiles/{tr,val,te}.json with {"data": [{"wav"}]}; audio_16k/ or the 44.1 kHz release's
-        {speaker}_{n}_{label}.wav
+    layout: datafiles/{tr,val,te}.json, which name the clips, or meta/{tr,val,te}_meta.csv, the speakers;
+        audio_16k/{speaker}_{n}_{label}.wav, or the 44.1 kHz release's audio_44k/ or data_44k/
     """
-    for split, path in source.splits(train="datafiles/tr.json", val="datafiles/val.json",
-                                     test="datafiles/te.json"):
-        for row in source.json(path)["data"]:
-            name = os.path.basename(row["wav"])
-            clip = source.clip(f"audio_16k/{name}", f"audio_44k/{name}", f"data_44k/{name}", name)
-            label = stem(name).split("_")[2].replace("throatclearing", "throat clearing")
+    shorts = {"train": "tr", "val": "val", "test": "te"}
+    for split, path in source.splits(**{s: (f"datafiles/{name}.json", f"meta/{name}_meta.csv",
+                                            f"meta/{name}_meta.json") for s, name in shorts.items()}):
+        text = decode(path)[0]
+        names = re.findall(r"([fm]\d{4}_\d+_[a-z]+)\.wav", text)
+        if not names:
+            speakers = set(re.findall(r"\b[fm]\d{4}\b", text))
+            clips = source.match(r"/(([fm]\d{4})_\d+_[a-z]+)\.\w+$", "audio_16k/f0003_0_cough.wav")
+            names = [name for _, name, speaker in clips if speaker in speakers]
+        for name in names:
+            clip = source.clip(*(f"{folder}/{name}.wav" for folder in ("audio_16k", "audio_44k", "data_44k")))
+            label = name.split("_")[2].replace("throatclearing", "throat clearing")
             yield f"VocalSound-VocalClassification/{split}", item("vocal", clip, label)
 
 
@@ -356,15 +364,17 @@ CONVERTERS = (datasets_qa.clotho_aqa, audiocaps, clotho, fsd50k, cochlscene, non
               datasets_qa.openaqa, datasets_qa.reasonaqa)
 
 
-def main():
+def main(argv=None):
     converters = {converter.__name__: converter for converter in CONVERTERS}
+    plain = {name.replace("_", ""): name for name in converters}  # ESC-50, crema-d and Clotho-AQA will do
+    named = lambda text: plain.get(re.sub(r"[^a-z0-9]", "", text.lower()), text)
     about = "\n\n".join(f"{name}\n    {converter.__doc__.rstrip()}" for name, converter in converters.items())
     parser = Parser(__doc__, epilog=f"sources:\n\n{about}")
-    parser.add_argument("source", metavar="source", choices=converters, help="one of the names below")
+    parser.add_argument("source", metavar="source", type=named, choices=converters, help="a name of those below")
     parser.add_argument("--from", dest="folder", required=True, help="folder of the source, unpacked")
     for name, setting in (("to", "dataset_file_root"), ("data_root", "data_root")):
         parser.add_argument(f"--{name}", default=settings.defaults()[setting], help="default %(default)s")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     source, manifests = Folder(options.folder), {}
     try:
         for name, one in converters[options.source](source):
@@ -372,18 +382,19 @@ def main():
     except (KeyError, TypeError, IndexError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{source.reading}: not as in {options.source} ({type(error).__name__}: {error}); "
                          f"--help tells what is expected") from error
-    data_root, done, left_out = settings.place(options.data_root), 0, sum(source.left_out.values())
+    data_root, done, unreadable = settings.place(options.data_root), 0, 0
     for why, count in source.left_out.items():
         print(f"{options.source}: left out {count} {why}")
     for name, items in manifests.items():
         to = os.path.abspath(settings.place(os.path.join(options.to, name + ".json")))
         counts = write(to, items, split_path_of(source.path, data_root), data_root)
-        done, left_out = done + counts[0], left_out + counts[1]
+        done, unreadable = done + counts[0], unreadable + counts[1]
     if not done:
         example = next((items[0]["name"] for items in manifests.values()), "any item")
+        video = "; there are videos: extract their sound" if source.videos() else ""
         raise FileNotFoundError(f"{source.path}: none of the clips of {options.source} can be read, expected "
-                                f"{example!r} and more, as --help tells; nothing is written")
-    return 1 if left_out else 0
+                                f"{example!r} and more, as --help tells{video}; nothing is written")
+    return 1 if unreadable else 0
 
 
 if __name__ == "__main__":

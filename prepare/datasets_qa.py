@@ -58,7 +58,7 @@ def music_avqa(source):
             (kind, category), slots = json.loads(row["type"]), json.loads(row["templ_values"])
             question = row["question_content"].strip()
             for value in slots:
-                question = re.sub(r"<[^<>]+>", lambda _: value, question, count=1)
+                question = re.sub(r"<[^<>]+>", lambda _: value.replace("_", " "), question, count=1)
             key = row["video_id"], question
             if kind not in of_kind or row.get("question_deleted") or key in seen:
                 continue

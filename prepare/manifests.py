@@ -194,6 +194,9 @@ class Folder:
                                  f"it has {', '.join(map(repr, there))}")
         return [row for _, row in rows]
 
+    def videos(self):
+        return any(name.lower().endswith((".mp4", ".mkv", ".webm", ".avi")) for name in self.files)
+
     def json(self, path):
         self.reading = os.path.join(self.path, path)
         return settings.read_json(self.reading)

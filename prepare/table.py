@@ -103,7 +103,7 @@ def items_of(path, options):
     return items
 
 
-def main():
+def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("table", help="CSV, TSV, JSON, JSONL or Parquet file")
     parser.add_argument("--name", required=True, help="column of the clip's file, or several: first,second")
@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--keep", help="columns to keep, by which eval.py groups scores: category,dataset")
     parser.add_argument("--delimiter", help="of a CSV: , ; | or tab; without it what its header has most of")
     parser.add_argument("--encoding", help="without it UTF-8, else latin-1")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     split = os.path.basename(options.to)
     if not split.startswith(("train.json", "val.json", "test")) or not split.endswith(".json"):
         raise ValueError(f"--to={options.to}: expected <Name-Task>/ and train.json, val.json or test.json")

@@ -370,7 +370,7 @@ def main(argv=None):
     named = lambda text: plain.get(re.sub(r"[^a-z0-9]", "", text.lower()), text)
     about = "\n\n".join(f"{name}\n    {converter.__doc__.rstrip()}" for name, converter in converters.items())
     parser = Parser(__doc__, epilog=f"sources:\n\n{about}")
-    parser.add_argument("source", metavar="source", type=named, choices=converters, help="a name of those below")
+    parser.add_argument("source", metavar="source", type=named, choices=converters, help="one of those below")
     parser.add_argument("--from", dest="folder", required=True, help="folder of the source, unpacked")
     for name, setting in (("to", "dataset_file_root"), ("data_root", "data_root")):
         parser.add_argument(f"--{name}", default=settings.defaults()[setting], help="default %(default)s")

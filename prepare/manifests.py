@@ -35,7 +35,7 @@ def decode(path, encoding=None):
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     for name in [encoding] if encoding else ["utf-16" if utf16 else "utf-8-sig", "latin-1"]:
         try:
-            return content.decode(name), name
+            return content.decode(name), name.removesuffix("-sig")
         except UnicodeDecodeError as error:
             wrong = f"{path}: byte {error.start} is not {name}; give --encoding"
         except LookupError:
@@ -86,9 +86,9 @@ def read_json_rows(path, encoding=None):
 def read_parquet(path):
     try:
         import pyarrow.parquet as parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: Parquet needs pyarrow: pip install -r requirements-prepare.txt") \
-            from error
+    except ImportError as error:  # not there, or one that does not fit this numpy
+        raise ModuleNotFoundError(f"{path}: Parquet needs pyarrow: pip install -r requirements-prepare.txt "
+                                  f"({error})") from error
     try:
         table = parquet.read_table(path)
     except (ValueError, OSError) as error:  # pyarrow's own errors are among these

@@ -171,7 +171,7 @@ def fsd50k(source):
     home: https://zenodo.org/records/4060432
     licence: CC BY 4.0 as a whole; each clip CC0, BY, BY-NC or Sampling+
     layout: FSD50K.ground_truth/{dev,eval}.csv, FSD50K.{dev,eval}_audio/*.wav (join the split archives first)
-    A name with "_and_" is one label; labels stand in the order of the file.
+    A name with "_and_" is one label; labels stand in the order of the file, specific ones first.
     """
     for part, path in source.splits(dev=("FSD50K.ground_truth/dev.csv", "dev.csv"),
                                     eval=("FSD50K.ground_truth/eval.csv", "eval.csv")):
@@ -391,7 +391,8 @@ def main(argv=None):
         done, unreadable = done + counts[0], unreadable + counts[1]
     if not done:
         example = next((items[0]["name"] for items in manifests.values()), "any item")
-        video = "; there are videos: extract their sound" if source.videos() else ""
+        videos = any(name.endswith((".mp4", ".mkv", ".webm")) for name in source.files)
+        video = "; there are videos: extract their sound" if videos else ""
         raise FileNotFoundError(f"{source.path}: none of the clips of {options.source} can be read, expected "
                                 f"{example!r} and more, as --help tells{video}; nothing is written")
     return 1 if unreadable else 0

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections import Counter
 
+from prepare.manifests import stem
 from tools.records import LETTERS, read_questions
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.6, "no": 0.1}  # weight of an answer of Clotho-AQA in the vote
@@ -114,13 +115,15 @@ def openaqa(source):
     licence: not confirmed; no sound in it
     layout: openaqa_5.6M.json, or other .json lists of {instruction, input, audio_id, dataset, task, output}
         beside each other; the clips of its sets below, in folders that end as their paths in audio_id do
+    A name that is no number will do alone; numbers are names in several of the sets.
     """
     lists = [name for name, (file, *_) in source.files.items() if file == name and name.endswith(".json")]
     if not lists:
         source.need("openaqa_5.6M.json")
     for name in lists:
         for row in source.json(name):
-            clip = source.clip(row["audio_id"].lstrip("/"), os.path.basename(row["audio_id"]))
+            path, name = row["audio_id"].lstrip("/"), os.path.basename(row["audio_id"])
+            clip = source.clip(path) if stem(name).isdigit() else source.clip(path, name)
             prompt = f"{row['instruction']} {row.get('input') or ''}".strip()
             yield "OpenAQA-AQA/train", {"name": clip, "prompt": prompt, "output": row["output"],
                                         "task": row["task"], "dataset": row["dataset"]}
@@ -132,13 +135,14 @@ def reasonaqa(source):
     licence: not confirmed; no sound in it
     layout: {train,val,test}.json, lists of {taskname, filepath1, filepath2, input, answer, subtype}; clips by
         their paths: AudioCapsLarger/{split}/Y{ytid}.wav, ClothoV21/{development,...}/, ClothoAQA/audio_files/
-    The file name and its own folder have to agree: audiocaps/test/Y{ytid}.flac will do. Some paths have
+    Of Clotho the folder has to agree (names may repeat), of the others the name will do. Some paths have
     backslashes. "filepath2" is empty unless two clips are compared; test is also written by subtype.
     """
     for split, path in source.splits(train="train.json", val="val.json", test="test.json"):
         for row in source.json(path):
             paths = [str(row.get(key) or "").replace("\\", "/") for key in ("filepath1", "filepath2")]
-            clips = [source.clip(path) for path in paths if path]
+            clips = [source.clip(path) if path.lower().startswith("clothov") else
+                     source.clip(path, os.path.basename(path)) for path in paths if path]
             if not clips or not str(row["answer"] or "").strip():
                 source.left_out["questions without a clip or an answer"] += 1
                 continue

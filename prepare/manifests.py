@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -127,7 +127,9 @@ class Folder:
             raise FileNotFoundError(f"{path}: no such folder")
         self.path, self.files, self.left_out, self.reading = os.path.abspath(path), {}, Counter(), path
         for folder, below, names in os.walk(path, followlinks=True):
-            below.sort()
+            real = os.path.realpath(folder) + os.sep  # a link to a folder above would never end
+            below[:] = [name for name in sorted(below)
+                        if not real.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
             for name in sorted(names):
                 if not name.startswith("."):  # also the "._name" twins of archives made on a Mac
                     file = os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
@@ -153,7 +155,10 @@ class Folder:
 
     def clip(self, *wanted):
         """The clip's file; where it isn't there the first name that was wanted, which write() reports."""
-        return self.find(*wanted) or wanted[0]
+        found = self.find(*wanted)
+        if found is None and any(stem(os.path.basename(path)) in self.files for path in wanted):
+            self.left_out["clips whose name is there several times, or in a folder of another name"] += 1
+        return found or wanted[0]
 
     def need(self, *wanted):
         found = self.find(*wanted)
@@ -194,9 +199,6 @@ class Folder:
                                  f"it has {', '.join(map(repr, there))}")
         return [row for _, row in rows]
 
-    def videos(self):
-        return any(name.lower().endswith((".mp4", ".mkv", ".webm", ".avi")) for name in self.files)
-
     def json(self, path):
         self.reading = os.path.join(self.path, path)
         return settings.read_json(self.reading)
@@ -219,8 +221,8 @@ def seconds_of(path):
 def measure(paths, name):
     """{path: seconds, or in words why there are none}, in parallel."""
     paths = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        found = pool.map(seconds_of, paths, chunksize=64)
+    with ThreadPool(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        found = pool.imap(seconds_of, paths, chunksize=64)
         return dict(zip(paths, tqdm(found, desc=name, total=len(paths), unit="clip", disable=None)))
 
 

@@ -442,6 +442,14 @@ def test_missing_clips_and_git_lfs_pointers_are_counted(tmp_path, capsys):
     assert len(Manifest(str(tmp_path / "to/ESC50-EventClassification/test.json"), "anywhere")) == 1
 
 
+def test_names_that_are_there_twice_are_not_guessed(tmp_path, capsys):
+    lay_out(tmp_path / "esc", {"esc50.csv": "filename,category\n1.wav,dog\n2.wav,cat\n3.wav,cow\n",
+                               "a/audio/1.wav": .1, "b/audio/1.wav": .1, "audio/2.wav": .1, "c/3.wav": .1})
+    code, out = esc50(tmp_path, capsys)
+    assert code == 1 and "2 of 3 items are missing: 'audio/1.wav', 'audio/3.wav'" in out
+    assert "left out 2 clips whose name is there several times, or in a folder of another name" in out
+
+
 def test_columns_and_files_that_are_not_as_they_should_be(tmp_path):
     def fails(source, files, *saying):
         folder = lay_out(tmp_path / f"{source}{len(os.listdir(tmp_path))}", files)
@@ -482,6 +490,8 @@ def test_find(tmp_path):
     files = {path: "x" for path in ("a/train/x.wav", "b/dev/x.wav", "c/y.flac", "c/y.wav", "d/z.wav",
                                     "e/z.wav", "only/one/w.1.mp3", "f/.hidden.wav")}
     source = manifests.Folder(lay_out(tmp_path / "s", files))
+    os.symlink(tmp_path / "s", tmp_path / "s/a/above")  # is not followed for ever
+    assert manifests.Folder(source.path).files == source.files
     for wanted, found in ((["train/x.wav"], "a/train/x.wav"), (["Train/x"], "a/train/x.wav"),
                           (["x.wav"], None), (["test/x.wav"], None),
                           (["test/x.wav", "b/dev/x.wav"], "b/dev/x.wav"),

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from prepare import datasets_qa
-from prepare.manifests import Folder, Parser, decode, run, split_path_of, write
+from prepare.manifests import Folder, Parser, decode, place_for, run, split_path_of, write
 
 PROMPTS = {
     "caption": ("Describe the audio in one sentence.", "What can be heard in this recording?",
@@ -375,6 +375,7 @@ def main(argv=None):
     for name, setting in (("to", "dataset_file_root"), ("data_root", "data_root")):
         parser.add_argument(f"--{name}", default=settings.defaults()[setting], help="default %(default)s")
     options = parser.parse_args(argv)
+    place_for(os.path.join(options.to, "any.json"))
     source, manifests = Folder(options.folder), {}
     try:
         for name, one in converters[options.source](source):
@@ -386,7 +387,7 @@ def main(argv=None):
     for why, count in source.left_out.items():
         print(f"{options.source}: left out {count} {why}")
     for name, items in manifests.items():
-        to = os.path.abspath(settings.place(os.path.join(options.to, name + ".json")))
+        to = place_for(os.path.join(options.to, name + ".json"))
         counts = write(to, items, split_path_of(source.path, data_root), data_root)
         done, unreadable = done + counts[0], unreadable + counts[1]
     if not done:

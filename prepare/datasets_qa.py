@@ -117,11 +117,11 @@ def openaqa(source):
         beside each other; the clips of its sets below, in folders that end as their paths in audio_id do
     A name that is no number will do alone; numbers are names in several of the sets.
     """
-    lists = [name for name, (file, *_) in source.files.items() if file == name and name.endswith(".json")]
+    lists = [name for name, files in source.files.items() if name in files and name.endswith(".json")]
     if not lists:
         source.need("openaqa_5.6M.json")
-    for name in lists:
-        for row in source.json(name):
+    for file in lists:
+        for row in source.json(file):
             path, name = row["audio_id"].lstrip("/"), os.path.basename(row["audio_id"])
             clip = source.clip(path) if stem(name).isdigit() else source.clip(path, name)
             prompt = f"{row['instruction']} {row.get('input') or ''}".strip()

@@ -254,6 +254,17 @@ def with_duration(item, folder, seconds):
     return item if "duration" in item else item | {"duration": round(total, 3)}
 
 
+def place_for(path):
+    """The manifest's place as an absolute path; told before the long work if nothing can be written there."""
+    path = os.path.abspath(settings.place(path))
+    folder = os.path.dirname(path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path}: {folder} is no folder that can be written to")
+    return path
+
+
 def write(to, items, split_path, data_root):
     """Write the items whose clips can be read to <...>/<Name-Task>/<split>.json, whole or not at all, and say
     what is left out. -> number of items, of those left out; without an item nothing is written."""

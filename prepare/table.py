@@ -20,7 +20,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
-from prepare.manifests import SOUNDS, Parser, read_table, run, write
+from prepare.manifests import SOUNDS, Parser, place_for, read_table, run, write
 
 
 def text_of(value, where):
@@ -121,8 +121,7 @@ def main(argv=None):
     split = os.path.basename(options.to)
     if not split.startswith(("train.json", "val.json", "test")) or not split.endswith(".json"):
         raise ValueError(f"--to={options.to}: expected <Name-Task>/ and train.json, val.json or test.json")
-    items = items_of(options.table, options)
-    to = os.path.abspath(settings.place(options.to))
+    to, items = place_for(options.to), items_of(options.table, options)
     done, left_out = write(to, items, options.split_path, settings.place(options.data_root))
     if not done:
         raise FileNotFoundError(f"{options.table}: none of its clips can be read at "

@@ -45,7 +45,7 @@ PROMPTS = {
 def choose(kind, clip):
     """A prompt of the kind, for a clip always the same, on every machine."""
     prompts = PROMPTS[kind]
-    return prompts[zlib.crc32(os.path.basename(clip).encode()) % len(prompts)]
+    return prompts[zlib.crc32(os.path.basename(clip).encode("utf-8", "replace")) % len(prompts)]
 
 
 def item(kind, clip, output, **more):
@@ -144,7 +144,7 @@ def wavcaps(source):
         for row in source.json(path)["data"]:
             ident = str(row["id"]).removesuffix(".wav")
             if ident in barred.get(name, ()):
-                source.left_out["clips of the blacklists"] += 1
+                source.notes["clips of the blacklists are left out"] += 1
                 continue
             clip = source.clip(f"{name}_flac/{ident}.flac", f"{name}/{ident}.flac")
             yield from caption_items(f"WavCaps-{name}-AudioCaptioning/train", clip, [row["caption"]])
@@ -384,18 +384,16 @@ def main(argv=None):
         raise ValueError(f"{source.reading}: not as in {options.source} ({type(error).__name__}: {error}); "
                          f"--help tells what is expected") from error
     data_root, done, unreadable = settings.place(options.data_root), 0, 0
-    for why, count in source.left_out.items():
-        print(f"{options.source}: left out {count} {why}")
+    for note, count in source.notes.items():
+        print(f"{options.source}: {count} {note}")
     for name, items in manifests.items():
         to = place_for(os.path.join(options.to, name + ".json"))
         counts = write(to, items, split_path_of(source.path, data_root), data_root)
         done, unreadable = done + counts[0], unreadable + counts[1]
     if not done:
         example = next((items[0]["name"] for items in manifests.values()), "any item")
-        videos = any(name.endswith((".mp4", ".mkv", ".webm")) for name in source.files)
-        video = "; there are videos: extract their sound" if videos else ""
         raise FileNotFoundError(f"{source.path}: none of the clips of {options.source} can be read, expected "
-                                f"{example!r} and more, as --help tells{video}; nothing is written")
+                                f"{example!r} and more, as --help tells; nothing is written")
     return 1 if unreadable else 0
 
 

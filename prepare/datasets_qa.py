@@ -144,7 +144,7 @@ def reasonaqa(source):
             clips = [source.clip(path) if path.lower().startswith("clothov") else
                      source.clip(path, os.path.basename(path)) for path in paths if path]
             if not clips or not str(row["answer"] or "").strip():
-                source.left_out["questions without a clip or an answer"] += 1
+                source.notes["questions without a clip or an answer are left out"] += 1
                 continue
             task = str(row.get("subtype", "")).removesuffix(".json")
             one = {"name": clips if len(clips) > 1 else clips[0], "prompt": row["input"],

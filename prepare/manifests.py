@@ -21,8 +21,9 @@ from tqdm import tqdm
 import config as settings
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
-MISSING = "missing"
+VIDEOS = (".mp4", ".mkv", ".webm")
 POINTER = "Git LFS pointers, not sounds (run: git lfs pull)"
+VIDEO = "videos, whose sound is to be extracted first (ffmpeg -i x.mp4 -vn -ac 1 x.wav)"
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables
@@ -114,9 +115,9 @@ def read_table(path, delimiter=None, encoding=None):
 
 
 def stem(name):
-    """A file's name without the ending of a sound: "18.44.wav" -> "18.44"; "meta.csv" as it is."""
+    """A file's name without the ending of a sound or video: "18.44.wav" -> "18.44"; "meta.csv" as it is."""
     base, ending = os.path.splitext(name)
-    return base if ending.lower() in SOUNDS else name
+    return base if ending.lower() in SOUNDS + VIDEOS else name
 
 
 class Folder:
@@ -125,12 +126,12 @@ class Folder:
     def __init__(self, path):
         if not os.path.isdir(path):
             raise FileNotFoundError(f"{path}: no such folder")
-        self.path, self.files, self.left_out, self.reading = os.path.abspath(path), {}, Counter(), path
+        self.path, self.files, self.notes, self.reading = os.path.abspath(path), {}, Counter(), path
         for folder, below, names in os.walk(path, followlinks=True):
             real = os.path.realpath(folder) + os.sep  # a link to a folder above would never end
             below[:] = [name for name in sorted(below)
                         if not real.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
-            for name in sorted(names):
+            for name in sorted(names, key=lambda name: (name.lower().endswith(VIDEOS), name)):
                 if not name.startswith("."):  # also the "._name" twins of archives made on a Mac
                     file = os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
                     self.files.setdefault(stem(name), []).append(file)
@@ -157,7 +158,7 @@ class Folder:
         """The clip's file; where it isn't there the first name that was wanted, which write() reports."""
         found = self.find(*wanted)
         if found is None and any(stem(os.path.basename(path)) in self.files for path in wanted):
-            self.left_out["clips whose name is there several times, or in a folder of another name"] += 1
+            self.notes["clips are there several times, or in a folder of another name: not guessed"] += 1
         return found or wanted[0]
 
     def need(self, *wanted):
@@ -208,14 +209,15 @@ def seconds_of(path):
     """Seconds of a sound file, or in words why it is none."""
     import soundfile
     if not os.path.isfile(path):
-        return MISSING
+        return "missing"
     try:
         info = soundfile.info(path)
         return info.frames / info.samplerate if info.frames else "empty"
     except Exception:  # whatever a decoder says of a damaged file, it is one of many
         with open(path, "rb") as f:
             pointer = f.read(40).startswith(b"version https://git-lfs")
-        return POINTER if pointer else "not readable as sound"
+        video = path.lower().endswith(VIDEOS)
+        return POINTER if pointer else VIDEO if video else "not readable as sound"
 
 
 def measure(paths, name):

@@ -447,7 +447,7 @@ def test_names_that_are_there_twice_are_not_guessed(tmp_path, capsys):
                                "a/audio/1.wav": .1, "b/audio/1.wav": .1, "audio/2.wav": .1, "c/3.wav": .1})
     code, out = esc50(tmp_path, capsys)
     assert code == 1 and "2 of 3 items are missing: 'audio/1.wav', 'audio/3.wav'" in out
-    assert "left out 2 clips whose name is there several times, or in a folder of another name" in out
+    assert "2 clips are there several times, or in a folder of another name: not guessed" in out
 
 
 def test_columns_and_files_that_are_not_as_they_should_be(tmp_path):
@@ -466,8 +466,8 @@ def test_columns_and_files_that_are_not_as_they_should_be(tmp_path):
     assert not os.path.exists(tmp_path / "to")
 
 
-def test_other_layouts(tmp_path):
-    """VocalSound by its speakers; MELD as videos alone; a source's name in other spellings."""
+def test_other_layouts(tmp_path, capsys):
+    """VocalSound by its speakers; MELD with videos; a source's name in other spellings."""
     def convert(name, files):
         folder = lay_out(tmp_path / name, files)
         return datasets.main([name, f"--from={folder}", f"--to={tmp_path}/to", f"--data_root={tmp_path}"])
@@ -481,8 +481,11 @@ def test_other_layouts(tmp_path):
             file = f"{tmp_path}/to/VocalSound-VocalClassification/{split}.json"
             assert [item["output"] for item in Manifest(file, str(tmp_path)).items] == outputs
     csv = "Emotion,Sentiment,Dialogue_ID,Utterance_ID\njoy,positive,0,0\n"
-    with pytest.raises(FileNotFoundError, match="videos: extract their sound"):
-        convert("MELD", {"test_sent_emo.csv": csv, "output_repeated_splits_test/dia0_utt0.mp4": b"mp4"})
+    videos = {"test_sent_emo.csv": csv, "output_repeated_splits_test/dia0_utt0.mp4": b"mp4"}
+    with pytest.raises(FileNotFoundError, match="none of the clips of meld"):
+        convert("MELD", videos)
+    assert "1 of 1 items are videos, whose sound is to be extracted" in capsys.readouterr().out
+    assert convert("MELD", videos | {"output_repeated_splits_test/dia0_utt0.wav": .1}) == 0
 
 
 def test_find(tmp_path):

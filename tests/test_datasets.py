@@ -467,7 +467,7 @@ def test_columns_and_files_that_are_not_as_they_should_be(tmp_path):
 
 
 def test_other_layouts(tmp_path, capsys):
-    """VocalSound by its speakers; MELD with videos; a source's name in other spellings."""
+    """VocalSound by its speakers; MELD with videos; an older ESC-50; names in other spellings."""
     def convert(name, files):
         folder = lay_out(tmp_path / name, files)
         return datasets.main([name, f"--from={folder}", f"--to={tmp_path}/to", f"--data_root={tmp_path}"])
@@ -480,6 +480,10 @@ def test_other_layouts(tmp_path, capsys):
         for split, outputs in (("test", ["cough", "sigh"]), ("train", ["sniff"])):
             file = f"{tmp_path}/to/VocalSound-VocalClassification/{split}.json"
             assert [item["output"] for item in Manifest(file, str(tmp_path)).items] == outputs
+    assert convert("ESC-50", {"esc50.csv": "filename,fold,category,category_name\n1.wav,1,20,crying_baby\n",
+                              "audio/1.wav": .1}) == 0
+    file = f"{tmp_path}/to/ESC50-EventClassification/test.json"
+    assert [item["output"] for item in Manifest(file, str(tmp_path)).items] == ["crying baby"]
     csv = "Emotion,Sentiment,Dialogue_ID,Utterance_ID\njoy,positive,0,0\n"
     videos = {"test_sent_emo.csv": csv, "output_repeated_splits_test/dia0_utt0.mp4": b"mp4"}
     with pytest.raises(FileNotFoundError, match="none of the clips of meld"):

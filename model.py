@@ -157,8 +157,8 @@ class ClapEncoder(nn.Module):
 
 
 def attention(q, k, v, mask=None, causal=False):
-    """softmax(q k^T / sqrt(d) + mask) v; q (B, H, T, d), k and v of as many heads or a divisor; a bool mask is
-    True where a key is seen."""
+    """softmax(q k^T / sqrt(d) + mask) v; q (B, H, T, d), k and v of as many heads or a divisor; a bool mask
+    is True where a key is seen."""
     learns = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
     if not learns or q.device.type != "cpu" or q.dtype is not torch.bfloat16:
         many = q.shape[1] != k.shape[1]

@@ -85,7 +85,7 @@ def describe(values, unit=""):
         return "none"
     names, shares = ("least", "10 %", "median", "90 %", "most"), (0, 0.1, 0.5, 0.9, 1)
     shares = dict(zip(names, np.quantile(values, shares)))
-    return ", ".join(f"{name} {value:.4g}{unit}" for name, value in shares.items())
+    return ", ".join(f"{name} {value:.6g}{unit}" for name, value in shares.items())
 
 
 def write_manifest(path, head, items):
@@ -123,10 +123,11 @@ def tokenizer_of(c):
 
 def main(c, files):
     manifests = open_all(c, files)
-    hearing, tokenizer, folder = hearing_of(c), tokenizer_of(c), c.write and settings.place(c.write)
+    hearing, tokenizer = hearing_of(c), tokenizer_of(c)
+    folder, page = (path and settings.place(path) for path in (c.write, c.page))
     targets = [target(folder, m) for m in manifests.values()] if folder else []
-    for place in [folder] * bool(folder) + [os.path.dirname(settings.place(c.page))] * bool(c.page):
-        settings.need_room(place)
+    for needed in filter(None, (folder, page and os.path.dirname(page))):
+        settings.need_room(needed)
     opened = list(manifests.values())
     tasks = [(m, i) for m, manifest in enumerate(opened) for i in range(len(manifest))]
     found = [[None] * len(manifest) for manifest in opened]
@@ -151,8 +152,8 @@ def main(c, files):
     told = summary(opened, found, hearing, tokenizer)
     for what, (values, unit) in told.items():
         print(f"{what}: {describe(values, unit)}")
-    if c.page:
-        write_page(settings.place(c.page), opened, found, told, hearing, tokenizer, c)
+    if page:
+        write_page(page, opened, found, told, hearing, tokenizer, c)
     sys.exit(1 if any(r["problem"] for rows in found for r in rows) else 0)
 
 

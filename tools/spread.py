@@ -22,7 +22,7 @@ def serve(work, pipe):
 
 def spread(work, tasks, workers, limit=900):
     """Yield (task, work(task), None) as they come, or (task, None, why) where the process that had it is gone
-    or took more than `limit` seconds. An exception of work ends its process: work is to catch what may fail."""
+    or took more than `limit` seconds. An exception of work ends its process."""
     tasks, busy = iter(tasks), {}  # pipe: process, task, when it began
 
     def start():

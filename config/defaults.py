@@ -41,6 +41,7 @@ dataset_blending_global_weight: float = 0.005  # share of the blend that one epo
 dataset_blending_config: dict = {}  # {"Name-Task/split": epochs over the set}
 dataset_blending_output: str | None = None  # JSONL of what each epoch selected; None: not written
 valid_dataset_config: dict = {}  # {"Name-Task/split": weight}; validation loss after every epoch
+max_windows_per_batch: int | None = None  # per process and micro-step, padded; None: batch_size alone decides
 bucket_batches: int = 64  # global batches among which items are sorted by size: less padding; 1: no sorting
 max_tokens: int = 512  # text tokens per clip
 num_workers: int = 4  # data loading processes per rank

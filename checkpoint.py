@@ -82,10 +82,17 @@ def skeleton(c, state, text, source, given, fresh):
     _, sizes, tokenizer = text
     with torch.device("cpu") if fresh else Unfilled():
         encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, position)
+    longest = (encoder.max_frames - 1) * 160 / encoder.sample_rate
+    if not 0 <= c.window_overlap < c.window_length <= longest + 0.01:
+        raise ValueError(f"{source or 'the settings'}: window_length = {c.window_length}, window_overlap = "
+                         f"{c.window_overlap}: expected at most {longest:.2f} s, and a shorter overlap")
     with torch.device("meta"):
         lm = LanguageModel(sizes, len(tokenizer) - sizes.vocab)
-    with torch.device("cpu" if fresh else "meta"):
-        model = AudioFlamingo(c, lm, tokenizer, encoder)
+    try:
+        with torch.device("cpu" if fresh else "meta"):
+            model = AudioFlamingo(c, lm, tokenizer, encoder)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from error
     model.about, model.skipped = {"language_model": name_of(c.lang_encoder_path)}, {}
     return model
 
@@ -150,8 +157,8 @@ def read_checkpoint(file, given):
     """A checkpoint holds what trained and what was drawn at random; the rest is where its run took it."""
     saved = load_pickle(file)
     tensors_in(saved, "model_state_dict", file)
-    own = {n: v for n, v in saved.get("config", {}).items() if n in settings.ORIGINS}
-    own |= checked(saved.get("config", {}), file, given)
+    own = checked(saved.get("config", {}), file, given)
+    own |= {n: v for n, v in saved.get("config", {}).items() if n in settings.ORIGINS}
     c = SimpleNamespace(**(settings.defaults() | own | own_parts(own, os.path.dirname(file)) | given))
     try:
         if c.pretrained_path:  # that run knows where its parts are, but not what this one made of them
@@ -207,7 +214,7 @@ def read_release(folder, given):
         raise ValueError(f"{folder}: not an Audio Flamingo 2 release: no clap.nvclap.* or no token table")
     saved, about = {"max_num_window": 12}, {"nvidia": True}  # as published: 2 min
     if os.path.lexists(os.path.join(folder, "config.json")):
-        own = inside(folder, "config.json", "a release")
+        own = inside(folder, "config.json", "the layout of releases")
         content = read_object(own)
         if mine := checked(content, own, given):
             saved, about = mine, content.get("about", {})
@@ -216,7 +223,7 @@ def read_release(folder, given):
     base = saved.get("lang_encoder_path")
     if os.path.isdir(lm := os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
         for file in os.listdir(lm):
-            inside(folder, os.path.join("lm", file), "a release")
+            inside(folder, os.path.join("lm", file), "the layout of releases")
         saved |= {"lang_encoder_path": os.path.abspath(lm), "tokenizer_path": None}
     elif base is None and "lang_encoder_path" not in given:
         saved["lang_encoder_path"] = by_width(pieces[TABLES[0]]().shape[-1], folder)

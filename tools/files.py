@@ -14,8 +14,8 @@ import config as settings
 
 
 def brief(error):
-    """The first line of an error of somebody else's, not longer than a line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+    """The beginning of an error of somebody else's, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def listed(names):
@@ -43,7 +43,7 @@ def inside(folder, name, by):
     path, home = os.path.join(folder, name), os.path.realpath(folder)
     homes = [home, os.path.join(home.rpartition("/snapshots/")[0] or home, "blobs")]
     if not os.path.realpath(path).startswith(tuple(where + os.sep for where in homes)):
-        raise ValueError(f"{by} names {name!r}, which leads out of {folder}")
+        raise ValueError(f"{path}, which {by} names, leads out of {folder}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file, but {by} names it")
     return path
@@ -88,8 +88,9 @@ def load_pickle(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # zip, pickle and storage errors alike: the file is not what it should be
-        more = re.search(r"(Unsupported|GLOBAL|WeightsUnpickler error)[^\n]{0,120}", str(error))
-        why = f"it asks for code, which was not run: {more[0]}" if more else brief(error)
+        code, kind = re.search(r"GLOBAL (\S+)", str(error)), "a pickle of more than tensors"
+        why = kind if "Weights only" in str(error) else brief(error)
+        why = f"it asks for {code[1]}, which was not run" if code else why
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: a {type(saved).__name__}, expected a dict")
@@ -160,6 +161,7 @@ def replaced(folder, mine):
             for path, _, files in os.walk(new):
                 for file in files:
                     with open(os.path.join(path, file), "rb") as f:
+                        os.fchmod(f.fileno(), os.stat(new).st_mode & 0o666)  # safetensors gives 0600
                         os.fsync(f.fileno())
             if os.path.isdir(folder):
                 keep_others(folder, new, mine)

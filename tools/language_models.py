@@ -40,13 +40,13 @@ def text_side(c, weights=True):
     files = LM_FILES if weights else LM_FILES[:3]
     folder = local_or_hub(c.lang_encoder_path, files, c.cache_dir, "lang_encoder_path")
     other = c.tokenizer_path and local_or_hub(c.tokenizer_path, LM_FILES[:3], c.cache_dir, "tokenizer_path")
+    sizes = sizes_of(opened(AutoConfig, folder), folder)
     tokenizer = opened(AutoTokenizer, other or folder)
     known = len(tokenizer)
     try:
         add_marks(tokenizer)
     except ValueError as error:
         raise ValueError(f"{other or folder}: {error}") from error
-    sizes = sizes_of(opened(AutoConfig, folder), folder)
     # tables are in two parts: rows of the language model, and, from here on, those of our marks
     marks = set(tokenizer.convert_tokens_to_ids([*MARKS[:3], tokenizer.sep_token]))
     sizes.vocab = len(tokenizer)
@@ -104,7 +104,7 @@ def weight_files(folder):
     files = [whole] if os.path.lexists(whole) or not files else files
     if not os.path.lexists(files[0]):
         raise FileNotFoundError(f"{whole}: no such file")
-    files = [inside(folder, os.path.basename(file), "the folder") for file in files]
+    files = [inside(folder, os.path.basename(file), "its kind") for file in files]
     return [piece for file in files for piece in load_tensors(file).items()]
 
 

@@ -63,15 +63,15 @@ def in_two_parts(pieces, lm, skipped, source):
         rows = state[table]
         state[table], state[table.replace("weight", "added")] = rows[:lm.vocab], rows[lm.vocab:]
     if any(skipped.values()):
-        print(f"skipped {len(skipped['duplicates'])} duplicates and {len(skipped['unused'])} unused tensors "
-              f"(python checkpoint.py {source} lists them)", file=sys.stderr)
+        print(f"skipped {sum(map(len, skipped.values()))} tensors that are duplicates or never used (python "
+              f"checkpoint.py {source} lists them)", file=sys.stderr)
     return state
 
 
 def release_pieces(folder):
     """[(name, function that maps its tensor)] of what safe_ckpt/metadata.json names, which is all its shards
     hold; nothing else that lies there is read."""
-    listing = inside(folder, "safe_ckpt/metadata.json", "a release")
+    listing = inside(folder, "safe_ckpt/metadata.json", "the layout of releases")
     pieces = []
     for shard, names in read_object(listing).items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

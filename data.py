@@ -123,6 +123,12 @@ def pad_rows(rows, pad_id):
     return torch.tensor([row + [pad_id] * (T - len(row)) for row in rows])
 
 
+def window_counts(clips):
+    """Lists of the windows of each clip of a text -> (B,), or (B, K) where one has several; 0 for none."""
+    counts = pad_rows(clips, 0)
+    return counts[:, 0] if counts.shape[1] == 1 else counts
+
+
 def make_labels(input_ids, sep_id, end_id, pad_id):
     """(B, T) ids -> labels: the tokens after the first sep, else -100; all -100 where the end was cut off."""
     after_sep = np.cumsum(input_ids == sep_id, 1) - (input_ids == sep_id) > 0
@@ -340,8 +346,7 @@ class Collate:
         n_windows = [item["n_windows"] for item in good]
         if not good:  # a rank whose whole batch is unreadable still takes part, with nothing to learn
             windows, n_windows, labels, cut = [self.silence], [[1]], torch.full_like(labels, -100), 0
-        n_windows = pad_rows(n_windows, 0)  # (B, clips of a text)
-        n_windows = n_windows[:, 0] if n_windows.shape[1] == 1 else n_windows
+        n_windows = window_counts(n_windows)
         return {"input_ids": ids, "labels": labels, "windows": torch.cat(windows), "n_windows": n_windows,
                 "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard)}
 

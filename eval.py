@@ -254,12 +254,14 @@ def main(c):
         dist.init_process_group("gloo")
         if c.device == "auto" and torch.cuda.is_available():
             c.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if "dataset_file_root" in c.given:  # a wrong split is told before a model is looked for, ...
+    roots = {"dataset_file_root", "data_root"} - set(c.given)
+    if "dataset_file_root" not in roots:  # a wrong split is told before a model is looked for, ...
         manifests = {name: open_split(name, c) for name in names}
     source, model, state = read_model(c)
-    for root in {"dataset_file_root", "data_root"} - set(c.given):  # not given: where the run's own data is
+    for root in roots:  # not given: where the run's own data is
         setattr(c, root, getattr(model.config, root))
-    manifests = {name: open_split(name, c) for name in names}  # ... or at least before weights are loaded
+    if roots:  # ... or at least before weights are loaded
+        manifests = {name: open_split(name, c) for name in names}
     for manifest in manifests.values():
         if not len(manifest):
             raise ValueError(f"{manifest.file}: holds no item to score")
@@ -275,7 +277,7 @@ def main(c):
         items = answer_split(model, manifest, path, c, matters, about, rank, world)
         if rank == 0:
             kept[name] = items
-            rows[name] = score_split(name, items, c, c.clap_checkpoint or model.config.clap_checkpoint)
+            rows[name] = score_split(name, items, c, model.config.clap_checkpoint)
             answers.finish(path, items, matters, about)
             if "audio_id" in manifest.items[0]:
                 records.write_official(path.removesuffix("l"), manifest.items, items)

@@ -11,13 +11,14 @@ import json
 import os
 import re
 import sys
+from dataclasses import fields
 
 import torch
 from tqdm import tqdm
 
 import config as settings
 from checkpoint import export_release, finished, newest_checkpoint, pick_device, pick_precision, read
-from data import read_clip, unheard_note
+from data import read_clip, unheard_note, window_counts
 from model import pick_backend
 from tools import listening
 from tools.decoding import Sampling, answer, compile_decoding, hear, text_of, tokens
@@ -84,8 +85,7 @@ def load_clips(paths, model):
 
 
 def sampling(c):
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "answer_prefix")
-    return {name: getattr(c, name) for name in names}
+    return {field.name: getattr(c, field.name) for field in fields(Sampling)}
 
 
 def read_questions(path):
@@ -118,13 +118,13 @@ def say_unheard(seconds, model):
         print(note, file=sys.stderr)
 
 
-def concluded(model, item, text, how):
+def concluded(model, item, text, how, heard=None):
     """A reasoning answer that ends without its conclusion is cut at the last sentence and asked for it."""
     if "<conclusion>" in text.lower():
         return text
     ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
     prefix = f"{text[:ends[-1]] if ends else text} <conclusion>"
-    return dict(answer(model, [item], 1, **how | {"answer_prefix": prefix}))[0]
+    return dict(answer(model, [item], 1, heard=heard, **how | {"answer_prefix": prefix}))[0]
 
 
 def print_answer(model, item, heard, c):
@@ -137,7 +137,7 @@ def print_answer(model, item, heard, c):
             print(text[len(shown):], end="", flush=True)
             shown = text
     text = text_of(model, ids, c.answer_prefix)
-    whole = concluded(model, item, text, how) if c.reasoning else text
+    whole = concluded(model, item, text, how, heard) if c.reasoning else text
     print(whole[len(text):] if whole.startswith(text) else "\n" + whole, flush=True)
     return whole
 
@@ -147,7 +147,7 @@ def ask(model, c):
     windows, n_windows, unheard = load_clips(c.audio, model)
     say_unheard(unheard, model)
     with torch.no_grad():
-        heard = hear(model.eval(), windows, n_windows[None] if len(n_windows) > 1 else n_windows)
+        heard = hear(model.eval(), windows, window_counts([n_windows.tolist()]))
     for prompt in itertools.chain([c.prompt], map(str.strip, sys.stdin) if c.chat else ()):
         if not prompt:
             continue

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import encode_prompts, encode_text, pad_rows
+from data import encode_prompts, encode_text, pad_rows, window_counts
 
 CACHE_STEP = 64  # slots of a cache at first, or a multiple: one shape for most prompts and answers
 STOP_TEST = 8  # steps after which a GPU is asked which answers have ended; it would wait for every look
@@ -136,8 +136,7 @@ def tokens(model, items, slots, how, heard=None):
                 new = list(itertools.islice(items, len(free)))
                 more = len(new) == len(free)
                 if new:
-                    n_windows = pad_rows([clips for _, (_, _, clips) in new], 0)
-                    n_windows = n_windows[:, 0] if n_windows.shape[1] == 1 else n_windows
+                    n_windows = window_counts([clips for _, (_, _, clips) in new])
                     windows = [windows for _, (_, windows, _) in new]
                     parts = heard or hear(model, torch.cat(windows), n_windows)
                     prompts = [prompt for _, (prompt, *_) in new]
@@ -192,10 +191,10 @@ def stream(model, prompts, windows, n_windows, heard=None, **how):
         yield torch.tensor([step.get(index, -1) for index in range(len(items))])
 
 
-def answer(model, items, slots, **how):
+def answer(model, items, slots, heard=None, **how):
     """items of `tokens`, any number -> (index, answer), each as it ends."""
     how, said = Sampling(**how), {}
-    for step in tokens(model, items, slots, how):
+    for step in tokens(model, items, slots, how, heard):
         for index, token in step.items():
             said.setdefault(index, [])
             said[index] += [token] * (token >= 0)

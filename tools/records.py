@@ -3,6 +3,7 @@ import json
 import os
 from tempfile import TemporaryDirectory
 
+import config as settings
 from tools.reading import said
 from tools.table import GROUPS
 
@@ -22,11 +23,7 @@ def read_questions(path):
 
     The test split has no answers: its outputs are empty. ValueError names the item and the key that is
     wrong."""
-    try:
-        with open(path) as f:
-            questions = json.load(f)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    questions = settings.read_json(path)
     for i, question in enumerate(questions):
         for key, kind in (("question", str), ("choices", list), ("audio_id", str)):
             if not isinstance(question, dict) or not isinstance(question.get(key), kind):

@@ -66,9 +66,8 @@ def confusion(items, most=20):
 def sound(windows, attention):
     """Player, log-mel and attention (one weight per time step, or None) of windows (n, L), int16 or float."""
     import torch
-    from model import SAMPLE_RATE, log_mel
-    windows, data = torch.as_tensor(windows), io.BytesIO()
-    windows = windows.float() / 32767 if windows.dtype == torch.int16 else windows
+    from model import SAMPLE_RATE, log_mel, to_float
+    windows, data = to_float(torch.as_tensor(windows)), io.BytesIO()
     with wave.open(data, "wb") as f:
         f.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         f.writeframes((windows.flatten()[:SECONDS * SAMPLE_RATE] * 32767).to(torch.int16).numpy().tobytes())

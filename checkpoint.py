@@ -148,8 +148,10 @@ def read(path, given, setting="init_from"):
 
 
 def read_start(c, given):
-    """read what pretrained_path and pretrained_ckpt of the settings c name."""
-    path = os.path.join(c.pretrained_path, c.pretrained_ckpt or "").rstrip("/")
+    """read what pretrained_path and pretrained_ckpt of the settings c name; a release has one checkpoint."""
+    folder = settings.place(c.pretrained_path)
+    of_run = os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "safe_ckpt"))
+    path = os.path.join(c.pretrained_path, of_run and c.pretrained_ckpt or "").rstrip("/")
     return read(path, {n: v for n, v in given.items() if n != "pretrained_path"}, "pretrained_path")
 
 

@@ -10,6 +10,7 @@ them: each is an endless shuffled stream, and an epoch is a window of that strea
 import math
 import os
 import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -336,28 +337,32 @@ class Batches(Sampler):
     The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
     (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
     A rank's batch has at most batch_size items, and at most max_windows when padded. Pool order stays random.
-    The epoch's last items may be fewer than ranks: then some have an empty batch.
+    `multiple` batches of all ranks are one optimizer step: the same items whatever they are divided into. The
+    epoch's last step may have fewer items: then some batches are empty.
     """
 
-    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None):
+    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None,
+                 multiple=1):
         order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
-        step, plan, left = batch_size * world, [], order[:0]
+        ways, plan, left = world * multiple, [], order[:0]
+        step = batch_size * ways
         for end in range(pool * step, len(order) + pool * step, pool * step):
             part = np.concatenate([left, order[end - pool * step:end]])
             part, i = part[np.lexsort(sizes[part].T[::-1])], 0
             while i < len(part):
                 B = batch_size
-                while B > 1 and max_windows and B * sizes[part[i:i + B * world][-1], 0] > max_windows:
+                while B > 1 and max_windows and B * sizes[part[i:i + B * ways][-1], 0] > max_windows:
                     B -= 1
-                if i + B * world > len(part) and end < len(order):
+                if i + B * ways > len(part) and end < len(order):
                     break  # to the next pool
-                plan.append(part[i:i + B * world])
-                i += B * world
+                plan.append((B * world, part[i:i + B * ways]))
+                i += B * ways
             left = part[i:]
         plan = [plan[i] for i in np.random.default_rng([*seed, 1]).permutation(len(plan))]
-        ranks = [[batch[(r + k) % world::world] for r in range(world)] for k, batch in enumerate(plan)]
+        self.plan = [part[m * n:(m + 1) * n] for n, part in plan for m in range(multiple)]  # of all ranks
+        ranks = [[batch[(r + k) % world::world] for r in range(world)] for k, batch in enumerate(self.plan)]
         self.mine = [batches[rank].tolist() for batches in ranks[start:]]
-        self.steps, self.stats = len(plan), padding(sizes, ranks)
+        self.stats = padding(sizes, ranks)
 
     def __len__(self):
         return len(self.mine)
@@ -386,7 +391,7 @@ def padding(sizes, ranks):
 class Collate:
     """List of Clips items -> a batch: input_ids and labels (B, T), windows (sum W, L) int16, n_windows (B,),
     and what is to be reported: bad (why clips could not be read), cut (outputs beyond max_tokens), long
-    (clips heard in part) and unheard (their seconds that are not)."""
+    (clips heard in part), unheard (their seconds that are not) and paths of the others."""
 
     def __init__(self, tokenizer, max_tokens, window_samples):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
@@ -416,7 +421,8 @@ class Collate:
             windows, n_windows, labels, cut = [self.silence], [[1]], torch.full_like(labels, -100), 0
         n_windows = window_counts(n_windows)
         return {"input_ids": ids, "labels": labels, "windows": torch.cat(windows), "n_windows": n_windows,
-                "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard)}
+                "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard),
+                "paths": [item["path"] for item in good]}
 
 
 def make_loader(clips, batches, tokenizer, config, live=False):
@@ -430,12 +436,17 @@ def make_loader(clips, batches, tokenizer, config, live=False):
 
 def _one_thread(_):
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process to answer
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None):
-    """Loader of this rank's micro-batches of one epoch, and what the blending record says of it. The loader
-    of the epoch before, if given, goes on: its workers live, and so does what they cached. loader.steps: of
-    the whole epoch, loader.stats: its padding and how equal the ranks' work is."""
+def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None,
+                 only=None):
+    """Loader of this rank's micro-batches of one epoch (or of `only` some of its rows), and what the blending
+    record says of it. The loader of the epoch before, if given, goes on: its workers live, and so does what
+    they cached. loader.plan: rows of each micro-batch of all ranks, loader.stats: its padding and how equal
+    the ranks' work is."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
         w = config.dataset_blending_global_weight * config.dataset_blending_config[name]
@@ -445,6 +456,8 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
         record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": w,
                        "first": first, "stop": first + len(chosen)})
     rows = np.concatenate(rows)
+    only = np.arange(len(rows)) if only is None else only
+    rows = rows[only]
     if not len(rows):
         raise ValueError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "
                          f"{config.dataset_blending_global_weight} is too small for these manifests")
@@ -453,21 +466,14 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
                          f"max_num_window = {hearing['max_num_window']}")
     sizes = Clips(list(manifests.values()), rows, hearing).sizes(tokenizer)
     batches = Batches(sizes, config.batch_size, [config.seed, epoch], rank, world, start,
-                      config.bucket_batches, config.max_windows_per_batch)
+                      config.bucket_batches, config.max_windows_per_batch, config.gradient_accumulation_steps)
     pairs = [list(map(tuple, rows[batch].tolist())) for batch in batches]  # an empty list stays one
     if loader is None:
         clips = Clips(list(manifests.values()), rows[:0], hearing, config.cache_audio)
         loader = make_loader(clips, pairs, tokenizer, config, live=True)
     loader.batch_sampler[:] = pairs
-    loader.steps, loader.stats = batches.steps, batches.stats
+    loader.plan, loader.stats = [only[part] for part in batches.plan], batches.stats
     return loader, record
-
-
-def expected_steps(manifests, config, tokenizer, hearing, items, world=1):
-    """Micro-steps of an epoch of about `items` items; with max_windows_per_batch those of the first."""
-    if not config.max_windows_per_batch:
-        return math.ceil(items / (config.batch_size * world))
-    return train_loader(manifests, config, tokenizer, hearing, 0, 0, world)[0].steps
 
 
 def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):

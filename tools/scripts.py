@@ -1,0 +1,71 @@
+"""Around every script: one line for what is wrong, files that are read and folders that are written to."""
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+
+
+def commit():
+    """The project's git commit, for logs and headers."""
+    try:
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:  # no git here
+        return "unknown"
+
+
+def need_room(folder):
+    """Make a folder and write a block there: what will not work is said before the long work starts."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(bytes(2 ** 16))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def read_json(path):
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def print_help(script, known, names):
+    """The docstring of a script, and its settings; then the script ends."""
+    print(ast.get_docstring(ast.parse(open(script).read())) + "\n\nsettings:")
+    for name in names:
+        _, default, reason = known[name]
+        print(f"  --{name}={default!r}".ljust(44), reason)
+    sys.exit(0)
+
+
+def run(main, script, reads=None):
+    """main(config), whose return value is the exit code; what is wrong with the input is printed in one line,
+    with exit code 2."""
+    from config import load
+    code = 2
+    try:
+        code = main(load(sys.argv[1:], script, reads)) or 0
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted", file=sys.stderr, flush=True)
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        if os.environ.get("TRACEBACK"):
+            traceback.print_exc()
+        if isinstance(error, RuntimeError):  # torch tells that it died, not of what
+            error = f"{error} A process that reads clips was ended by the system: out of memory, most likely"
+        print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        os._exit(code)  # under torchrun the other ranks must not wait for us
+    sys.exit(code)

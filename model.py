@@ -585,11 +585,11 @@ class AudioFlamingo(nn.Module):
         as n_windows, or (B, K), up to and with each of the K clips of a text (0 windows: there are fewer)."""
         part = 4 if windows.device.type == "cpu" and not self.clap.training else 64  # small enough for caches
         tokens = torch.cat([self.clap(to_float(some)) for some in windows.split(part)])  # (sum W, 64, C)
-        S, counts, move = tokens.shape[1], n_windows.cpu().numpy(), dict(device=tokens.device, non_blocking=True)
+        S, counts, device = tokens.shape[1], n_windows.cpu().numpy(), tokens.device
         of_clips = counts[counts > 0]
-        n_tokens = torch.from_numpy(of_clips * S).to(**move)
+        n_tokens = torch.from_numpy(of_clips * S).to(device, non_blocking=True)
         audio = self.audio_transformer(side_by_side(tokens, of_clips), n_tokens)  # (clips, max W S, C)
-        n_keys = n_windows.to(**move) * S
+        n_keys = n_windows.to(device, non_blocking=True) * S
         if n_windows.ndim == 1:
             return audio, n_keys
         real = np.flatnonzero(np.arange(of_clips.max()) < of_clips[:, None])  # windows among (clips, max W)

@@ -11,13 +11,12 @@ import ast
 import difflib
 import math
 import os
-import traceback
 import types
 import typing
 from types import SimpleNamespace
 
 from config.defaults import LEAST, LOADING, MODEL_SETTINGS, ORIGINS, PATHS, POSITIVE  # noqa: F401
-from tools.scripts import commit, need_room, print_help, read_json, run  # noqa: F401
+from tools.scripts import commit, need_room, parse, print_help, read_json, run, values_of  # noqa: F401
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -72,30 +71,6 @@ def check(name, value, known, where):
     if name in ("run_name", "expdir") and not value.strip():
         raise ValueError(f"{wrong}, expected the name of a folder")
     return value
-
-
-def parse(text, kind):
-    """A command-line string as a Python value: strings need no quotes; true, false, none are of any case."""
-    if kind is str:
-        return text
-    try:
-        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        return text
-
-
-def values_of(path):
-    """{name: value} that a config file assigns; its functions, classes and modules are its own."""
-    scope = {"__file__": os.path.abspath(path), "__name__": "config file"}
-    try:
-        exec(compile(open(path).read(), path, "exec"), scope)
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
-        why = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"{path} line {line}: {type(error).__name__}: {why}") from error
-    private = (types.ModuleType, types.FunctionType, type)
-    return {n: v for n, v in scope.items() if not n.startswith("_") and not isinstance(v, private)}
 
 
 def load(argv, script, reads=None):

@@ -1,11 +1,13 @@
 """Settings: what a newcomer types is understood, or refused in one line that helps."""
 import glob
 import re
+from dataclasses import fields
 
 import pytest
 
 import config
 from tests.helpers import run
+from tools.decoding import Sampling
 
 
 def load(*argv):
@@ -84,7 +86,8 @@ def test_help_lists_what_a_script_reads_its_own_first(script, own, shared, other
     source = "".join(open(file).read() for file in files)
     # each is read: by the script, or by what loads its model
     for name in re.findall(r"^  --(\w+)=", text, re.M):
-        assert re.search(rf"\bc\.{name}\b|\"{name}\"", source) or name in config.LOADING, name
+        handed_on = (*config.LOADING, *(field.name for field in fields(Sampling)))
+        assert re.search(rf"\bc\.{name}\b|\"{name}\"", source) or name in handed_on, name
 
 
 def test_what_shapes_a_model_is_a_list_of_settings():

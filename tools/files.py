@@ -146,9 +146,11 @@ def save_atomically(content, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except BaseException:  # half a file helps nobody, least of all on a full disk
+    except BaseException as error:  # half a file helps nobody, least of all on a full disk
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), path) from error
         raise
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 
 
 def commit():
@@ -36,6 +37,30 @@ def read_json(path):
             return json.load(f)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def parse(text, kind):
+    """A command-line string as a Python value: strings need no quotes; true, false, none are of any case."""
+    if kind is str:
+        return text
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def values_of(path):
+    """{name: value} that a config file assigns; its functions, classes and modules are its own."""
+    scope = {"__file__": os.path.abspath(path), "__name__": "config file"}
+    try:
+        exec(compile(open(path).read(), path, "exec"), scope)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{path} line {line}: {type(error).__name__}: {why}") from error
+    private = (types.ModuleType, types.FunctionType, type)
+    return {n: v for n, v in scope.items() if not n.startswith("_") and not isinstance(v, private)}
 
 
 def print_help(script, known, names):

@@ -172,6 +172,8 @@ def validate(model, c, manifests, device, autocast, rank, world, control):
 def train(c, run, rank, world, local_rank):
     if not c.dataset_blending_config:
         raise ValueError("dataset_blending_config is empty: give a config file, e.g. config/pretrain.py")
+    if c.lr_scheduler not in ("constant", "cosine", "linear"):
+        raise ValueError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
 
     # --- where we run
     device = checkpoint.pick_device(c.device)
@@ -180,9 +182,8 @@ def train(c, run, rank, world, local_rank):
         torch.cuda.set_device(device)
     main_rank, control = rank == 0, None
     dtype, reason = checkpoint.pick_precision(c.precision, device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")  # between hosts: no device waits
+    if world > 1:  # control: between hosts, no device waits
+        control = runs.join("nccl" if device.type == "cuda" else "gloo", rank, world)
     say = tqdm.write if main_rank else (lambda *_: None)
     note = lambda text: main_rank and tqdm.write(text, file=sys.stderr)
     if device.type == "cpu" and dtype is torch.bfloat16:  # the CPU's flag, too: slow for short texts
@@ -323,6 +324,8 @@ def train(c, run, rank, world, local_rank):
     def save(name):
         nonlocal newest
         look()
+        if at["skipped_steps"] == at["step"]:
+            return  # nothing has been learnt
         check_weights()
         if c.shard_optimizer and world > 1:
             optimizer.consolidate_state_dict(0)

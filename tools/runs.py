@@ -6,11 +6,14 @@ import os
 import re
 import signal
 import sys
+import time
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import config as settings
@@ -28,11 +31,32 @@ def processes():
                          f"train a run of its own; start one task a node, and torchrun in it")
     if "WORLD_SIZE" not in environment:
         return 0, 1, 0
-    for name in names:
+    for name in ("WORLD_SIZE", *names):
         if not environment.get(name, "").isdigit():
             raise ValueError(f"{name} = {environment.get(name)!r} in the environment: expected a number, as "
                              f"torchrun gives it, or no WORLD_SIZE at all")
     return [int(environment[name]) for name in names]
+
+
+def join(backend, rank, world):
+    """Start the process group, and one of the hosts, which is returned. torchrun starts again with the store
+    of before, where addresses of dead processes stand: rank 0 gives each of us, by a word that is new, the
+    name under which the new ones do."""
+    store, *_ = next(rendezvous("env://"))
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello {rank}", word)
+        name = store.get(f"name for {word}").decode()
+        store.set(f"{name} {rank}", "heard")
+    else:
+        name = word
+        while not store.check([f"{name} {r}" for r in range(1, world)]):
+            for r in range(1, world):
+                if store.check([f"hello {r}"]):  # may be a dead one's: harmless, and asked again
+                    store.set(f"name for {store.get(f'hello {r}').decode()}", name)
+            time.sleep(0.02)
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world)
+    return dist.new_group(backend="gloo")
 
 
 def gathered(some, control):

@@ -16,7 +16,6 @@ import random
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,44 +29,9 @@ from data import open_manifests, train_loader, unheard_note, valid_loader
 from model import pick_backend
 from tools import meters, runs
 from tools.meters import flops_per_step, parameter_table
-
-COUNTS = ("labelled", "bad", "items", "cut", "long", "unheard")  # of a step, over all ranks
-
-
-def parameter_groups(model, c):
-    """Three learning rates (CLAP, gates, the rest); weight decay on the gated blocks' matrices alone. -> the
-    optimizer's groups, and the names of their parameters in order."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            rate = (c.clap_learning_rate if name.startswith("clap.") else
-                    c.gate_learning_rate if name.endswith("_gate") else None)
-            decay = c.weight_decay if name.startswith("xattn.") and p.ndim == 2 else 0.0
-            groups.setdefault((c.learning_rate if rate is None else rate, decay), []).append((name, p))
-    names = [name for group in groups.values() for name, _ in group]
-    return [{"params": [p for _, p in group], "lr": rate, "peak": rate, "weight_decay": decay}
-            for (rate, decay), group in groups.items()], names
-
-
-def make_optimizer(model, c, world):
-    groups, names = parameter_groups(model, c)
-    options = {"betas": (0.9, 0.999), "fused": True}
-    if c.shard_optimizer and world > 1:  # each rank keeps and updates a share of the state
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options), names
-    return torch.optim.AdamW(groups, **options), names
-
-
-def load_optimizer(optimizer, names, saved):
-    """State by the names of parameters: rates, decay and so the groups may be other ones now."""
-    at = {name: i for i, name in enumerate(names)}
-    state = {at[saved["optimizer_names"][i]]: s for i, s in saved["optimizer_state_dict"]["state"].items()}
-    groups, first = [], 0
-    for group in optimizer.param_groups:
-        options = {key: value for key, value in group.items() if key != "params"}
-        groups.append(options | {"params": list(range(first, first + len(group["params"])))})
-        first += len(group["params"])
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+from tools.optimizers import load_optimizer, make_optimizer
+from tools.progress import changes, check_same_run, epoch_items, plan_of, rest_of_epoch
+from tools.watch import COUNTS, Watch, count, count_tokens
 
 
 def schedule(c, step, items, per_step, total_items):
@@ -88,54 +52,11 @@ def seed_step(c, rank, step):
     random.seed(torch.initial_seed())
 
 
-def count_tokens(batch):
-    return int((batch["labels"].numpy()[:, 1:] != -100).sum())
-
-
 def on_device(batch, device):
     """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host: positions are
     made of them."""
     ids, windows = (batch[name].to(device, non_blocking=True) for name in ("input_ids", "windows"))
     return ids, windows, batch["n_windows"], batch["labels"]
-
-
-def epoch_items(manifests, c):
-    """Items of every epoch: [number]; ValueError if there are none."""
-    for m in manifests.values():
-        if not len(m):
-            raise ValueError(f"{m.file}: total_num = 0, expected items to train on")
-    weights = [(len(m), c.dataset_blending_global_weight * c.dataset_blending_config[name])
-               for name, m in manifests.items()]
-    counts = [sum(int((e + 1) * N * w) - int(e * N * w) for N, w in weights) for e in range(c.num_epochs)]
-    if not sum(counts):
-        raise ValueError(f"dataset_blending_global_weight = {c.dataset_blending_global_weight}: {c.num_epochs} "
-                         f"epochs select no item of {sum(N for N, _ in weights)}")
-    return counts
-
-
-def plan_of(c, world, hearing):
-    """What decides which items a step takes. The same items, whatever they are divided into, are the same
-    run."""
-    per_step = c.batch_size * c.gradient_accumulation_steps * world
-    divided = [c.batch_size, world] if c.max_windows_per_batch else []
-    return {"items per step": per_step, "seed": c.seed, "bucket_batches": c.bucket_batches,
-            "hearing": list(hearing.values()), "max_windows_per_batch": [c.max_windows_per_batch, *divided]}
-
-
-def rest_of_epoch(manifests, tokenizer, saved):
-    """Rows of its epoch that a saved run, whose steps took other items than ours, has not trained yet."""
-    old, sizes = SimpleNamespace(**saved["config"]), saved["plan"]["hearing"]
-    hearing = dict(zip(("window_length", "window_overlap", "max_num_window", "sample_rate"), sizes))
-    loader, _ = train_loader(manifests, old, tokenizer, hearing, saved["next_epoch"], 0, saved["world"],
-                             only=saved["only"])
-    return np.sort(np.concatenate(loader.plan[saved["steps_in_epoch"] * old.gradient_accumulation_steps:]))
-
-
-def changes(saved, c):
-    """Settings that are not what they were when this run was saved, for people."""
-    silent = ("given", "expdir", "run_name", "max_steps", "device")
-    old = {name: value for name, value in saved["config"].items() if name in vars(c) and name not in silent}
-    return ", ".join(f"{n} {old[n]!r} -> {getattr(c, n)!r}" for n in old if old[n] != getattr(c, n))
 
 
 @torch.no_grad()
@@ -162,7 +83,7 @@ def validate(model, c, manifests, device, autocast, rank, world, control):
             raise ValueError(f"{name}: no labelled token in {len(manifest)} items: {why}" +
                              (f", e.g. {unread[0]}" if unread else ""))
         if not math.isfinite(loss):
-            raise ValueError(f"{name}: the validation loss is {loss}; the checkpoint of before is not touched")
+            raise ValueError(f"{name}: the validation loss is {loss}")
         losses[name] = loss / labelled
         bad += [f"{name}: {cause}" for cause in unread]
     model.train()
@@ -221,17 +142,7 @@ def train(c, run, rank, world, local_rank):
     if saved_file:
         saved = checkpoint.load_pickle(saved_file)
         trained = checkpoint.trained_tensors(saved, model.lm.config)
-        again = f"give another run_name, or remove {run.folder}"
-        if saved["frozen_hash"] != frozen_hash or set(trained) != kept:
-            raise ValueError(f"{saved_file}: this run was started with other frozen weights or trained parts; "
-                             f"{again}")
-        if "plan" not in saved:
-            raise ValueError(f"{saved_file}: an older version saved it, and does not tell where it stood; "
-                             f"{again}, with pretrained_path = this run")
-        if saved["blend"] != blend:
-            other = [n for n in {*blend, *saved["blend"]} if saved["blend"].get(n) != blend.get(n)]
-            raise ValueError(f"{saved_file}: the blend is not what it was ({', '.join(sorted(other))}: items or "
-                             f"weights), its epochs would be others; {again}, with pretrained_path = this run")
+        check_same_run(saved, saved_file, frozen_hash, kept, trained, blend)
         state |= trained
     source = c.pretrained_path or c.lang_encoder_path
     checkpoint.place_weights(model, state, device, dtype, saved_file or source)
@@ -249,7 +160,7 @@ def train(c, run, rank, world, local_rank):
         at = {name: saved[name] for name in at}
         seen |= saved["seen"]
         say(f"resumed {saved_file}: epoch {at['next_epoch']}, step {at['step']}")
-        if changed := changes(saved, c):
+        if changed := changes(saved, c, world):
             say(f"note: other settings than before, in effect from now on: {changed}")
         if at["steps_in_epoch"] and saved["plan"] != plan:
             at["only"] = rest_of_epoch(manifests, model.tokenizer, saved)
@@ -263,7 +174,7 @@ def train(c, run, rank, world, local_rank):
         frozen += [n for n, _ in model.named_buffers() if not c.clap_finetune]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True, broadcast_buffers=c.clap_finetune)
+                                      gradient_as_bucket_view=True)
     model.train()
 
     # --- how long
@@ -275,77 +186,35 @@ def train(c, run, rank, world, local_rank):
     if c.max_steps:
         total_items = min(total_items, at["done_items"] + max(0, limit - at["step"]) * per_step)
 
-    # --- how the steps since the last look went: (step, flag on the device, items, what could not be read)
-    recent, sick, probe = [], 0, None  # sick: steps in a row without an update; probe: a batch that had a loss
-    totals = torch.zeros(len(COUNTS), dtype=torch.float64, device=device)
-    newest = saved_file
-
-    def look():
-        """Beside the logged losses the only place where the host waits for the device."""
-        nonlocal sick, probe
-        flags = torch.stack([flag for _, flag, *_ in recent]).tolist() if recent else []
-        seen.update((name, seen[name] + more) for name, more in zip(COUNTS, totals.tolist()))
-        totals.zero_()
-        for step, cause in runs.gathered([(step, x) for step, *_, bad in recent for x in bad], control):
-            note(f"skipped: {cause}")
-            run.write(epoch=at["next_epoch"], step=step, skipped=cause)
-        for (step, _, paths, _), flag in zip(recent, flags):
-            sick = sick + 1 if flag else 0
-            if flag:
-                at["skipped_steps"] += 1
-                what = "no labelled token" if flag == 2 else "loss or gradient not finite"
-                paths = runs.gathered(paths, control)
-                note(f"step {step}: {what}, no update; its items: {', '.join(paths)}")
-                run.write(step=step, no_update=what, items=paths)
-        probe = None if probe and float(probe[1]) else probe
-        recent.clear()
-        files = seen["items"] + seen["bad"]
-        if seen["bad"] > c.max_bad_fraction * max(files, 100):
-            raise ValueError(f"{seen['bad']:.0f} of the {files:.0f} audio files so far could not be used (more "
-                             f"than max_bad_fraction = {c.max_bad_fraction}); last: {cause}")
-        if sick > c.max_bad_steps or sick == at["step"] == last_step:
-            cut = f"{seen['cut']:.0f} of {seen['items']:.0f} answers were cut off by max_tokens = {c.max_tokens}"
-            rates = f"learning_rate = {c.learning_rate:g}, precision = {c.precision}"
-            raise ValueError(f"step {at['step']}: {sick} steps in a row made no update (max_bad_steps = "
-                             f"{c.max_bad_steps}): {what}; {cut if flag == 2 else rates}; "
-                             f"the last good checkpoint: {newest or 'none'}")
-
-    @torch.no_grad()
-    def check_weights():
-        """A batch that had a loss must have one still, before weights are called a checkpoint."""
-        model.eval()
-        with autocast():
-            finite = probe is None or bool(model(*on_device(probe[0], device))[1].isfinite())
-        model.train()
-        if runs.agreed([not finite], control)[0]:
-            raise ValueError(f"step {at['step']}: the weights give no finite loss any more (learning_rate = "
-                             f"{c.learning_rate:g}): not saved; the last good checkpoint: {newest or 'none'}")
+    watch = Watch(c, run, at, seen, device, control, saved_file)
+    forward = lambda batch: model(*on_device(batch, device))[1]
 
     def save(name):
-        nonlocal newest
-        look()
+        watch.look(last_step)
         if at["skipped_steps"] == at["step"]:
             return  # nothing has been learnt
-        check_weights()
+        with autocast():
+            watch.check_weights(model, forward)
         if c.shard_optimizer and world > 1:
             optimizer.consolidate_state_dict(0)
         if main_rank:
             content = at | {
                 "epoch": at["next_epoch"] - (at["steps_in_epoch"] == 0), "seen": seen, "plan": plan,
                 "world": world, "blend": blend, "config": vars(c) | sizes, "frozen_hash": frozen_hash,
-                "frozen_from": source, "model_state_dict": {n: t for n, t in model.state_dict().items() if n in kept},
+                "frozen_from": source,
+                "model_state_dict": {n: t for n, t in model.state_dict().items() if n in kept},
                 "optimizer_state_dict": optimizer.state_dict(), "optimizer_names": names,
                 "lr_scheduler_state_dict": {"step": at["step"]}}
             run.save(name, runs.on_host(content))
-        newest = os.path.join(run.folder, name)
+        watch.newest = os.path.join(run.folder, name)
 
     # --- the loop: an epoch is a window of the blend; a step is `accumulation` micro-batches
     steps_in = lambda items: sum(math.ceil(n / per_step) for n in items)  # rounded up in every epoch
-    bar, loader = tqdm(initial=at["step"], desc="train", unit="step", disable=None if main_rank else True), None
+    bar = tqdm(initial=at["step"], desc="train", unit="step", disable=None if main_rank else True)
     peak, first_epoch, saved_at = meters.peak_flops(device), at["next_epoch"], time.time()
     window = dict.fromkeys(("steps", "good", "loss", "tokens", "slots", "seconds", "flops"), 0)
     window["start"] = time.time()
-    came, stop = runs.catch_signals(), False
+    came, stop, loader = runs.catch_signals(), False, None
     profiler = runs.profiler(run.folder, device) if c.profile and main_rank else None
     for epoch in range(first_epoch, c.num_epochs):
         if stop or at["step"] >= limit:
@@ -353,8 +222,8 @@ def train(c, run, rank, world, local_rank):
         taken = []
         if counts[epoch]:
             first = at["steps_in_epoch"] * accumulation
-            loader, chosen = train_loader(manifests, c, model.tokenizer, model.hearing, epoch, rank, world, first,
-                                          loader, at["only"])
+            loader, chosen = train_loader(manifests, c, model.tokenizer, model.hearing, epoch, rank, world,
+                                          first, loader, at["only"])
             if not first and at["only"] is None:
                 run.write(epoch=epoch, step=at["step"], **loader.stats)
                 run.write_blend(chosen)
@@ -377,12 +246,9 @@ def train(c, run, rank, world, local_rank):
             seed_step(c, rank, at["step"])
             # One all-reduce of counts makes the loss the mean over all labelled tokens of the step, on all
             # ranks. It stays on the device.
-            of_step = [[count_tokens(b), len(b["bad"]), len(b["paths"]), b["cut"], b["long"], b["unheard"]]
-                       for b in group]
-            of_step = torch.tensor(of_step, dtype=torch.float64).sum(0).to(device, non_blocking=True)
+            of_step = sum(count(batch) for batch in group).to(device, non_blocking=True)
             if world > 1:
                 dist.all_reduce(of_step)
-            totals += of_step
             labelled, step_loss = of_step[0].clamp(min=1).float(), torch.zeros((), device=device)
             for i, batch in enumerate(group):
                 reduce = i + 1 == len(group)  # one all-reduce per step
@@ -395,16 +261,14 @@ def train(c, run, rank, world, local_rank):
             if world > 1:
                 dist.all_reduce(step_loss)
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
-            # 1: not finite, 2: nothing to learn from. AdamW leaves everything as it is then, on all ranks alike.
+            # 1: not finite, 2: nothing to learn from: AdamW leaves everything as it is, on all ranks alike
             flag = torch.where(of_step[0] == 0, 2.0, (~(norm + step_loss).isfinite()).float())
             getattr(optimizer, "optim", optimizer).found_inf = (flag > 0).float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             at |= {"step": at["step"] + 1, "steps_in_epoch": at["steps_in_epoch"] + 1,
                    "done_items": at["done_items"] + items}
-            recent.append((at["step"], flag, [p for b in group for p in b["paths"]],
-                           [cause for b in group for cause in b["bad"]]))
-            probe = probe or (group[0], flag)
+            watch.add(at["step"], flag, of_step, group)
             bar.update()
             if profiler:
                 profiler.step()
@@ -420,7 +284,7 @@ def train(c, run, rank, world, local_rank):
             window["good"] = window["good"] + (flag == 0)  # no synchronisation here
             window["loss"] = window["loss"] + torch.where(flag == 0, step_loss, 0.0)
             if at["step"] % c.logging_steps == 0 or at["step"] == last_step:
-                look()
+                watch.look(last_step)
                 seconds = time.time() - window["start"]
                 loss = float(window["loss"] / window["good"]) if float(window["good"]) else math.nan
                 gates = meters.gates(model)
@@ -442,7 +306,7 @@ def train(c, run, rank, world, local_rank):
                 if at["step"] < last_step:
                     save("checkpoint_interim.pt")
                     saved_at = time.time()
-        if at["steps_in_epoch"] * accumulation < (len(parts) if counts[epoch] else 0):  # stopped in its middle
+        if counts[epoch] and at["steps_in_epoch"] * accumulation < len(parts):  # stopped in its middle
             save("checkpoint_interim.pt" if stop else f"checkpoint_{epoch}.pt")
             break
         at |= {"next_epoch": epoch + 1, "steps_in_epoch": 0, "only": None}
@@ -469,8 +333,8 @@ def train(c, run, rank, world, local_rank):
     say(f"{run.folder}: {at['step']} steps done{skipped or ''}")
     if at["next_epoch"] < c.num_epochs:
         why = f"stopped by {signal.Signals(came[0]).name}" if came else f"max_steps = {c.max_steps}"
-        say(f"{why}: epoch {at['next_epoch']} of {c.num_epochs} is not finished; {newest} is where the same "
-            f"command goes on" + (" without max_steps" if not came else ""))
+        say(f"{why}: epoch {at['next_epoch']} of {c.num_epochs} is not finished; from {watch.newest} the same "
+            f"command goes on{'' if came else ' without max_steps'}")
     return 130 if came and came[0] == signal.SIGINT else 0
 
 

@@ -92,7 +92,7 @@ def test_accumulation_equals_a_larger_batch(straight, tiny_config):
 def ten_steps(tiny_config, tmp_path_factory):
     """A run of 10 steps, of 5 epochs, and its options."""
     out = tmp_path_factory.mktemp("ten")
-    options = ["--batch_size=2", "--num_epochs=5", "--lr_scheduler=cosine", "--valid_dataset_config={}", *EXACT]
+    options = ["--num_epochs=5", "--lr_scheduler=cosine", "--valid_dataset_config={}", *EXACT]
     here(tiny_config, out, "whole", *options)
     return out, options
 
@@ -142,12 +142,13 @@ def test_max_steps_stops_and_without_it_a_run_goes_on(ten_steps, tiny_config, ca
         assert "not finished" in capsys.readouterr().out
     here(tiny_config, out, "part", *options, "--lr_scheduler=constant")
     here(tiny_config, out, "constant", *options, "--lr_scheduler=constant")
-    assert log(out, "part") == log(out, "constant") and same(weights(out, "part", 4), weights(out, "constant", 4))
+    assert log(out, "part") == log(out, "constant")
+    assert same(weights(out, "part", 4), weights(out, "constant", 4))
     assert "10 steps done" in capsys.readouterr().out
 
 
 def test_resumed_with_another_division_of_the_same_step(ten_steps, tiny_config, capsys):
-    """One rank, batch 2, then batches of 1, two a step: the same items a step, the same run within rounding."""
+    """Batches of 2, then of 1, two a step: the same items a step, the same run within rounding."""
     out, options = ten_steps
     here(tiny_config, out, "divided", *options, "--max_steps=5", "--lr_scheduler=constant")
     here(tiny_config, out, "divided", *options, "--batch_size=1", "--gradient_accumulation_steps=2",
@@ -196,7 +197,8 @@ def test_rates_and_decay_of_a_resumed_run_are_the_new_ones(tiny_config, tmp_path
     here(tiny_config, tmp_path, "run", *options, "--learning_rate=5e-4", "--weight_decay=0.3",
          "--gate_learning_rate=0.02")
     text = capsys.readouterr().out
-    for change in ("learning_rate 0.001 -> 0.0005", "weight_decay 0.1 -> 0.3", "gate_learning_rate None -> 0.02"):
+    for change in ("learning_rate 0.001 -> 0.0005", "weight_decay 0.1 -> 0.3",
+                   "gate_learning_rate None -> 0.02"):
         assert change in text
     saved = load_pickle(tmp_path / "run/checkpoint_1.pt")
     groups = saved["optimizer_state_dict"]["param_groups"]
@@ -252,7 +254,7 @@ def test_what_is_not_finite_is_skipped_named_and_bounded(tiny_config, tmp_path, 
     assert all(t.isfinite().all() for t in weights(tmp_path, "one").values() if t.is_floating_point())
     broken |= {f"{i}.wav" for i in range(8)}
     before = open(tmp_path / "one/checkpoint_1.pt", "rb").read()
-    with pytest.raises(ValueError, match=r"4 steps in a row made no update \(max_bad_steps = 3.*checkpoint_1.pt"):
+    with pytest.raises(ValueError, match=r"4 steps in a row made no update .*_bad_steps = 3.*checkpoint_1.pt"):
         here(tiny_config, tmp_path, "one", *options, "--num_epochs=4", "--max_bad_steps=3")
     assert open(tmp_path / "one/checkpoint_1.pt", "rb").read() == before
     assert sorted(os.listdir(tmp_path / "one")) == ["checkpoint_0.pt", "checkpoint_1.pt", "log.jsonl"]
@@ -314,7 +316,8 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
     before = open(tmp_path / "run/checkpoint_0.pt", "rb").read()
     script = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
-              "sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')")
+              "sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
+              "runpy.run_path('train.py', run_name='__main__')")
     result = run("-c", script, "train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=run",
                  "--valid_dataset_config={}", "--save_steps=1", "--num_epochs=3", ok=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -328,7 +331,7 @@ def test_an_unwritable_folder_is_found_first(tiny_config, tmp_path):
     (tmp_path / "file").write_text("")
     for setting in ("expdir", "dataset_blending_output"):
         with pytest.raises(ValueError, match=f"{tmp_path}/file.*cannot be written to"):
-            here(tiny_config, tmp_path, "x", f"--{setting}={tmp_path}/file/x/y", "--lang_encoder_path=nowhere")
+            here(tiny_config, tmp_path, "x", f"--{setting}={tmp_path}/file/x/y", "--lang_encoder_path=no")
 
 
 @pytest.mark.parametrize("environment, saying", [
@@ -382,8 +385,9 @@ def test_a_step_waits_for_nothing(tiny_config, tmp_path):
     counted = []
     for steps in (2, 8):
         with Waits() as waits:
-            here(tiny_config, tmp_path, f"run{steps}", "--batch_size=1", "--num_epochs=1", "--logging_steps=100",
-                 "--valid_dataset_config={}", f"--max_steps={steps}", "--dataset_blending_global_weight=1.0")
+            here(tiny_config, tmp_path, f"run{steps}", "--batch_size=1", "--num_epochs=1",
+                 "--logging_steps=100", "--valid_dataset_config={}", f"--max_steps={steps}",
+                 "--dataset_blending_global_weight=1.0")
         counted.append(waits.counted)
     assert counted[0] == counted[1] and sum(counted[0].values()) > 0, counted
 
@@ -466,7 +470,8 @@ def test_bad_input_is_one_line(tiny_config, tiny_data, tmp_path, options, saying
 
 
 def test_bad_input_ends_a_process_with_code_2(tiny_config, tmp_path):
-    fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", "--max_steps=-1", saying="max_steps = -1")
+    fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", "--max_steps=-1",
+                        saying="max_steps = -1")
 
 
 def test_which_parts_each_stage_of_the_recipe_moves(tiny_config, tiny_data, tmp_path):

@@ -60,7 +60,7 @@ def peak_memory(device):
 
 
 def gates(model):
-    """tanh of the gates of every gated block: {"gates": of its attention, "ff_gates": of its feed-forward}."""
+    """tanh of the gates of every gated block: {"gates": of attention, "ff_gates": of the feed-forward}."""
     blocks = list(model.xattn.values())
     values = torch.cat([b.attn_gate for b in blocks] + [b.ff_gate for b in blocks]).detach().float().tanh()
     values = [round(value, 6) for value in values.tolist()]
@@ -70,9 +70,9 @@ def gates(model):
 def line(entry, total, left):
     """A logged step for people; left: seconds to go."""
     mfu = f"{entry['mfu']:.0%}" if entry["mfu"] else "n/a"
-    faults = "".join(f" | {name} {entry[name]:.0f}" for name in ("cut", "bad", "skipped_steps") if entry[name])
+    faults = [f" | {name} {entry[name]:.0f}" for name in ("cut", "bad", "skipped_steps") if entry[name]]
     return (f"step {entry['step']}/{total} | loss {entry['loss']:.4f} | lr {entry['lr']:.1e} | "
             f"gnorm {entry['gnorm']:.2f} | gate {entry['gate']:.3f} | {entry['ms']:.0f} ms | "
-            f"{entry['tok_s'] / 1000:.1f}k tok/s | {entry['audio_s']:.0f} s-audio/s | pad {entry['pad']:.0%} | "
-            f"mfu {mfu} | mem {entry['mem_gb']:.1f}G | "
-            f"eta {left // 3600:.0f}h{left % 3600 // 60:02.0f}m{faults}")
+            f"{entry['tok_s'] / 1000:.1f}k tok/s | {entry['audio_s']:.0f} s-audio/s | "
+            f"pad {entry['pad']:.0%} | mfu {mfu} | mem {entry['mem_gb']:.1f}G | "
+            f"eta {left // 3600:.0f}h{left % 3600 // 60:02.0f}m{''.join(faults)}")

@@ -170,8 +170,10 @@ class Run:
 
     def write(self, **entry):
         if self.log:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            self.log.write(json.dumps(finite) + "\n")
+            for name, value in entry.items():
+                if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
+                    entry[name] = None
+            self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
 
     def write_blend(self, entries):
@@ -195,7 +197,7 @@ class Run:
         try:
             save_atomically(content, path)
         except OSError as error:  # a full disk may have room again; a long run goes on
-            self.failed = f"{path}: not saved ({error.strerror or error}); earlier checkpoints are as they were"
+            self.failed = f"{path}: not saved ({error.strerror or error}); earlier checkpoints are whole"
             tqdm.write(f"WARNING: {self.failed}; training goes on", file=sys.stderr)
             return
         self.failed, interim = None, os.path.join(self.folder, "checkpoint_interim.pt")
@@ -228,8 +230,8 @@ def on_host(x):
 
 
 def profiler(folder, device):
-    """Traces two steps after the first two, writes folder/trace.json and prints the operations that took most;
-    its step() is called after every step."""
+    """Traces two steps after the first two, writes folder/trace.json and prints the operations that took
+    most; its step() is to be called after every step."""
     from torch.profiler import ProfilerActivity, profile, schedule
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
 

@@ -55,7 +55,8 @@ def values_of(path):
     try:
         exec(compile(open(path).read(), path, "exec"), scope)
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
         why = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"{path} line {line}: {type(error).__name__}: {why}") from error

@@ -116,9 +116,10 @@ def encode_prompts(tokenizer, prompts, n_clips=None):
     return [begin + [audio] * n + ids + [tokenizer.sep_token_id] for ids, n in zip(texts, n_clips)]
 
 
-def pad_rows(rows, pad_id):
-    """Lists of ids -> (B, T) int64, padded on the right: causality keeps real tokens from seeing padding."""
-    T = max(map(len, rows))
+def pad_rows(rows, pad_id, multiple=1):
+    """Lists of ids -> (B, T) int64, padded on the right: causality keeps real tokens from seeing padding. T
+    is the longest, rounded up to a multiple: compiled graphs are made for few lengths."""
+    T = -(-max(map(len, rows)) // multiple) * multiple
     return torch.tensor([row + [pad_id] * (T - len(row)) for row in rows])
 
 
@@ -393,8 +394,8 @@ class Collate:
     and what is to be reported: bad (why clips could not be read), cut (outputs beyond max_tokens), long
     (clips heard in part), unheard (their seconds that are not) and paths of the others."""
 
-    def __init__(self, tokenizer, max_tokens, window_samples):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    def __init__(self, tokenizer, max_tokens, window_samples, multiple=1):
+        self.tokenizer, self.max_tokens, self.multiple = tokenizer, max_tokens, multiple
         self.silence = torch.zeros(1, window_samples, dtype=torch.int16)
 
     def encode(self, pairs, n_clips=None):
@@ -404,7 +405,7 @@ class Collate:
         prompts = encode_prompts(t, [prompt for prompt, _ in pairs], n_clips)
         outputs = encode_text(t, [output for _, output in pairs])
         rows = [(p + o + [end_id, t.eos_token_id])[:self.max_tokens] for p, o in zip(prompts, outputs)]
-        ids = pad_rows(rows, t.pad_token_id)
+        ids = pad_rows(rows, t.pad_token_id, self.multiple)
         labels = make_labels(ids.numpy(), t.sep_token_id, end_id, t.pad_token_id)
         return ids, torch.from_numpy(labels), int((labels == -100).all(1).sum())
 
@@ -428,7 +429,8 @@ class Collate:
 def make_loader(clips, batches, tokenizer, config, live=False):
     """live: its workers wait for the next batches that are put into the list."""
     workers, hearing = config.num_workers, clips.hearing
-    collate = Collate(tokenizer, config.max_tokens, round(hearing["window_length"] * hearing["sample_rate"]))
+    collate = Collate(tokenizer, config.max_tokens, round(hearing["window_length"] * hearing["sample_rate"]),
+                      64 if config.compile else 1)
     ahead = {"prefetch_factor": 4, "worker_init_fn": _one_thread, "persistent_workers": live}
     return DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), **(ahead if workers else {}))

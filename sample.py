@@ -47,7 +47,7 @@ def newest_run(folders):
     """The run (a folder with a checkpoint) changed last; FileNotFoundError says how to get one."""
     runs = []
     for folder in filter(os.path.isdir, map(settings.place, folders)):
-        runs += [os.path.join(folder, name) for name in os.listdir(folder)]
+        runs += [run for run, _, _ in os.walk(folder)]  # a run's name may have a slash
     files = {run: file for run in runs if (file := newest_checkpoint(run))}
     if not files:
         where = " or ".join(f"{folder}/" for folder in folders)

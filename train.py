@@ -60,15 +60,15 @@ def on_device(batch, device):
 
 
 @torch.no_grad()
-def validate(model, c, manifests, device, autocast, rank, world, control):
+def validate(model, c, loaders, device, autocast, world, control):
     """Mean loss per labelled token of every validation manifest, over all ranks: {name: loss}; and what could
     not be read. ValueError where no token is labelled."""
     model.eval()
     losses, bad = {}, []
-    for name, manifest in manifests.items():
+    for name, loader in loaders.items():
         total = torch.zeros(3, dtype=torch.float64, device=device)  # summed loss, tokens, outputs cut off
         unread = []
-        for batch in valid_loader(manifest, c, model.tokenizer, model.hearing, rank, world):
+        for batch in loader:
             n = count_tokens(batch)
             unread += batch["bad"]
             with autocast():
@@ -80,7 +80,7 @@ def validate(model, c, manifests, device, autocast, rank, world, control):
         loss, labelled, cut = total.tolist()
         if not labelled:
             why = f"{cut:.0f} answers cut off by max_tokens = {c.max_tokens}, {len(unread)} clips not read"
-            raise ValueError(f"{name}: no labelled token in {len(manifest)} items: {why}" +
+            raise ValueError(f"{name}: no labelled token in {len(loader.dataset)} items: {why}" +
                              (f", e.g. {unread[0]}" if unread else ""))
         if not math.isfinite(loss):
             raise ValueError(f"{name}: the validation loss is {loss}")
@@ -129,6 +129,7 @@ def train(c, run, rank, world, local_rank):
     else:
         model, state = checkpoint.start(c, given)
     model.recompute = c.gradient_checkpointing
+    valid = {name: valid_loader(m, c, model.tokenizer, model.hearing, rank, world) for name, m in valid.items()}
     model.set_trainable(c)
     # what a checkpoint holds: what trains, and what is drawn at random here
     kept = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -147,6 +148,8 @@ def train(c, run, rank, world, local_rank):
     source = c.pretrained_path or c.lang_encoder_path
     checkpoint.place_weights(model, state, device, dtype, saved_file or source)
     say(parameter_table(model))
+    for block in [*model.lm.layers, *model.xattn.values()] if c.compile else ():
+        block.compile()
     optimizer, names = make_optimizer(model, c, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
     sizes = {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS}
@@ -317,7 +320,7 @@ def train(c, run, rank, world, local_rank):
             save(f"checkpoint_{epoch}.pt")
             saved_at = time.time()
         if valid and not stop and (last or (epoch + 1) % c.valid_epochs == 0):
-            losses, unread = validate(model, c, valid, device, autocast, rank, world, control)
+            losses, unread = validate(model, c, valid, device, autocast, world, control)
             for name, value in losses.items():
                 say(f"epoch {epoch} | {name} | loss {value:.4f}")
             for cause in unread:

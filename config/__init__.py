@@ -77,7 +77,7 @@ def load(argv, script, reads=None):
     """Defaults of config/defaults.py and of the script, then config files, then --name=value or --name value.
     reads: the names of defaults.py that the script reads, for its --help; None: all."""
     shared, own = settings_of("config/defaults.py"), settings_of(script)
-    known = shared | own
+    known = shared | own  # a script may mean something of its own by a name
     values, overrides, given, i = {n: default for n, (_, default, _) in known.items()}, {}, set(), 0
     if "--help" in argv or "-h" in argv:
         print_help(place(script), known, [*own, *(n for n in shared if reads is None or n in reads)])

@@ -29,6 +29,7 @@ grad_clip: float = 1.0  # global gradient norm, once per optimizer step; 0: off
 max_bad_steps: int = 5  # in a row without a finite loss and gradient, or a labelled token, before it stops
 shard_optimizer: bool = False  # each rank keeps and updates a share of the optimizer's state
 precision: str = "amp_bf16"  # amp_bf16: bf16 products, float32 trained weights, bf16 frozen ones; fp32
+compile: bool = False  # torch.compile for the blocks; texts are padded to multiples of 64 tokens then
 gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about 30 % slower
 freeze_lm_embeddings: bool | str = False  # False: the table trains (published); "added": the added rows alone
 unfreeze_full_lm: bool = False  # train the language model's blocks too

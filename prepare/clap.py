@@ -212,7 +212,7 @@ def main(c):
     clap.train()
     bar, step, epoch, losses = tqdm(total=c.clap_steps, desc="clap", disable=None), 0, 0, []
     while step < c.clap_steps:
-        for rows in Batches(np.zeros((len(clips), 2)), c.clap_batch_size, [c.seed, epoch]):
+        for rows in Batches(np.zeros((len(clips), 2), np.int64), c.clap_batch_size, [c.seed, epoch]):
             mels, clip_of, rows = log_mels(rows)
             if not rows:
                 continue

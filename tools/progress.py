@@ -58,5 +58,5 @@ def check_same_run(saved, file, frozen_hash, kept, trained, blend):
     if saved["blend"] != blend:
         names = [n for n in {*blend, *saved["blend"]} if saved["blend"].get(n) != blend.get(n)]
         raise ValueError(f"{file}: the blend is not what it was (items or weight of "
-                         f"{', '.join(sorted(names))}), its epochs would be others; give another run_name and "
-                         f"pretrained_path = this one")
+                         f"{', '.join(sorted(names))}), its epochs would be others; give another run_name "
+                         f"and pretrained_path = this one")

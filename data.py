@@ -87,11 +87,18 @@ MARKS = ("<audio>", "<|endofchunk|>", "<|PAD_TOKEN|>", "<SEP>")
 
 
 def add_marks(tokenizer):
-    """A tokenizer with the marks of a prompt, in the published order; <SEP> only if it has no sep token."""
+    """A tokenizer with the marks of a prompt, in the published order; <SEP> only if it has no sep token. One
+    that is there already stays where it is. ValueError if a mark is not read as one token, or eos lacks."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos token, which ends an answer: see its config")
     tokenizer.add_tokens(list(MARKS[:2]), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": MARKS[2]})
     if tokenizer.sep_token is None:
         tokenizer.add_special_tokens({"sep_token": MARKS[3]})
+    for mark in (*MARKS[:3], tokenizer.sep_token):
+        ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
+        if ids != [tokenizer.convert_tokens_to_ids(mark)]:
+            raise ValueError(f"the tokenizer reads its mark {mark} as {len(ids)} tokens")
     return tokenizer
 
 

@@ -48,7 +48,8 @@ def read_clip(path, start, window_length, window_overlap, max_num_window, sample
     y, unheard = read_heard(path, start, window_length, window_overlap, max_num_window, sample_rate, seconds)
     L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
     n = min(max_num_window, 1 + max(0, -(-(len(y) - L) // (L - O))))
-    y = np.pad(y, (0, n * L - (n - 1) * O - len(y)))
+    if silence := n * L - (n - 1) * O - len(y):
+        y = np.concatenate([y, np.zeros(silence, np.int16)])
     return np.stack([y[i * (L - O):i * (L - O) + L] for i in range(n)]) if O else y.reshape(n, L), unheard
 
 
@@ -59,15 +60,15 @@ def read_heard(path, start, window_length, window_overlap, max_num_window, sampl
         raise ValueError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
                          f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, 1 window or more")
     longest = max_num_window * L - (max_num_window - 1) * O
-    x, rest = sound.read(path, start, min(longest / sample_rate, seconds or math.inf), sample_rate)
-    low, high = x.min(), x.max()
+    heard = min(longest / sample_rate, seconds or math.inf)
+    x, low, high, rest = sound.read(path, start, heard, sample_rate)
     peak = max(high, -low)
     if low >= 0 < peak:  # the published rule
         x = 2 * x / high - 1
     elif peak > 0:  # all zeros would be 0/0 there
         x /= peak
     x *= 32767
-    return x[:longest].astype(np.int16), max(0.0, min(rest, seconds or math.inf) - longest / sample_rate)
+    return x[:longest].astype(np.int16), max(0.0, min(rest, seconds or math.inf) - heard)
 
 
 def unheard_note(clips, long, seconds, hearing):
@@ -180,8 +181,7 @@ class Manifest:
             self._fail("", item, "an object with name, prompt, output", i)
         names = item.get("name")
         if type(names) is not list or len(names) < 2 or not all(type(name) is str for name in names):
-            self._expect(item, "name", str, i)  # or two clips and more, of one question
-            names = [names]
+            names = [self._expect(item, "name", str, i)]  # or two clips and more, of one question
         self._expect(item, "prompt", str, i)
         self._expect(item, "output", str, i)
         for field in ("duration", "audio_start"):
@@ -205,6 +205,7 @@ class Manifest:
             self._fail(key, value, f"a {kind.__name__}", item)
         if kind is str and not value.isascii() and HALF.search(value):
             self._fail(key, ascii(value), "text, without halves of characters", item)
+        return value
 
     def __len__(self):
         return len(self.items)

@@ -55,7 +55,7 @@ def inspect(manifests, hearing, task):
     problem, total, rates = None, 0.0, []
     for path in item["paths"]:
         try:
-            x, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
+            x, low, high, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
             rates.append(soundfile.info(path).samplerate)
         except (FileNotFoundError, ValueError) as error:
             problem = problem or str(error).removeprefix(path + ": ")
@@ -63,7 +63,7 @@ def inspect(manifests, hearing, task):
         held = len(x) / hearing["sample_rate"]
         if held < min(longest, rest) - 0.1:  # the sound ends before the header says so
             problem = problem or f"truncated: {held:.2f} s, its header says {rest:.2f} s"
-        elif max(x.max(), -x.min()) <= sound.SILENT:
+        elif max(high, -low) <= sound.SILENT:
             problem = problem or "silent"
         total += rest
     duration = item["duration"]

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import model
 from model import block_sizes, gated_cross_attention, keys_values, pick_backend, triton
+from tools.bench_data import data
 from tools.bench_decode import decode
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,13 +270,13 @@ def kernel():
     return figures
 
 
-MODES = {"kernel": kernel, "decode": decode}
+MODES = {"data": data, "decode": decode, "kernel": kernel}
 
 if __name__ == "__main__":
     if "--help" in sys.argv:
         print(__doc__)
         sys.exit(0)
-    if len(sys.argv) != 2 or sys.argv[1] not in MODES:
+    if len(sys.argv) < 2 or (len(sys.argv) > 2 and sys.argv[1] != "data") or sys.argv[1] not in MODES:
         print(f"bench.py: expected one of {', '.join(MODES)}, got {sys.argv[1:]}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(MODES[sys.argv[1]]()))

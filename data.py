@@ -21,6 +21,7 @@ import config as settings
 from tools import sound
 from tools.index import open_items
 from tools.records import take_files
+from tools.sizes import about_tokens, padding
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
@@ -248,9 +249,6 @@ def open_manifests(config, names):
 # ------------------------------------------------------------------------------------------------------------
 # Samples and batches
 
-TOKENS_PER_WINDOW = 10  # a window of 10 s costs a training step of the 3B model as much as ten tokens of text
-WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # about what tokenizers cut a text into first
-
 
 class Clips(Dataset):
     """Items as {"prompt", "output", "path", "windows" int16 (n, L), "n_windows" of each clip, "unheard"
@@ -307,20 +305,14 @@ class Clips(Dataset):
 
     def sizes(self, tokenizer=None):
         """(n, 2): windows and text tokens (without a tokenizer: characters) of every row."""
-        items = [self.manifests[m].items[j] for m, j in self.rows.tolist()]
-        texts = [[item[field].strip().lower() for item in items] for field in ("prompt", "output")]
-        tokens = about_tokens(tokenizer, {*texts[0], *texts[1]}) if tokenizer else None
-        count = tokens.__getitem__ if tokenizer else len
-        return np.stack([self.windows(), sum(np.fromiter(map(count, t), np.int64, len(t)) for t in texts)], 1)
-
-
-def about_tokens(tokenizer, texts):
-    """{text: about how many tokens it is}: every word is tokenized once, in a fraction of the time of all."""
-    words = {text: WORD.findall(text) for text in texts}
-    known = list({word for some in words.values() for word in some})
-    ids = tokenizer(known, add_special_tokens=False, split_special_tokens=True)["input_ids"] if known else []
-    known = dict(zip(known, map(len, ids)))
-    return {text: sum(map(known.__getitem__, some)) for text, some in words.items()}
+        prompts, outputs = [""] * len(self), [""] * len(self)
+        for m in np.unique(self.rows[:, 0]):
+            mine = np.flatnonzero(self.rows[:, 0] == m)
+            for i, item in zip(mine.tolist(), self.manifests[m].items.many(self.rows[mine, 1])):
+                prompts[i], outputs[i] = item["prompt"].strip().lower(), item["output"].strip().lower()
+        count = about_tokens(tokenizer, {*prompts, *outputs}).get if tokenizer else len
+        texts = [count(prompt) + count(output) for prompt, output in zip(prompts, outputs)]
+        return np.stack([self.windows(), np.array(texts, np.int64)], 1)
 
 
 class Batches(Sampler):
@@ -358,23 +350,6 @@ class Batches(Sampler):
 
     def __iter__(self):
         return iter(self.mine)
-
-
-def padding(sizes, ranks):
-    """What a plan wastes: the padded shares of windows and of text slots, and by how much the rank with the
-    most work has more than the mean, over steps. Work: text slots, and windows, each as much as ten."""
-    if not ranks:
-        return {}
-    real, slots, work = sizes.sum(0), np.zeros(2, np.int64), np.zeros((len(ranks), len(ranks[0])))
-    for k, batches in enumerate(ranks):
-        for r, batch in enumerate(batches):
-            if len(batch):
-                padded = len(batch) * sizes[batch].max(0)
-                slots += padded
-                work[k, r] = TOKENS_PER_WINDOW * sizes[batch, 0].sum() + padded[1]
-    window_padding, token_padding = (1 - real / np.maximum(slots, 1)).tolist()
-    imbalance = work.max(1).sum() / max(work.mean(1).sum(), 1e-9) - 1
-    return {"window_padding": window_padding, "token_padding": token_padding, "rank_imbalance": imbalance}
 
 
 class Collate:

@@ -6,7 +6,6 @@
 import json
 import multiprocessing
 import os
-import random
 import resource
 import sys
 import tempfile
@@ -20,7 +19,8 @@ import soxr
 import torch
 
 import config as settings
-from data import Batches, Clips, Manifest, about_tokens, load_audio, train_loader
+from data import Batches, Clips, Manifest, load_audio, train_loader
+from tools.sizes import padding as waste
 
 MANIFESTS, WORLD, EPOCH = 40, 8, 50_000
 HEARING = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 30}
@@ -101,14 +101,15 @@ class Read(torch.utils.data.Dataset):
 
 
 def worker_memory(manifests):
-    return max(torch.utils.data.DataLoader(Read(manifests), batch_size=100, num_workers=1), key=max).max().item()
+    loader = torch.utils.data.DataLoader(Read(manifests), batch_size=100, num_workers=1)
+    return max(batch.max().item() for batch in loader)
 
 
 def start_again(folder, names, tokenizer_path, items):
     """Seconds to open all, MB, microseconds an item, seconds for an epoch's plan, MB of a worker."""
     from data import open_manifests
     empty = worker_memory([])
-    c = SimpleNamespace(**settings.defaults()) 
+    c = SimpleNamespace(**settings.defaults())
     c.dataset_file_root, c.data_root, c.num_workers, c.seed = folder, folder, 0, 0
     c.max_windows_per_batch, c.batch_size = 48, 16
     c.dataset_blending_config, c.dataset_blending_global_weight = dict.fromkeys(names, 1.0), EPOCH / items
@@ -139,7 +140,6 @@ def start_again(folder, names, tokenizer_path, items):
 
 def padding(files, tokenizer_path):
     """Shares of padding and the ranks' imbalance, with tokens as the tokenizer counts them."""
-    from data import padding as waste
     manifest = Manifest(files[0])
     rng = np.random.default_rng(2)
     rows = np.stack([np.zeros(EPOCH, int), rng.integers(0, len(manifest), EPOCH)], 1)
@@ -155,12 +155,13 @@ def padding(files, tokenizer_path):
         texts = [item["prompt"].lower() + "\n" + item["output"].lower() for item in items]
         true[:, 1] = list(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
     figures = {}
-    for name, options in {"by size": {"max_windows": 48}, "by count": {}, "random": {"pool": 1}}.items():
+    pool = settings.defaults()["bucket_batches"]
+    for name, options in {"by size": {"max_windows": 48}, "by count": {}, "random": None}.items():
         if name == "random":
             order = rng.permutation(EPOCH)[:EPOCH // 128 * 128].reshape(-1, 16, WORLD)
             figures[name] = waste(true, [list(batch.T) for batch in order])
             continue
-        ranks = [Batches(sizes, 16, [0, 0], rank, WORLD, **options).mine for rank in range(WORLD)]
+        ranks = [Batches(sizes, 16, [0, 0], rank, WORLD, pool=pool, **options).mine for rank in range(WORLD)]
         assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(EPOCH))
         figures[name] = waste(true, list(zip(*ranks)))
         if "max_windows" in options:
@@ -170,7 +171,7 @@ def padding(files, tokenizer_path):
 
 
 def decode(folder):
-    """{format: our windows a second over those of a bare soundfile read and soxr call}, and windows a second."""
+    """{format: our windows a second, and over those of a bare soundfile read and soxr call}."""
     t = np.arange(30 * 48000) / 48000
     noise = np.random.default_rng(0).standard_normal((len(t), 2)) * 0.05
     music = (sum(np.sin(2 * np.pi * 220 * k * t) / k for k in range(1, 9)) * 0.2)[:, None] + noise

@@ -72,6 +72,11 @@ class Items(Sequence):
         at, end = struct.unpack("<2q", self._read(self.begin["place"] + 16 * i, 16))
         return json.loads(self._read(self.text + at, end - at))
 
+    def many(self, chosen):
+        """The items of an array of numbers, one after the other."""
+        for at, end in self.column("place")[chosen].tolist():
+            yield json.loads(self._read(self.text + at, end - at))
+
     def __reduce__(self):  # to a worker that is not forked
         if self.path:
             return open_index, (self.path, self.told["sha256"])

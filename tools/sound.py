@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import soxr
 
-BLOCK = 2 ** 16  # frames decoded at a time: a header's word for its size or channels costs no memory
+BLOCK = 2 ** 17  # samples decoded at a time: a header's word for its size or channels costs no memory
 LOUDEST = 1e30  # samples beyond it are none: float32 arithmetic would end
 SILENT = 1e-4  # peak of a channel that is called silent, -80 dB: lossy codecs leave some noise there
 
@@ -99,11 +99,15 @@ def open_sound(path):
     return f, frames, known
 
 
+def go_to(f, first):
+    if first or f.seekable():  # some formats can be read once, from the beginning
+        f.seek(first)
+
+
 def blocks(f, first, n, kind=np.float32):
     """Up to n frames from `first` on, as (k, channels), each good until the next."""
-    if first or f.tell():
-        f.seek(first)
-    buffer = np.empty((min(n, BLOCK), f.channels), kind)
+    go_to(f, first)
+    buffer = np.empty((min(n, max(1, BLOCK // f.channels)), f.channels), kind)
     while n > 0:
         block = f.read(out=buffer[:n])
         yield block
@@ -115,7 +119,7 @@ def read_channel(f, first, n, channel):
     kind = np.int16 if f.subtype == "PCM_16" else np.float32  # libsndfile takes ten times as long to scale
     x, done = np.empty(min(n, f.frames - first), kind), 0  # no memory before it is written to
     if f.channels == 1:
-        f.seek(first)
+        go_to(f, first)
         x = f.read(out=x)
     else:
         for block in blocks(f, first, len(x), kind):
@@ -157,12 +161,18 @@ def decode(path, start, seconds, count=False):
     return x, rate, frames
 
 
+def rate_of(path):
+    with quiet():
+        return soundfile.info(path).samplerate
+
+
 def read(path, start, seconds, sample_rate, count=False):
     """-> x (n,) float32 at sample_rate, n > 0: at most `seconds` from `start` on; its least and greatest; and
     the seconds that the file has from there on (see decode). FileNotFoundError, ValueError: whatever a
     decoder raises is about the file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such audio file")
+        what = "a folder, no" if os.path.isdir(path) else "no such"
+        raise FileNotFoundError(f"{path}: {what} audio file")
     try:
         x, rate, frames = decode(path, start, seconds, count)
         if rate != sample_rate and len(x):

@@ -15,10 +15,6 @@ naive_attention spells out, stand last. Nothing here opens a file: checkpoint.py
 """
 import importlib.util
 import math
-import os
-import sys
-import types
-import warnings
 from contextlib import nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
@@ -30,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import HEARING, MARKS, SAMPLE_RATE
+from tools.htsat import load_htsat_class
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -72,35 +69,6 @@ def log_mel(windows):
 # (Hz), forward(windows (n, L) float32) -> (n, tokens_per_window, C), trainable() -> the parameters that
 # fine-tuning may free, flops(n) -> operations of the products that n windows take, forward. Ours is CLAP:
 # HTS-AT of laion-clap.
-
-
-@lru_cache
-def load_htsat_class():
-    """laion_clap.clap_module.htsat.HTSAT_Swin_Transformer, without laion_clap's or torchlibrosa's __init__.
-
-    Those import torchvision, librosa, numba and wandb, and download tokenizers. HTS-AT's file runs between
-    stand-ins: empty packages with the same folders, and modules with the names it takes from `.utils` (for
-    training heads) and `torchlibrosa.stft` (a waveform front end), neither of which we use.
-    """
-    found = {n: importlib.util.find_spec(n) for n in ("laion_clap", "torchlibrosa")}  # folders; runs nothing
-    if None in found.values():
-        raise ModuleNotFoundError("missing packages: pip install --no-deps laion-clap torchlibrosa")
-    name = "laion_clap_htsat"
-    modules = {n: types.ModuleType(n) for n in (name, f"{name}.utils", "torchlibrosa", "torchlibrosa.stft")}
-    modules[name].__path__ = [os.path.join(os.path.dirname(found["laion_clap"].origin), "clap_module")]
-    modules["torchlibrosa"].__path__ = [os.path.dirname(found["torchlibrosa"].origin)]
-    utils, front_end = modules[f"{name}.utils"], modules["torchlibrosa.stft"]
-    utils.do_mixup = utils.interpolate = None
-    front_end.Spectrogram = front_end.LogmelFilterBank = lambda **_: nn.Identity()
-    sys.modules.update(modules)
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)  # of an older torch
-    htsat = importlib.import_module(f"{name}.htsat")
-    # whoever imports torchlibrosa later gets the real one; ours go by the stand-in's name, for pickle
-    sys.modules[f"{name}.augmentation"] = augmentation = sys.modules["torchlibrosa.augmentation"]
-    augmentation.SpecAugmentation.__module__ = augmentation.DropStripes.__module__ = f"{name}.augmentation"
-    for n in ("torchlibrosa", "torchlibrosa.stft", "torchlibrosa.augmentation"):
-        del sys.modules[n]
-    return htsat.HTSAT_Swin_Transformer
 
 
 class ClapEncoder(nn.Module):
@@ -149,9 +117,9 @@ class ClapEncoder(nn.Module):
         x = h.patch_embed.norm(x)  # (n, (spec_size/4)^2, embed_dim)
         if h.ape:
             x = x + h.absolute_pos_embed.to(x.dtype)
-        for layer in h.layers:  # the stages' blocks one by one: layer(x) would also stack every attention map
+        for layer in h.layers:
             for block in layer.blocks:
-                x = block(x)[0]
+                x = swin_block(block, x)
             if layer.downsample is not None:
                 x = layer.downsample(x)
         x = h.norm(x)  # (n, S, C), a grid of (time parts x 2 frequency bins) rows and sqrt(S) columns in time
@@ -186,6 +154,28 @@ class ClapEncoder(nn.Module):
         patches = (self.htsat.spec_size // 4) ** 2  # of a window; a quarter remains after every stage
         stages = enumerate(self.htsat.layers)
         return 2 * n * sum(matrix_sizes(stage) * patches / 4 ** i for i, stage in stages)
+
+
+@lru_cache
+def window_order(side, w, shift, device):
+    """-> the patches of a (side, side) grid rolled by `shift`, window (w, w) by window; and the way back."""
+    grid = torch.arange(side * side).view(side, side).roll((-shift, -shift), (0, 1))
+    order = grid.view(side // w, w, side // w, w).transpose(1, 2).flatten()
+    return order.to(device), order.argsort().to(device)
+
+
+def swin_block(block, x):
+    """A block of HTS-AT, x (n, L, C), without its score matrices: two thirds of its time on a CPU."""
+    (n, L, C), w, attn = x.shape, block.window_size, block.attn
+    order, back = window_order(block.input_resolution[0], w, block.shift_size, x.device)
+    qkv = attn.qkv(block.norm1(x)[:, order]).view(-1, w * w, 3, attn.num_heads, C // attn.num_heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n windows, heads, patches, d)
+    bias = attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)[None]
+    if block.shift_size:  # patches that the roll made neighbours don't see each other
+        bias = (bias + block.attn_mask[:, None]).repeat(n, 1, 1, 1)
+    y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).transpose(1, 2).reshape(n, L, C)
+    x = x + block.drop_path(attn.proj(y)[:, back])
+    return x + block.drop_path(block.mlp(block.norm2(x)))
 
 
 def unpickled_encoder():
@@ -573,7 +563,8 @@ class AudioFlamingo(nn.Module):
     def listen(self, windows, n_windows):
         """windows (sum W, L) int16 or float32 -> audio tokens (B, S, C) and n_keys, how many are real: (B,)
         as n_windows, or (B, K), up to and with each of the K clips of a text (0 windows: there are fewer)."""
-        tokens = torch.cat([self.clap(to_float(part)) for part in windows.split(64)])  # (sum W, 64, C)
+        part = 4 if windows.device.type == "cpu" and not self.clap.training else 64  # small enough for caches
+        tokens = torch.cat([self.clap(to_float(some)) for some in windows.split(part)])  # (sum W, 64, C)
         n_windows = n_windows.to(tokens.device)
         n_tokens = n_windows[n_windows > 0] * self.clap.tokens_per_window  # of every clip
         audio, real = pad_parts(tokens.flatten(0, 1), n_tokens)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import checkpoint
 import config
-from model import AudioFlamingo, gated_blocks
+from model import AudioFlamingo, ClapEncoder, gated_blocks, swin_block
 from tools.decoding import Sampling, pick
 from tests.helpers import ROOT
 
@@ -232,6 +232,25 @@ def test_sampling_follows_the_softmax():
     assert {int(pick(logits, Sampling(temperature=1.0, top_k=2), [step])) for step in range(200)} == {0, 1}
     assert {int(pick(logits, Sampling(temperature=1.0, top_p=0.75), [step])) for step in range(200)} == {0, 1}
     assert int(pick(logits, Sampling(), [0])) == 0
+
+
+@pytest.mark.parametrize("spec_size", [128, 256])
+def test_swin_blocks_equal_htsats_own(spec_size):
+    """Outputs, and gradients of inputs and weights, against laion-clap's own forward: shifted and not."""
+    torch.manual_seed(0)
+    stages = ClapEncoder(16, [2, 2, 2, 2], [2, 4, 4, 8], spec_size).train().double().htsat.layers
+    for block in (block for stage in stages for block in stage.blocks):
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)
+        L, C = block.input_resolution[0] ** 2, block.norm1.weight.shape[0]
+        x, dy = torch.randn(2, 3, L, C, dtype=torch.float64)
+        results = []
+        for forward in (lambda x: swin_block(block, x), lambda x: block(x)[0]):
+            wanted = [x.requires_grad_(), *block.parameters()]
+            torch.manual_seed(1)  # drop path
+            y = forward(x)
+            results.append([y.detach(), *torch.autograd.grad(y, wanted, dy)])
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_import_needs_no_network_and_no_torchvision():

@@ -2,6 +2,7 @@
 
     python tools/bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU;
                                      # on a CPU the compiler's report
+    python tools/bench.py fit config/sft.py --gpu=24   # what a recipe needs; see tools/bench_fit.py
 
 Prints a table for people; the last line of stdout is one JSON object.
 """
@@ -21,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.nn.functional as F
 
+import config
 import model
 from model import block_sizes, gated_cross_attention, keys_values, pick_backend, triton
 from tools.bench_decode import decode
@@ -272,6 +274,11 @@ def kernel():
 MODES = {"kernel": kernel, "decode": decode}
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["fit"]:
+        from tools.bench_fit import fit
+        del sys.argv[1]
+        config.run(fit, "tools/bench_fit.py")
+        sys.exit()
     if "--help" in sys.argv:
         print(__doc__)
         sys.exit(0)

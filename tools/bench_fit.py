@@ -45,6 +45,7 @@ items: int | None = None  # of a pass over the blend; None: counted where all it
 mfu: float = 0.4  # share of tflops that the products reach
 tflops: float | None = None  # of the card; None: 790 (H100, bf16, measured), up to 24 GB 165 (RTX 4090)
 
+aten = torch.ops.aten
 QWEN = dict(vocab=151665, eps=1e-6, rope_theta=1e6, rope_stretch=None, qkv_bias=True, out_bias=False,
             mlp_bias=False, qk_norm=False, tied=True, positions=32768)  # rows before <audio>
 KNOWN = {
@@ -80,8 +81,8 @@ def text_side(c):
     elif os.path.isdir(config.place(c.lang_encoder_path)):
         return checkpoint.text_side(c)
     if name not in KNOWN:
-        raise ValueError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder, and of the others fit "
-                         f"knows only {', '.join(KNOWN)}")
+        raise ValueError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder; without one fit knows "
+                         f"{', '.join(KNOWN)}")
     return None, KNOWN[name], Marks(KNOWN[name].vocab)
 
 
@@ -113,26 +114,28 @@ PARTS = {"clap": "audio encoder", "audio_transformer": "audio transformer", "xat
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes alive, by what they are for, and what was alive at the peak; operations of the products.
+    """Bytes alive, by what they are for, and what was alive at the peak; operations of the products, forward.
     A tensor belongs to the part of the model that is running when its memory first shows."""
 
     def __init__(self):
         super().__init__()
         self.alive, self.at_peak, self.flops, self.tags = Counter(), Counter(), Counter(), {}
-        self.part = "batch"
+        self.total, self.peak, self.part = 0, 0, "batch"
 
     def hold(self, tensor, tag):
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self.tags:
-            self.alive[self.tags[key]] -= size
+            self.release(key, size)
         else:
             weakref.finalize(storage, self.release, key, size)
-        self.alive[tag] += size
         self.tags[key] = tag
+        self.alive[tag] += size
+        self.total += size
 
     def release(self, key, size):
         self.alive[self.tags.pop(key)] -= size
+        self.total -= size
 
     def enter(self, part):
         if self.part != BACKWARD:
@@ -140,31 +143,46 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        tag, cast = self.part, op is torch.ops.aten._to_copy.default
-        if cast and self.tags.get(id(args[0].untyped_storage())) == TRAINED:
+        tag = self.part
+        if op is aten._to_copy.default and self.tags.get(id(args[0].untyped_storage())) == TRAINED:
             tag = COPIES
-        for tensor in tree_leaves(out):
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.tags:
                 self.hold(tensor, tag)
-        sums = self.part == BACKWARD and op is torch.ops.aten.add.Tensor  # of gradients: autograd's, in place
-        if self.alive.total() > self.at_peak.total() and not sums:
-            self.at_peak = self.alive.copy()
-        self.flops[self.part] += operations(op, args, kwargs or {}, out)
+        sums = op is aten.add.Tensor and self.part == BACKWARD  # of gradients: without a mode, in place
+        if self.total > self.peak and not sums:
+            self.peak, self.at_peak = self.total, self.alive.copy()
+        if self.part != BACKWARD:
+            self.flops[self.part] += operations(op, args, kwargs or {}, out)
         return out
 
 
 def operations(op, args, kwargs, out):
-    if "attention_for_cpu" in str(op) or "audio_flamingo::attend" in str(op):
-        q, k = args[:2]
-        keys = k.shape[1 if "audio_flamingo" in str(op) else 2]
-        return 4 * q.numel() * keys
+    if op in (aten._scaled_dot_product_flash_attention_for_cpu.default, modeling.attend_op._opoverload):
+        q, k = args[:2]  # (B, H, T, d) with (B, H, N, d), or (B, T, H, d) with (B, N, H, d)
+        return 4 * q.numel() * k.shape[1 if op is modeling.attend_op._opoverload else 2]
     count = flop_registry.get(op.overloadpacket)
     return count(*args, **kwargs, out_val=out) if count else 0
+
+
+class BiasedAttention(torch.autograd.Function):
+    """CUDA's attention whose bias trains (the CPU has none that is fused): what it keeps, what it returns."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        o = F.scaled_dot_product_attention(q, k, v, bias)
+        ctx.save_for_backward(q, k, v, bias, o, o.new_empty(o.shape[:3], dtype=torch.float32))
+        return o
+
+    @staticmethod
+    def backward(ctx, dy):
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:4]))
 
 
 def as_on_gpu():
     """CUDA's autocast norms and takes softmax in float32, the CPU's does not; CUDA's RMSNorm is one operation
     that keeps its input and a number per row, as LayerNorm does."""
+    plain = F.scaled_dot_product_attention
     widen = lambda x: x.float() if isinstance(x, torch.Tensor) else x
 
     def wide(f):
@@ -176,7 +194,13 @@ def as_on_gpu():
 
     layer_norm = wide(F.layer_norm)
     rms_norm = lambda x, shape, weight, eps: layer_norm(x, shape, weight)
-    return mock.patch.multiple(F, layer_norm=layer_norm, rms_norm=rms_norm, softmax=wide(F.softmax))
+
+    def attention(q, k, v, attn_mask=None, **how):
+        trains = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+        return BiasedAttention.apply(q, k, v, attn_mask) if trains else plain(q, k, v, attn_mask, **how)
+
+    return mock.patch.multiple(F, layer_norm=layer_norm, rms_norm=rms_norm, softmax=wide(F.softmax),
+                               scaled_dot_product_attention=attention)
 
 
 def fused(q, k, v, n_keys, gate):
@@ -202,10 +226,17 @@ def micro_step(model, B, W, T, A, dtype, keep_gradients=False, on_gpu=True):
                 ledger.hold(t.grad, GRADIENTS)
         length = round(model.config.window_length * model.hearing["sample_rate"])
         sound, ids = torch.zeros(B * W, length, dtype=torch.int16), torch.zeros(B, T, dtype=torch.long)
+        part = 64 if on_gpu or model.clap.training else 4  # as AudioFlamingo.listen
         n_keys = torch.full((B,), W * model.clap.tokens_per_window)
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
             ledger.enter("clap")
-            audio = torch.cat([model.clap(modeling.to_float(part)) for part in sound.split(64)])
+            audio, heard = [], 0
+            for some in sound.split(part):
+                again = audio and not model.clap_trains() and len(some) == part  # adds its tokens alone
+                audio.append(torch.empty_like(audio[0]) if again else model.clap(modeling.to_float(some)))
+                heard += 0 if again else len(some)
+            ledger.flops[PARTS["clap"]] *= B * W / heard
+            audio = torch.cat(audio)
             ledger.enter("audio_transformer")
             audio = model.audio_transformer(audio.view(B, -1, model.clap.width), n_keys)
             ledger.enter("xattn")
@@ -218,7 +249,8 @@ def micro_step(model, B, W, T, A, dtype, keep_gradients=False, on_gpu=True):
         loss.backward()
     for hook in hooks:
         hook.remove()
-    modeling.hann_and_mel.cache_clear()  # without numbers
+    for made in (modeling.hann_and_mel, modeling.window_order):  # without numbers
+        made.cache_clear()
     return ledger
 
 
@@ -246,17 +278,19 @@ def epoch_items(c):
     return sum(len(m) * c.dataset_blending_config[n] for n, m in manifests) * c.dataset_blending_global_weight
 
 
-def largest(peak, B, room):
-    """The largest batch whose peak(batch) bytes are seen to fit, 0 if none: by lines through two points."""
-    known = {b: peak(b) for b in (B, 2 * B)}
-    for _ in range(4):
-        (b1, p1), (b2, p2) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
-        slope, most = (p2 - p1) / (b2 - b1), 8 * max(known)
-        guess = min(most, max(1, math.floor(b1 + (room - p1) / slope))) if slope > 0 else most
-        if guess in known:
-            break
-        known[guess] = peak(guess)
-    return max((b for b, p in known.items() if p <= room), default=0)
+def largest(peak, least, B, room):
+    """The largest batch whose peak(batch) bytes fit in room; least: those without a clip. A peak is a maximum
+    of sums linear in the batch: between two batches it lies below their chord, which is what is trusted."""
+    low, high = (0, least), None
+    guess, asked = B, 0
+    while low[1] <= room and guess != low[0] and asked < 3:
+        point, asked = (guess, peak(guess)), asked + 1
+        low, high = (point, high) if point[1] <= room else (low, point)
+        if high:
+            guess = low[0] + math.floor((room - low[1]) * (high[0] - low[0]) / (high[1] - low[1]))
+        else:  # beyond, to have a chord
+            guess = math.ceil(1.2 * low[0] * min(20, (room - least) / (low[1] - least)))
+    return guess if high else low[0]
 
 
 def fit(c):
@@ -273,19 +307,22 @@ def fit(c):
     ledgers = {}
 
     def peak(B):
-        ledgers[B] = micro_step(model, B, W, c.tokens, c.answers, dtype, accumulation * number > 1)
-        ledgers[B].at_peak[ADAM] = 8 * trained
+        if B not in ledgers:
+            ledgers[B] = micro_step(model, B, W, c.tokens, c.answers, dtype, accumulation * number > 1)
+            ledgers[B].at_peak[ADAM] = 8 * trained
         return ledgers[B].at_peak.total()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_numbers(model, dtype)
-        most = largest(peak, B, room)
+        peak(B)
+        least = sum(ledgers[B].at_peak[tag] for tag in (FROZEN, TRAINED, COPIES, ADAM)) + 4 * trained
+        most = largest(peak, least, B, room)
     ledger = ledgers[B]
 
     # --- time and traffic
     micro_flops = flops_per_step(model, B * c.tokens, B * W, B * c.answers)
-    rate = 1e12 * (c.tflops or (790 if size > 24 else 165)) * c.mfu
-    seconds = micro_flops * accumulation / rate
+    tflops = c.tflops or (790.0 if size > 24 else 165.0)
+    seconds = micro_flops * accumulation / (1e12 * tflops * c.mfu)
     clips = B * accumulation / seconds  # a second and card
     window_bytes = 2 * round(c.window_length * model.hearing["sample_rate"])
     items = epoch_items(c)
@@ -297,7 +334,8 @@ def fit(c):
         "peak_gb": ledger.at_peak.total() / 1e9, "largest_batch": most,
         "forward_gflop": {name: ledger.flops[name] / B / 1e9 for name in PARTS.values()},
         "flops_per_sample": micro_flops / B, "flops_per_step": micro_flops * accumulation * number,
-        "step_s": seconds, "samples_per_s": clips * number, "windows_per_s": clips * number * W,
+        "tflops": tflops, "mfu": c.mfu, "step_s": seconds, "samples_per_s": clips * number,
+        "windows_per_s": clips * number * W,
         "host_to_device_mb_s": clips * number * W * window_bytes / 1e6,
         "all_reduce_gb": 4 * trained / 1e9 if number > 1 else 0.0,
         "epoch_items": items, "epoch_hours": items and items / (clips * number) / 3600}
@@ -307,14 +345,25 @@ def fit(c):
 
 def report(c, f, parameters, model):
     how = f"{c.precision}, {'blocks recomputed' if model.recompute else 'nothing recomputed'}"
-    print(f"{f['gpus']} x {f['gpu_gb']:g} GB | {f['batch_size']} clips x {f['windows']} windows, {f['tokens']} "
-          f"tokens, {f['answers']} of answers | {c.gradient_accumulation_steps} micro-steps a step | {how}")
-    print(f"{'part':24}{'parameters':>16}{'trained':>16}{'GFLOP a clip, forward':>24}")
+    print(f"{f['gpus']} x {f['gpu_gb']:g} GB | {f['batch_size']} clips of {f['windows']} windows and "
+          f"{f['tokens']} tokens, {f['answers']} with labels | {c.gradient_accumulation_steps} micro-steps a "
+          f"step | {how}")
+    if c.clap_checkpoint and not os.path.isfile(config.place(c.clap_checkpoint)):
+        print(f"clap_checkpoint = {c.clap_checkpoint} is not here: the encoder's sizes are the settings'")
+    print(f"\n{'part':24}{'parameters':>16}{'trained':>16}{'forward GFLOP a clip':>24}")
     for part, name in PARTS.items():
         trains, frozen = parameters[part, True], parameters[part, False]
         print(f"{name:24}{trains + frozen:16,}{trains:16,}{f['forward_gflop'][name]:24.1f}")
     print(f"{'all':24}{f['trained'] + f['frozen']:16,}{f['trained']:16,}"
-          f"{sum(f['forward_gflop'].values()):24.1f}\n\nmemory of a card at the peak, GB of 10^9 bytes")
+          f"{sum(f['forward_gflop'].values()):24.1f}\n\nmemory of a card at the peak, GB (10^9 bytes)")
     for name, size in f["memory_gb"].items():
         if size >= 0.0005:
-            print(f"  {'kept of the ' * (name in PARTS.values())}{name:36}"[:40] + f"{size:9.3f}")
+            print(f"  {'kept of the ' if name in PARTS.values() else ''}{name}".ljust(40) + f"{size:9.3f}")
+    print(f"  {'peak':38}{f['peak_gb']:9.3f}\n  {'largest batch that fits':38}{f['largest_batch']:9}\n")
+    print(f"a step: {f['flops_per_step'] / 1e12:.4g} TFLOP, {f['flops_per_sample'] / 1e12:.3g} a clip; at "
+          f"{f['mfu']:.0%} of {f['tflops']:g} TFLOP/s {f['step_s']:.2f} s, {f['samples_per_s']:.4g} clips/s")
+    print(f"to the cards: {f['windows_per_s']:.4g} windows/s, {f['host_to_device_mb_s']:.4g} MB/s; gradients "
+          f"reduced between them: {f['all_reduce_gb']:.3g} GB a step")
+    print("an epoch: " + (f"{f['epoch_items']:,.0f} clips, {f['epoch_hours']:.3g} h" if f["epoch_items"] else
+                          f"its manifests are not here, say --items; 100,000 clips take "
+                          f"{1e5 / f['samples_per_s'] / 3600:.3g} h"))

@@ -18,7 +18,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import checkpoint
@@ -81,7 +81,7 @@ def text_side(c):
     elif os.path.isdir(config.place(c.lang_encoder_path)):
         return checkpoint.text_side(c)
     if name not in KNOWN:
-        raise ValueError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder; without one fit knows "
+        raise ValueError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder; known by name are "
                          f"{', '.join(KNOWN)}")
     return None, KNOWN[name], Marks(KNOWN[name].vocab)
 
@@ -165,42 +165,34 @@ def operations(op, args, kwargs, out):
     return count(*args, **kwargs, out_val=out) if count else 0
 
 
-class BiasedAttention(torch.autograd.Function):
-    """CUDA's attention whose bias trains (the CPU has none that is fused): what it keeps, what it returns."""
+class FusedAttention(torch.autograd.Function):
+    """What CUDA's attention keeps for the backward pass and what it returns then; CPUs fuse less of it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias):
-        o = F.scaled_dot_product_attention(q, k, v, bias)
-        ctx.save_for_backward(q, k, v, bias, o, o.new_empty(o.shape[:3], dtype=torch.float32))
+    def forward(ctx, q, k, v, mask, causal):
+        many = q.shape[1] != k.shape[1]
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=many)
+        ctx.save_for_backward(q, k, v, mask, o, o.new_empty(o.shape[:3], dtype=torch.float32))
         return o
 
     @staticmethod
     def backward(ctx, dy):
-        return tuple(map(torch.empty_like, ctx.saved_tensors[:4]))
+        inputs = zip(ctx.saved_tensors[:4], ctx.needs_input_grad)
+        return *(torch.empty_like(x) if needed else None for x, needed in inputs), None
 
 
+@contextmanager
 def as_on_gpu():
-    """CUDA's autocast norms and takes softmax in float32, the CPU's does not; CUDA's RMSNorm is one operation
-    that keeps its input and a number per row, as LayerNorm does."""
-    plain = F.scaled_dot_product_attention
-    widen = lambda x: x.float() if isinstance(x, torch.Tensor) else x
-
-    def wide(f):
-        def call(*args, **kwargs):
-            if torch.is_autocast_enabled("cpu"):
-                args, kwargs = tree_map(widen, (args, kwargs))
-            return f(*args, **kwargs)
-        return call
-
-    layer_norm = wide(F.layer_norm)
+    """CUDA's autocast norms in float32, the CPU's does not; CUDA's RMSNorm is one operation that keeps its
+    input and a number per row, as LayerNorm does; its attentions keep no scores."""
+    widen = lambda x: x.float() if isinstance(x, torch.Tensor) and torch.is_autocast_enabled("cpu") else x
+    plain = F.layer_norm
+    layer_norm = lambda *args: plain(*map(widen, args))
     rms_norm = lambda x, shape, weight, eps: layer_norm(x, shape, weight)
-
-    def attention(q, k, v, attn_mask=None, **how):
-        trains = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-        return BiasedAttention.apply(q, k, v, attn_mask) if trains else plain(q, k, v, attn_mask, **how)
-
-    return mock.patch.multiple(F, layer_norm=layer_norm, rms_norm=rms_norm, softmax=wide(F.softmax),
-                               scaled_dot_product_attention=attention)
+    attention = lambda q, k, v, mask=None, causal=False: FusedAttention.apply(q, k, v, mask, causal)
+    with mock.patch.multiple(F, layer_norm=layer_norm, rms_norm=rms_norm), \
+            mock.patch.object(modeling, "attention", attention):
+        yield
 
 
 def fused(q, k, v, n_keys, gate):
@@ -232,7 +224,7 @@ def micro_step(model, B, W, T, A, dtype, keep_gradients=False, on_gpu=True):
             ledger.enter("clap")
             audio, heard = [], 0
             for some in sound.split(part):
-                again = audio and not model.clap_trains() and len(some) == part  # adds its tokens alone
+                again = len(audio) and not model.clap_trains() and len(some) == part  # adds its tokens alone
                 audio.append(torch.empty_like(audio[0]) if again else model.clap(modeling.to_float(some)))
                 heard += 0 if again else len(some)
             ledger.flops[PARTS["clap"]] *= B * W / heard
@@ -283,7 +275,7 @@ def largest(peak, least, B, room):
     of sums linear in the batch: between two batches it lies below their chord, which is what is trusted."""
     low, high = (0, least), None
     guess, asked = B, 0
-    while low[1] <= room and guess != low[0] and asked < 3:
+    while low[1] <= room and guess != low[0] and asked < 2:
         point, asked = (guess, peak(guess)), asked + 1
         low, high = (point, high) if point[1] <= room else (low, point)
         if high:
@@ -306,18 +298,20 @@ def fit(c):
     trained = sum(n for (_, trains), n in parameters.items() if trains)
     ledgers = {}
 
-    def peak(B):
-        if B not in ledgers:
-            ledgers[B] = micro_step(model, B, W, c.tokens, c.answers, dtype, accumulation * number > 1)
-            ledgers[B].at_peak[ADAM] = 8 * trained
-        return ledgers[B].at_peak.total()
+    def peak(B, tokens=c.tokens, answers=c.answers):
+        if (B, tokens) not in ledgers:
+            ledger = micro_step(model, B, W, tokens, answers, dtype, accumulation * number > 1)
+            ledger.at_peak[ADAM] = 8 * trained
+            ledgers[B, tokens] = ledger
+        return ledgers[B, tokens].at_peak.total()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_numbers(model, dtype)
+        longest = peak(B, c.max_tokens, c.max_tokens // 2)
         peak(B)
-        least = sum(ledgers[B].at_peak[tag] for tag in (FROZEN, TRAINED, COPIES, ADAM)) + 4 * trained
+        ledger = ledgers[B, c.tokens]
+        least = sum(ledger.at_peak[tag] for tag in (FROZEN, TRAINED, COPIES, ADAM)) + 4 * trained
         most = largest(peak, least, B, room)
-    ledger = ledgers[B]
 
     # --- time and traffic
     micro_flops = flops_per_step(model, B * c.tokens, B * W, B * c.answers)
@@ -331,7 +325,8 @@ def fit(c):
         "tokens": c.tokens, "answers": c.answers, "trained": trained,
         "frozen": sum(parameters.values()) - trained,
         "memory_gb": {name: n / 1e9 for name, n in ledger.at_peak.items()},
-        "peak_gb": ledger.at_peak.total() / 1e9, "largest_batch": most,
+        "peak_gb": ledger.at_peak.total() / 1e9, "longest_texts_gb": longest / 1e9, "room_gb": room / 1e9,
+        "largest_batch": most,
         "forward_gflop": {name: ledger.flops[name] / B / 1e9 for name in PARTS.values()},
         "flops_per_sample": micro_flops / B, "flops_per_step": micro_flops * accumulation * number,
         "tflops": tflops, "mfu": c.mfu, "step_s": seconds, "samples_per_s": clips * number,
@@ -359,7 +354,10 @@ def report(c, f, parameters, model):
     for name, size in f["memory_gb"].items():
         if size >= 0.0005:
             print(f"  {'kept of the ' if name in PARTS.values() else ''}{name}".ljust(40) + f"{size:9.3f}")
-    print(f"  {'peak':38}{f['peak_gb']:9.3f}\n  {'largest batch that fits':38}{f['largest_batch']:9}\n")
+    longest = f"peak, texts of {c.max_tokens}, half labels"
+    for name, size in (("peak", f["peak_gb"]), (longest, f["longest_texts_gb"]), ("room", f["room_gb"])):
+        print(f"  {name:38}{size:9.3f}")
+    print(f"  {'largest batch that fits':38}{f['largest_batch']:9}\n")
     print(f"a step: {f['flops_per_step'] / 1e12:.4g} TFLOP, {f['flops_per_sample'] / 1e12:.3g} a clip; at "
           f"{f['mfu']:.0%} of {f['tflops']:g} TFLOP/s {f['step_s']:.2f} s, {f['samples_per_s']:.4g} clips/s")
     print(f"to the cards: {f['windows_per_s']:.4g} windows/s, {f['host_to_device_mb_s']:.4g} MB/s; gradients "

@@ -22,6 +22,7 @@ import config as settings
 from tools import sound
 from tools.index import open_items
 from tools.records import take_files
+from tools.sizes import about_tokens, padding
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
@@ -49,7 +50,8 @@ def read_clip(path, start, window_length, window_overlap, max_num_window, sample
     y, unheard = read_heard(path, start, window_length, window_overlap, max_num_window, sample_rate, seconds)
     L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
     n = min(max_num_window, 1 + max(0, -(-(len(y) - L) // (L - O))))
-    y = np.pad(y, (0, n * L - (n - 1) * O - len(y)))
+    if silence := n * L - (n - 1) * O - len(y):
+        y = np.concatenate([y, np.zeros(silence, np.int16)])
     return np.stack([y[i * (L - O):i * (L - O) + L] for i in range(n)]) if O else y.reshape(n, L), unheard
 
 
@@ -60,15 +62,15 @@ def read_heard(path, start, window_length, window_overlap, max_num_window, sampl
         raise ValueError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
                          f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, 1 window or more")
     longest = max_num_window * L - (max_num_window - 1) * O
-    x, rest = sound.read(path, start, min(longest / sample_rate, seconds or math.inf), sample_rate)
-    low, high = x.min(), x.max()
+    heard = min(longest / sample_rate, seconds or math.inf)
+    x, low, high, rest = sound.read(path, start, heard, sample_rate)
     peak = max(high, -low)
     if low >= 0 < peak:  # the published rule
         x = 2 * x / high - 1
     elif peak > 0:  # all zeros would be 0/0 there
         x /= peak
     x *= 32767
-    return x[:longest].astype(np.int16), max(0.0, min(rest, seconds or math.inf) - longest / sample_rate)
+    return x[:longest].astype(np.int16), max(0.0, min(rest, seconds or math.inf) - heard)
 
 
 def unheard_note(clips, long, seconds, hearing):
@@ -189,8 +191,7 @@ class Manifest:
             self._fail("", item, "an object with name, prompt, output", i)
         names = item.get("name")
         if type(names) is not list or len(names) < 2 or not all(type(name) is str for name in names):
-            self._expect(item, "name", str, i)  # or two clips and more, of one question
-            names = [names]
+            names = [self._expect(item, "name", str, i)]  # or two clips and more, of one question
         self._expect(item, "prompt", str, i)
         self._expect(item, "output", str, i)
         for field in ("duration", "audio_start"):
@@ -214,6 +215,7 @@ class Manifest:
             self._fail(key, value, f"a {kind.__name__}", item)
         if kind is str and not value.isascii() and HALF.search(value):
             self._fail(key, ascii(value), "text, without halves of characters", item)
+        return value
 
     def __len__(self):
         return len(self.items)
@@ -255,9 +257,6 @@ def open_manifests(config, names):
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples and batches
-
-TOKENS_PER_WINDOW = 10  # a window of 10 s costs a training step of the 3B model as much as ten tokens of text
-WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # about what tokenizers cut a text into first
 
 
 class Clips(Dataset):
@@ -315,20 +314,14 @@ class Clips(Dataset):
 
     def sizes(self, tokenizer=None):
         """(n, 2): windows and text tokens (without a tokenizer: characters) of every row."""
-        items = [self.manifests[m].items[j] for m, j in self.rows.tolist()]
-        texts = [[item[field].strip().lower() for item in items] for field in ("prompt", "output")]
-        tokens = about_tokens(tokenizer, {*texts[0], *texts[1]}) if tokenizer else None
-        count = tokens.__getitem__ if tokenizer else len
-        return np.stack([self.windows(), sum(np.fromiter(map(count, t), np.int64, len(t)) for t in texts)], 1)
-
-
-def about_tokens(tokenizer, texts):
-    """{text: about how many tokens it is}: every word is tokenized once, in a fraction of the time of all."""
-    words = {text: WORD.findall(text) for text in texts}
-    known = list({word for some in words.values() for word in some})
-    ids = tokenizer(known, add_special_tokens=False, split_special_tokens=True)["input_ids"] if known else []
-    known = dict(zip(known, map(len, ids)))
-    return {text: sum(map(known.__getitem__, some)) for text, some in words.items()}
+        prompts, outputs = [""] * len(self), [""] * len(self)
+        for m in np.unique(self.rows[:, 0]):
+            mine = np.flatnonzero(self.rows[:, 0] == m)
+            for i, item in zip(mine.tolist(), self.manifests[m].items.many(self.rows[mine, 1])):
+                prompts[i], outputs[i] = item["prompt"].strip().lower(), item["output"].strip().lower()
+        count = about_tokens(tokenizer, {*prompts, *outputs}).get if tokenizer else len
+        texts = [count(prompt) + count(output) for prompt, output in zip(prompts, outputs)]
+        return np.stack([self.windows(), np.array(texts, np.int64)], 1)
 
 
 class Batches(Sampler):
@@ -370,23 +363,6 @@ class Batches(Sampler):
 
     def __iter__(self):
         return iter(self.mine)
-
-
-def padding(sizes, ranks):
-    """What a plan wastes: the padded shares of windows and of text slots, and by how much the rank with the
-    most work has more than the mean, over steps. Work: text slots, and windows, each as much as ten."""
-    if not ranks:
-        return {}
-    real, slots, work = sizes.sum(0), np.zeros(2, np.int64), np.zeros((len(ranks), len(ranks[0])))
-    for k, batches in enumerate(ranks):
-        for r, batch in enumerate(batches):
-            if len(batch):
-                padded = len(batch) * sizes[batch].max(0)
-                slots += padded
-                work[k, r] = TOKENS_PER_WINDOW * sizes[batch, 0].sum() + padded[1]
-    window_padding, token_padding = (1 - real / np.maximum(slots, 1)).tolist()
-    imbalance = work.max(1).sum() / max(work.mean(1).sum(), 1e-9) - 1
-    return {"window_padding": window_padding, "token_padding": token_padding, "rank_imbalance": imbalance}
 
 
 class Collate:

@@ -15,12 +15,12 @@ from collections import Counter, defaultdict
 from functools import partial
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 import config as settings
-from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, about_tokens, open_manifests
+from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
 from tools import sound
+from tools.sizes import about_tokens
 from tools.spread import spread
 
 write: str | None = None  # folder for cleaned copies of the manifests; None: none are written
@@ -55,15 +55,15 @@ def inspect(manifests, hearing, task):
     problem, total, rates = None, 0.0, []
     for path in item["paths"]:
         try:
-            x, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
-            rates.append(soundfile.info(path).samplerate)
+            x, low, high, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
+            rates.append(sound.rate_of(path))
         except (FileNotFoundError, ValueError) as error:
             problem = problem or str(error).removeprefix(path + ": ")
             continue
         held = len(x) / hearing["sample_rate"]
         if held < min(longest, rest) - 0.1:  # the sound ends before the header says so
             problem = problem or f"truncated: {held:.2f} s, its header says {rest:.2f} s"
-        elif max(x.max(), -x.min()) <= sound.SILENT:
+        elif max(high, -low) <= sound.SILENT:
             problem = problem or "silent"
         total += rest
     duration = item["duration"]
@@ -142,7 +142,7 @@ def main(c, files):
     for m, manifest in enumerate(opened):
         causes = Counter(cause_of(r["problem"]) for r in found[m] if r["problem"])
         good = len(manifest) - sum(causes.values())
-        hours = sum(r["seconds"] for r in found[m]) / 3600
+        hours = sum(r["seconds"] for r in found[m] if not r["problem"]) / 3600
         print(f"{manifest.name}: {len(manifest)} items, {good} good" +
               "".join(f", {n} {what}" for what, n in causes.most_common()) + f"; {hours:.4g} h")
         if folder:
@@ -225,7 +225,7 @@ def write_page(path, opened, found, told, hearing, tokenizer, c):
         bad = [(i, r["problem"]) for i, r in enumerate(rows) if r["problem"]]
         for i, problem in bad:
             causes[cause_of(problem)].append(f"{manifest.name} {i}: {manifest[i]['path']}: {problem}")
-        hours = sum(r["seconds"] for r in rows) / 3600
+        hours = sum(r["seconds"] for r in rows if not r["problem"]) / 3600
         body.append(f"<tr><td>{html.escape(manifest.name)}<td>{len(rows)}<td>{len(rows) - len(bad)}"
                     f"<td>{hours:.4g}")
     body.append("</table><h2>Causes of failure</h2>" if causes else "</table>")

@@ -28,8 +28,7 @@ SMALL = 1000  # items that are parsed faster than a file is worth leaving beside
 MAGIC = "items of a manifest 1 "
 COLUMNS = {"place": "2i8", "seconds": "f4", "clips": "i4"}  # from where to where; nan: no duration is told
 
-KEY = re.compile(r'[ \t\n\r]*"((?:[^"\\]|\\.)*)"[ \t\n\r]*:[ \t\n\r]*')
-NEXT = re.compile(r"[ \t\n\r]*([,}])")
+KEY = re.compile(r'([ \t\n\r]*)"([^"\\]*(?:\\.[^"\\]*)*)"([ \t\n\r]*:[ \t\n\r]*)')
 EMPTY = re.compile(r"{[ \t\n\r]*}")
 SPACE = re.compile(r"[ \t\n\r]*")
 scan = json.JSONDecoder().scan_once  # (text, where a value begins) -> value, where it ends
@@ -73,6 +72,11 @@ class Items(Sequence):
         at, end = struct.unpack("<2q", self._read(self.begin["place"] + 16 * i, 16))
         return json.loads(self._read(self.text + at, end - at))
 
+    def many(self, chosen):
+        """The items of an array of numbers, one after the other."""
+        for at, end in self.column("place")[chosen].tolist():
+            yield json.loads(self._read(self.text + at, end - at))
+
     def __reduce__(self):  # to a worker that is not forked
         if self.path:
             return open_index, (self.path, self.told["sha256"])
@@ -80,22 +84,30 @@ class Items(Sequence):
 
 
 def walk(text, at, visit):
-    """Call visit(key, where its value begins) -> where it ends, for every member of the object at `at`;
+    """Call visit(i, key, where its value begins) -> where it ends, for every member of the object at `at`;
     -> the object's end. ValueError where the text is no JSON."""
     if empty := EMPTY.match(text, at):
         return empty.end()
-    at += 1
+    at, i, gap, colon = at + 1, 0, "", ""
     while True:
-        key = KEY.match(text, at)
-        if not key:
-            raise ValueError(f"no key at {at}")
-        name = key[1] if "\\" not in key[1] else json.loads(f'"{key[1]}"')
-        mark = NEXT.match(text, visit(name, key.end()))
-        if not mark:
-            raise ValueError(f"no end of {name!r}")
-        at = mark.end()
-        if mark[1] == "}":
-            return at
+        usual = f'{gap}"{i}"{colon}'  # most members are like the one before
+        if colon and text.startswith(usual, at):
+            name, at = str(i), at + len(usual)
+        else:
+            key = KEY.match(text, at)
+            if not key:
+                raise ValueError(f"no key at {at}")
+            gap, name, colon, at = key[1], key[2], key[3], key.end()
+            name = name if "\\" not in name else json.loads(f'"{name}"')
+        at = visit(i, name, at)
+        i += 1
+        if text[at:at + 1] != ",":
+            at = SPACE.match(text, at).end()
+            if text[at:at + 1] == "}":
+                return at + 1
+            if text[at:at + 1] != ",":
+                raise ValueError(f"no end of {name!r}")
+        at += 1
 
 
 def parse(raw, check_item):
@@ -104,25 +116,30 @@ def parse(raw, check_item):
     raw.isascii() or raw.decode()  # UTF-8 or an error
     head, columns, wrong = {}, {}, []
 
-    def item(key, at):
-        value, end = scan(text, at)
-        i = len(columns["clips"])
-        numbers = (math.nan, 1)
-        if not wrong:
-            try:
-                numbers = check_item(i, key, value)
-            except ValueError as error:
-                wrong.append(error)
-        columns["place"].extend((at, end))
-        columns["seconds"].append(numbers[0])
-        columns["clips"].append(numbers[1])
-        return end
+    def items(at):
+        place, seconds, clips = array("q"), array("f"), array("i")
+        columns.update(place=place, seconds=seconds, clips=clips)
 
-    def member(key, at):
+        def item(i, key, at):
+            value, end = scan(text, at)
+            numbers = math.nan, 1
+            if not wrong:
+                try:
+                    numbers = check_item(i, key, value)
+                except ValueError as error:
+                    wrong.append(error)
+            place.append(at)
+            place.append(end)
+            seconds.append(numbers[0])
+            clips.append(numbers[1])
+            return end
+
+        return walk(text, at, item)
+
+    def member(_, key, at):
         if key == "data" and text[at:at + 1] == "{":
-            columns.update(place=array("q"), seconds=array("f"), clips=array("i"))
             head[key] = {}
-            return walk(text, at, item)
+            return items(at)
         value, end = scan(text, at)
         head[key] = json.loads(raw[at:end])  # with its characters, not its bytes
         return end

@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import soxr
 
-BLOCK = 2 ** 16  # frames decoded at a time: a header's word for its size or channels costs no memory
+BLOCK = 2 ** 17  # samples decoded at a time: a header's word for its size or channels costs no memory
 LOUDEST = 1e30  # samples beyond it are none: float32 arithmetic would end
 SILENT = 1e-4  # peak of a channel that is called silent, -80 dB: lossy codecs leave some noise there
 
@@ -99,15 +99,34 @@ def open_sound(path):
     return f, frames, known
 
 
-def blocks(f, first, n):
-    """Up to n frames from `first` on, as (k, channels) float32, each good until the next."""
-    if first or f.tell():
+def go_to(f, first):
+    if first or f.seekable():  # some formats can be read once, from the beginning
         f.seek(first)
-    buffer = np.empty((min(n, BLOCK), f.channels), np.float32)
+
+
+def blocks(f, first, n, kind=np.float32):
+    """Up to n frames from `first` on, as (k, channels), each good until the next."""
+    go_to(f, first)
+    buffer = np.empty((min(n, max(1, BLOCK // f.channels)), f.channels), kind)
     while n > 0:
         block = f.read(out=buffer[:n])
         yield block
         n = n - len(block) if len(block) == len(buffer) else 0
+
+
+def read_channel(f, first, n, channel):
+    """-> (k,) float32, k <= n."""
+    kind = np.int16 if f.subtype == "PCM_16" else np.float32  # libsndfile takes ten times as long to scale
+    x, done = np.empty(min(n, f.frames - first), kind), 0  # no memory before it is written to
+    if f.channels == 1:
+        go_to(f, first)
+        x = f.read(out=x)
+    else:
+        for block in blocks(f, first, len(x), kind):
+            x[done:done + len(block)] = block[:, channel]
+            done += len(block)
+        x = x[:done]
+    return x if kind is np.float32 else x.astype(np.float32) * np.float32(2 ** -15)  # exact
 
 
 def decode(path, start, seconds, count=False):
@@ -124,13 +143,12 @@ def decode(path, start, seconds, count=False):
             first, n = int(start * rate), max(1, math.ceil(round(seconds * rate, 6)))
             if first >= f.frames:
                 return np.empty(0, np.float32), rate, frames
-            read = lambda channel: np.concatenate([block[:, channel].copy() for block in blocks(f, first, n)])
-            x = read(0)
-            if f.channels > 1 and len(x) and not np.abs(x).max() > SILENT:
+            x = read_channel(f, first, n, 0)
+            if f.channels > 1 and len(x) and not max(x.max(), -x.min()) > SILENT:
                 peaks = np.max([np.abs(block).max(0) for block in blocks(f, first, n) if len(block)], 0)
                 if peaks.max() > SILENT:
                     instead = int(peaks.argmax())
-                    x = read(instead)
+                    x = read_channel(f, first, n, instead)
             if not known:
                 more = len(x) == n
                 rest = sum(map(len, blocks(f, first + n, 2 ** 50))) if count and more else 0
@@ -143,16 +161,21 @@ def decode(path, start, seconds, count=False):
     return x, rate, frames
 
 
+def rate_of(path):
+    with quiet():
+        return soundfile.info(path).samplerate
+
+
 def read(path, start, seconds, sample_rate, count=False):
-    """-> x (n,) float32 at sample_rate, n > 0: at most `seconds` from `start` on; and the seconds that the
-    file has from there on (see decode). FileNotFoundError, ValueError: whatever a decoder raises is about the
-    file."""
+    """-> x (n,) float32 at sample_rate, n > 0: at most `seconds` from `start` on; its least and greatest; and
+    the seconds that the file has from there on (see decode). FileNotFoundError, ValueError: whatever a
+    decoder raises is about the file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such audio file")
+        what = "a folder, no" if os.path.isdir(path) else "no such"
+        raise FileNotFoundError(f"{path}: {what} audio file")
     try:
         x, rate, frames = decode(path, start, seconds, count)
-        peak = np.abs(x).max() if len(x) else 0
-        if rate != sample_rate and 0 < len(x) and peak < LOUDEST:
+        if rate != sample_rate and len(x):
             x = soxr.resample(x, rate, sample_rate)  # HQ
             x = x if len(x) else np.zeros(1, np.float32)  # less than one sample
     except Exception as error:
@@ -160,6 +183,7 @@ def read(path, start, seconds, sample_rate, count=False):
         raise ValueError(f"{path}: not readable as audio ({cause})") from error
     if not len(x):
         raise ValueError(f"{path}: no audio from {start} s on (the file has {frames / rate:.2f} s)")
-    if not peak < LOUDEST:
+    low, high = x.min(), x.max()
+    if not -LOUDEST < low <= high < LOUDEST:  # also where one is not a number
         raise ValueError(f"{path}: holds samples that are not finite numbers, or beyond {LOUDEST:g}")
-    return x, max(frames / rate - start, 0)
+    return x, low, high, max(frames / rate - start, 0)

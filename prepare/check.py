@@ -241,6 +241,7 @@ def write_page(path, opened, found, told, hearing, tokenizer, c):
         m, i = good[k]
         told = seen(opened[m], i, hearing, tokenizer, c.max_tokens)
         body.append(f'<div class="item"><h3>{html.escape(opened[m].name)} {i}</h3>{told}</div>')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".tmp", "w") as f:
         f.write(PAGE.format(title="Data", body="\n".join(body)))
     os.replace(path + ".tmp", path)

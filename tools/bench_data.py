@@ -1,7 +1,7 @@
 """tools/bench.py data: what data costs: index, items, plans, padding, decoding.
 
     python tools/bench.py data                       # a million items in 40 manifests, 2 minutes
-    python tools/bench.py data --items=10000000      # as many as a pretraining blend; 2 GB of JSON, 20 minutes
+    python tools/bench.py data --items=10000000      # as many as a pretraining blend; 3 GB of JSON, minutes
 """
 import json
 import multiprocessing

@@ -156,6 +156,23 @@ class ClapEncoder(nn.Module):
         return 2 * n * sum(matrix_sizes(stage) * patches / 4 ** i for i, stage in stages)
 
 
+def attention(q, k, v, mask=None, causal=False):
+    """softmax(q k^T / sqrt(d) + mask) v; q (B, H, T, d), k and v of as many heads or a divisor; a bool mask
+    is True where a key is seen."""
+    learns = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
+    if not learns or q.device.type != "cpu" or q.dtype is not torch.bfloat16:
+        many = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=many)
+    # spelled out: backwards, a CPU's fused kernel takes five times as long in bfloat16
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if causal else mask
+    if mask is not None:
+        seen = mask.dtype is torch.bool
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if seen else scores + mask
+    return scores.softmax(-1) @ v
+
+
 @lru_cache
 def window_order(side, w, shift, device):
     """-> the patches of a (side, side) grid rolled by `shift`, window (w, w) by window; and the way back."""
@@ -173,7 +190,7 @@ def swin_block(block, x):
     bias = attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)[None]
     if block.shift_size:  # patches that the roll made neighbours don't see each other
         bias = (bias + block.attn_mask[:, None]).repeat(n, 1, 1, 1)
-    y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).transpose(1, 2).reshape(n, L, C)
+    y = attention(q, k, v, bias.to(q.dtype)).transpose(1, 2).reshape(n, L, C)
     x = x + block.drop_path(attn.proj(y)[:, back])
     return x + block.drop_path(block.mlp(block.norm2(x)))
 
@@ -235,7 +252,7 @@ class AudioAttention(nn.Module):
         B, S, C = x.shape
         split = lambda y: y.view(B, S, self.n_head, self.d).transpose(1, 2)  # (B, H, S, d)
         q, k, v = split(self.w_qs(x)), split(self.w_ks(x)), split(self.w_vs(x))
-        o = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, attn_mask=mask)
+        o = attention(rotate(q, *rope), rotate(k, *rope), v, mask)
         return self.layer_norm(x + self.fc(o.transpose(1, 2).reshape(B, S, C)))
 
 
@@ -301,7 +318,7 @@ def sdpa_attention(q, k, v, n_keys, gate):
     mask = key_mask(n_keys.clamp(min=1), k.shape[1])
     has_keys = (n_keys > 0).view(*n_keys.shape, *[1] * (4 - n_keys.ndim))  # (B, 1 or T, 1, 1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    o = attention(q, k, v, mask).transpose(1, 2)
     return (gate.tanh() * has_keys * o).to(q.dtype)
 
 
@@ -389,7 +406,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Place(NamedTuple):
@@ -420,7 +437,7 @@ class SelfAttention(nn.Module):
         qk, v = rotate(torch.cat([q, k], 2).transpose(1, 2), *place.rope), v.transpose(1, 2)
         q, k = qk.split([q.shape[2], k.shape[2]], 1)  # (B, H, T, d); k and v have fewer heads
         if past is None:  # causality alone keeps the tokens of right-padded texts from seeing padding
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            o = attention(q, k, v, causal=True)
         else:
             slots = place.slots[:, None, :, None].expand_as(k)
             k, v = past[0].scatter_(2, slots, k), past[1].scatter_(2, slots, v)

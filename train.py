@@ -133,8 +133,6 @@ def main(c):
     main_rank = rank == 0
     say = tqdm.write if main_rank else (lambda *_: None)
     dtype, reason = checkpoint.pick_precision(c.precision, device)
-    if device.type == "cpu" and dtype is torch.bfloat16:  # the CPU's flag, too: slow for short texts
-        torch.backends.cuda.enable_flash_sdp(False)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     torch.manual_seed(c.seed)  # the same weights on every rank
     torch.backends.cuda.matmul.allow_tf32 = True

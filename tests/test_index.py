@@ -23,14 +23,15 @@ BUILD = ("import sys; sys.path.insert(0, {root!r})\n"
 
 
 def content(n):
-    words = ["dog", "Küche", "音", "😀", 'a "quote"', "back\\slash", "tab\t", "\x7f", "line\n", "{", "}", ",", '": ']
+    words = ["dog", "Küche", "音", "😀", 'a "quote"', "back\\slash", "tab\t", "\x7f", "line\n", *"{},", '": ']
     data = {}
     for i in range(n):
         text = [" ".join(rng.choice(words, rng.integers(0, 6))) for _ in range(2)]
         data[str(i)] = {"name": f"ü/{i}.wav", "prompt": text[0], "output": text[1]}
         data[str(i)] |= {"duration": float(rng.integers(1, 9))} if rng.random() < 0.5 else {}
         data[str(i)] |= {"extra": [{"deep": [None, True, 1e-7]}, text[0]]} if rng.random() < 0.3 else {}
-    return {"split": "train", "split_path": "ö", "flamingo_task": "x", "total_num": n, "data": data, "more": [1]}
+    head = {"split": "train", "split_path": "ö", "flamingo_task": "x", "total_num": n}
+    return head | {"data": data, "more": [1]}
 
 
 def put(folder, content, **form):
@@ -51,7 +52,7 @@ def test_items_are_those_of_the_json(tmp_path, monkeypatch, n, form):
     path = put(tmp_path, told, **form)
     for again in range(2):
         manifest = Manifest(path, "root")
-        assert manifest.items[:0] == [] if n < 0 else len(manifest) == n
+        assert len(manifest) == n
         assert list(manifest.items) == list(told["data"].values())
         assert list(manifest.items.many(np.arange(n)[::-1])) == list(told["data"].values())[::-1]
         seconds = [item.get("duration", np.nan) for item in told["data"].values()]
@@ -66,7 +67,8 @@ def test_items_are_those_of_the_json(tmp_path, monkeypatch, n, form):
                 manifest.items[n]
         if n >= index.SMALL:
             monkeypatch.setattr(index, "build", None)  # the second time nothing is parsed
-    assert sorted(os.listdir(tmp_path / "a-AQA")) == ["train.json"] + ["train.json.index"] * (n >= index.SMALL)
+    files = ["train.json"] + ["train.json.index"] * (n >= index.SMALL)
+    assert sorted(os.listdir(tmp_path / "a-AQA")) == files
 
 
 def test_other_content_of_the_same_size_and_time_is_noticed(tmp_path):
@@ -102,7 +104,7 @@ def test_what_is_read_is_what_json_reads(tmp_path):
         mutated = bytearray(raw)
         for _ in range(rng.integers(1, 3)):
             at = int(rng.integers(len(raw)))
-            what = rng.choice([b'"', b"{", b"}", b",", b":", b" ", b"\\", b"\xff", b"7", b"\n", b"[", b"\xc3"])
+            what = bytes([rng.choice(list(b'"{},: \\\xff7\n[\xc3'))])
             kind = rng.integers(3)
             mutated[at:at + (kind > 0)] = what if kind < 2 else b""
         open(path, "wb").write(mutated)
@@ -118,7 +120,8 @@ def test_what_is_read_is_what_json_reads(tmp_path):
     assert min(outcomes.values()) > 100, outcomes
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"7", b"\xef\xbb\xbf{}", b'{"data": ' + b"[" * 100000, b"\x00" * 9,
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"7", b"\xef\xbb\xbf{}", b"\x00" * 9,
+                                 b'{"data": ' + b"[" * 100000,
                                  '{"split": "ü"}'.encode("latin-1"), b"{} {}"])
 def test_what_is_no_manifest_is_named(tmp_path, raw):
     path = tmp_path / "train.json"
@@ -128,8 +131,8 @@ def test_what_is_no_manifest_is_named(tmp_path, raw):
 
 
 @pytest.mark.parametrize("field", ["duration", "audio_start"])
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e300", "1e999", "-1", "true", "null", '"3"', "[1]",
-                                   "9" * 400])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e300", "1e999", "9" * 400, "-1", "true",
+                                   "null", '"3"', "[1]"])
 def test_seconds_that_are_none_are_named(tmp_path, field, value):
     told = content(20)
     told["data"]["11"][field] = "HERE"

@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 
 import checkpoint
 import config
-from model import AudioFlamingo, ClapEncoder, gated_blocks, swin_block
+from model import AudioFlamingo, ClapEncoder, attention, gated_blocks, swin_block
 from tools.decoding import Sampling, pick
+from tests import plain
 from tests.helpers import ROOT
 
 torch.manual_seed(0)
@@ -251,6 +252,47 @@ def test_swin_blocks_equal_htsats_own(spec_size):
             results.append([y.detach(), *torch.autograd.grad(y, wanted, dy)])
         for ours, theirs in zip(*results):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_equals_the_plain_one(tiny_settings):
+    """Loss and every gradient, against clips padded, encoded one by one, and scores and logits in full."""
+    model = build(tiny_settings, gates=0.6)
+    model.set_trainable(SimpleNamespace(**config.defaults()))
+    ids, windows, n, labels = batch(model)
+    mask = torch.arange(int(n.max())) < n[:, None]
+    padded = windows.new_zeros(*mask.shape, windows.shape[1])
+    padded[mask] = windows
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _, loss = model(ids, windows, n, labels)
+    theirs = plain.loss(model, ids, padded, mask, labels)
+    assert abs(loss.item() - theirs.item()) < 1e-5
+    pairs = zip(torch.autograd.grad(loss, trained.values()), torch.autograd.grad(theirs, trained.values()))
+    for name, (a, b) in zip(trained, pairs):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "seen", "added"])
+def test_attention_spelled_out_equals_the_fused_one(mask):
+    """Where a CPU learns in bfloat16, against float64 by the fused one."""
+    torch.manual_seed(0)
+    heads = 2 if mask == "causal" else 6
+    exact = [torch.randn(2, h, 20, 16, dtype=torch.float64) for h in (6, heads, heads)]
+    options = {"none": {}, "causal": {"causal": True}, "seen": {"mask": torch.rand(2, 1, 20, 20) > 0.4},
+               "added": {"mask": torch.randn(1, 6, 20, 20)}}[mask]
+    if mask == "seen":
+        options["mask"][..., 0] = True
+
+    if mask == "added":  # in bfloat16's numbers
+        options["mask"] = options["mask"].bfloat16()
+
+    def results(dtype):
+        some = {n: x.to(dtype) if n == "mask" and x.is_floating_point() else x for n, x in options.items()}
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+        o = attention(*inputs, **some)
+        return [o.detach(), *torch.autograd.grad(o, inputs, torch.ones_like(o))]
+
+    for ours, right in zip(results(torch.bfloat16), results(torch.float64)):
+        assert (ours.double() - right).abs().max() < 0.02 * right.abs().max()
 
 
 def test_import_needs_no_network_and_no_torchvision():

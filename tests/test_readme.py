@@ -20,6 +20,9 @@ NOT_HERE = {  # command: why it is not run by this test
     "pip install -r requirements.txt": "needs the registry; the Makefile's setup ran it",
     "pip install --no-deps laion-clap torchlibrosa": "needs the registry; the Makefile's setup ran it",
     "pip install -r requirements-eval.txt": "needs the registry",
+    "python prepare/datasets.py clotho_aqa --from=/data/clotho_aqa": "is run by test_datasets.py",
+    "python prepare/datasets.py --help": "is run by test_datasets.py",
+    next(c for c in COMMANDS if c.startswith("python prepare/table.py")): "is run by test_datasets.py",
     "python eval.py score answers.jsonl --task=Clotho-AQA-AQA": "is run by test_scores.py",
     "python eval.py compare ours.jsonl theirs.jsonl": "is run by test_scores.py",
 }

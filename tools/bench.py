@@ -2,6 +2,8 @@
 
     python tools/bench.py kernel     # gated cross-attention: naive, SDPA and Triton on a GPU;
                                      # on a CPU the compiler's report
+    python tools/bench.py decode     # a token of an answer: float32, bf16, int8, batches, the published way
+    python tools/bench.py train      # an optimizer step, beside one written the published way
 
 Prints a table for people; the last line of stdout is one JSON object.
 """
@@ -25,6 +27,7 @@ import model
 from model import block_sizes, gated_cross_attention, keys_values, pick_backend, triton
 from tools.bench_data import data
 from tools.bench_decode import decode
+from tools.bench_train import bench_train
 
 # ------------------------------------------------------------------------------------------------------------
 # What the compiler makes of the kernels, on any machine: no GPU is needed to compile for one
@@ -270,7 +273,7 @@ def kernel():
     return figures
 
 
-MODES = {"data": data, "decode": decode, "kernel": kernel}
+MODES = {"data": data, "decode": decode, "kernel": kernel, "train": bench_train}
 
 if __name__ == "__main__":
     if "--help" in sys.argv:

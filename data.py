@@ -21,7 +21,7 @@ import config as settings
 from tools import sound
 from tools.index import open_items
 from tools.records import take_files
-from tools.sizes import TOKENS_PER_WINDOW, about_tokens, padding
+from tools.sizes import about_tokens, padding, share
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
@@ -338,7 +338,10 @@ class Batches(Sampler):
         most, plan, left = pool * batch_size * world, [], order[:0]
         for part in np.split(order, range(most, len(order), most)):
             part = np.concatenate([left, part])
-            part, i = part[np.lexsort(sizes[part].T[::-1])], 0
+            windows, text = sizes[part].T
+            if max_windows:  # to and fro: texts are alike where the number of windows changes, too
+                text = np.where(windows % 2, text, -text)
+            part, i = part[np.lexsort((text, windows))], 0
             while step := share(part[i:], sizes, batch_size, world, max_windows):
                 plan.append(step)
                 i += sum(map(len, step))
@@ -358,26 +361,6 @@ class Batches(Sampler):
 
     def __iter__(self):
         return iter(self.mine)
-
-
-def share(part, sizes, batch_size, world, max_windows):
-    """The batches of `world` ranks from the beginning of sorted items, or None if they do not suffice."""
-    if not max_windows:
-        whole = part[:batch_size * world]
-        return [whole[r::world] for r in range(world)] if len(whole) == batch_size * world else None
-    step, i, target = [], 0, None
-    while len(step) < world:
-        windows, tokens = sizes[part[i:i + batch_size]].T
-        counts = np.arange(1, len(windows) + 1)
-        fits = max(1, (counts * windows <= max_windows).sum())
-        if i + fits >= len(part):
-            return None
-        work = TOKENS_PER_WINDOW * windows.cumsum() + counts * np.maximum.accumulate(tokens)
-        target = target or work[fits - 1]  # the first has the shortest texts: others are to have fewer items
-        n = 1 + np.abs(work[:fits] - target).argmin()
-        step.append(part[i:i + n])
-        i += n
-    return step
 
 
 class Collate:

@@ -336,7 +336,7 @@ def cost_plan(sizes, world, seed=(1, 0), **options):
     return [Batches(sizes, 16, list(seed), rank, world, **options).mine for rank in range(world)]
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 1001, 8192])
+@pytest.mark.parametrize("n", [0, 1, 7, 3001])
 @pytest.mark.parametrize("world", [1, 3, 8])
 def test_batches_by_cost_have_every_item_once(n, world):
     sizes = np.stack([rng.integers(1, 31, n), rng.integers(5, 300, n)], 1)

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import torch
 
 import config
-import train
 from model import AudioFlamingo, to_float
 from tests import plain
 from tools.bench_decode import HTSAT_TINY, SMOLLM2, Letters, clips, seconds_of
+from train import parameter_groups
+from train import peak_memory as peak
 
 B, T, ANSWERS = 4, 64, 44
 LENGTHS = {"3 windows": (3, 3, 3, 3), "1, 2, 5, 12": (1, 2, 5, 12)}
@@ -48,7 +49,7 @@ def stepper(ours, dtype, device):
         p.data = p.data.to(device, torch.float32 if p.requires_grad or not ours else dtype)
     model.clap.htsat.bn0.float()
     model.to(device).train()
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, c), fused=ours or None)
+    optimizer = torch.optim.AdamW(parameter_groups(model, c), fused=ours or None)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step(ids, windows, n_windows, labels):
@@ -71,10 +72,10 @@ def peak_memory(ours, dtype, lengths):
     step = stepper(ours, dtype, device)
     for _ in range(2):
         step(*batch(lengths, device))
-    return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else train.peak_memory()
+    return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else peak()
 
 
-def bench_train():
+def train():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = {"mode": "train", "device": str(device), "torch": torch.__version__, "seconds": {}}
     memory = {}  # first: a child's peak begins at its parent's size

@@ -1,0 +1,367 @@
+"""tools/bench.py fit: what a recipe needs and costs, before anyone rents a GPU for it.
+
+    python tools/bench.py fit config/sft.py                            # on the GPUs that its docstring names
+    python tools/bench.py fit config/sft.py --gpu=24 --gpus=1 --batch_size=1
+    python tools/bench.py fit mine.py --windows=3 --tokens=128 --answers=60 --tflops=312 --mfu=0.3
+
+A micro-step runs on tensors with shapes and no numbers (torch's FakeTensorMode), forward and backward, under
+autocast and with recomputation as in training, and every byte is counted from its birth to its death. Nothing
+is downloaded: the sizes of Qwen2.5-0.5B, -1.5B, -3B and SmolLM2-135M are known here, those of another
+language model are read from its local folder. What is not counted is kept free: 1 GB for CUDA's context and
+libraries, 5 % for the allocator's gaps.
+"""
+import ast
+import json
+import math
+import os
+import re
+import sys
+import weakref
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import checkpoint
+import config
+import model as modeling
+from data import MARKS, open_manifests
+from tools.bench_decode import SMOLLM2
+from train import flops_per_step
+
+gpu: float | None = None  # GB of the card, as its maker counts (GiB); None: the config's docstring, else 80
+gpus: int | None = None  # cards; None: the config's docstring, else 1
+windows: int | None = None  # of a clip; None: max_num_window, the most there can be
+tokens: int = 64  # of a text, with padding
+answers: int = 20  # of them with a label
+items: int | None = None  # of a pass over the blend; None: counted where all its manifests are
+mfu: float = 0.4  # share of tflops that the products reach
+tflops: float | None = None  # of the card; None: 790 (H100, bf16, measured), up to 24 GB 165 (RTX 4090)
+
+aten = torch.ops.aten
+QWEN = dict(vocab=151665, eps=1e-6, rope_theta=1e6, rope_stretch=None, qkv_bias=True, out_bias=False,
+            mlp_bias=False, qk_norm=False, tied=True, positions=32768)  # rows before <audio>
+KNOWN = {
+    "Qwen2.5-0.5B": SimpleNamespace(width=896, layers=24, inner=4864, heads=14, kv_heads=2, d=64, **QWEN),
+    "Qwen2.5-1.5B": SimpleNamespace(width=1536, layers=28, inner=8960, heads=12, kv_heads=2, d=128, **QWEN),
+    "Qwen2.5-3B": SimpleNamespace(width=2048, layers=36, inner=11008, heads=16, kv_heads=2, d=128, **QWEN),
+    "SmolLM2-135M": SMOLLM2}
+
+# ------------------------------------------------------------------------------------------------------------
+# The model of a config, without numbers
+
+
+class Marks:
+    """The tokenizer, as far as a model is made of it: how many tokens, and where its marks stand."""
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+        self.eos_token_id, self.pad_token_id, self.sep_token_id = 0, vocab + 2, vocab + 3
+
+    def __len__(self):
+        return self.vocab + len(MARKS)
+
+    def convert_tokens_to_ids(self, names):
+        return [self.vocab + MARKS.index(name) for name in names]
+
+
+def text_side(c):
+    """checkpoint.text_side of a local folder; of the language models known here, without one."""
+    name = os.path.basename(c.lang_encoder_path)
+    released = re.search(r"audio-flamingo-2(-\d\.5B)?", c.pretrained_path or "")
+    if released and "lang_encoder_path" not in c.given:  # the release tells its language model
+        name = "Qwen2.5" + (released[1] or "-3B")
+    elif os.path.isdir(config.place(c.lang_encoder_path)):
+        return checkpoint.text_side(c)
+    if name not in KNOWN:
+        raise ValueError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder; known by name are "
+                         f"{', '.join(KNOWN)}")
+    return None, KNOWN[name], Marks(KNOWN[name].vocab)
+
+
+def build(c):
+    """-> the model of the settings c on the meta device, what trains set as train.py does."""
+    state, given = {}, config.given(c)
+    if c.clap_checkpoint and os.path.isfile(config.place(c.clap_checkpoint)):  # it tells the encoder's sizes
+        state = checkpoint.clap_state(c.clap_checkpoint)
+    model = checkpoint.skeleton(c, state, text_side(c), c.clap_checkpoint, given, fresh=False)
+    model.recompute = c.gradient_checkpointing
+    model.set_trainable(c)
+    model.clap.augment = False  # SpecAugment draws numbers; it keeps nothing
+    return model.train()
+
+
+def without_numbers(model, frozen):
+    """In a FakeTensorMode: every weight in the dtype that training gives it, on the "CPU"."""
+    state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
+    checkpoint.place_weights(model, state, torch.device("cpu"), frozen, "fit")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A step, byte by byte
+
+FROZEN, TRAINED, GRADIENTS, ADAM = "frozen weights", "trained weights", "gradients", "Adam's moments"
+COPIES, BACKWARD = "bf16 copies of trained weights", "backward pass"  # with a recomputed block's insides
+PARTS = {"clap": "audio encoder", "audio_transformer": "audio transformer", "xattn": "gated cross-attention",
+         "lm": "language model", "head": "head and loss"}  # whose activations are kept
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes alive, by what they are for, and what was alive at the peak; operations of the products, forward.
+    A tensor belongs to the part of the model that is running when its memory first shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.at_peak, self.flops, self.tags = Counter(), Counter(), Counter(), {}
+        self.total, self.peak, self.part = 0, 0, "batch"
+
+    def hold(self, tensor, tag):
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self.tags:
+            self.release(key, size)
+        else:
+            weakref.finalize(storage, self.release, key, size)
+        self.tags[key] = tag
+        self.alive[tag] += size
+        self.total += size
+
+    def release(self, key, size):
+        self.alive[self.tags.pop(key)] -= size
+        self.total -= size
+
+    def enter(self, part):
+        if self.part != BACKWARD:
+            self.part = PARTS.get(part, part)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        tag = self.part
+        if op is aten._to_copy.default and self.tags.get(id(args[0].untyped_storage())) == TRAINED:
+            tag = COPIES
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.tags:
+                self.hold(tensor, tag)
+        sums = op is aten.add.Tensor and self.part == BACKWARD  # of gradients: without a mode, in place
+        if self.total > self.peak and not sums:
+            self.peak, self.at_peak = self.total, self.alive.copy()
+        if self.part != BACKWARD:
+            self.flops[self.part] += operations(op, args, kwargs or {}, out)
+        return out
+
+
+def operations(op, args, kwargs, out):
+    if op in (aten._scaled_dot_product_flash_attention_for_cpu.default, modeling.attend_op._opoverload):
+        q, k = args[:2]  # (B, H, T, d) with (B, H, N, d), or (B, T, H, d) with (B, N, H, d)
+        return 4 * q.numel() * k.shape[1 if op is modeling.attend_op._opoverload else 2]
+    count = flop_registry.get(op.overloadpacket)
+    return count(*args, **kwargs, out_val=out) if count else 0
+
+
+class FusedAttention(torch.autograd.Function):
+    """What CUDA's attention keeps for the backward pass and what it returns then; CPUs fuse less of it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, causal):
+        many = q.shape[1] != k.shape[1]
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=many)
+        ctx.save_for_backward(q, k, v, mask, o, o.new_empty(o.shape[:3], dtype=torch.float32))
+        return o
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs = zip(ctx.saved_tensors[:4], ctx.needs_input_grad)
+        return *(torch.empty_like(x) if needed else None for x, needed in inputs), None
+
+
+@contextmanager
+def as_on_gpu():
+    """CUDA's autocast norms in float32, the CPU's does not; CUDA's RMSNorm is one operation that keeps its
+    input and a number per row, as LayerNorm does; its attentions keep no scores."""
+    widen = lambda x: x.float() if isinstance(x, torch.Tensor) and torch.is_autocast_enabled("cpu") else x
+    plain = F.layer_norm
+    layer_norm = lambda *args: plain(*map(widen, args))
+    rms_norm = lambda x, shape, weight, eps: layer_norm(x, shape, weight)
+    attention = lambda q, k, v, mask=None, causal=False: FusedAttention.apply(q, k, v, mask, causal)
+    with mock.patch.multiple(F, layer_norm=layer_norm, rms_norm=rms_norm), \
+            mock.patch.object(modeling, "attention", attention):
+        yield
+
+
+def fused(q, k, v, n_keys, gate):
+    """What the Triton kernel keeps, on any machine."""
+    return modeling.attend_op(q, k, v, n_keys, gate.float().tanh(), True)[0]
+
+
+def micro_step(model, B, W, T, A, dtype, keep_gradients=False, on_gpu=True):
+    """AudioFlamingo.forward, and backward, for B clips of W windows and texts of T tokens, A of them answers:
+    equal lengths need no numbers. Call it in the FakeTensorMode of the model's weights. -> Ledger"""
+    ledger, weights = Ledger(), list(model.parameters())
+    hooks = [module.register_forward_pre_hook(lambda *_, part=name.split(".")[0]: ledger.enter(part))
+             for name, module in model.named_modules() if name.startswith(("xattn.", "lm."))]
+    gradient = lambda p: ledger.hold(p.grad, GRADIENTS)
+    hooks += [p.register_post_accumulate_grad_hook(gradient) for p in weights if p.requires_grad]
+    modeling.BACKENDS["fit"] = fused
+    model.backend = "fit" if on_gpu else "sdpa"
+    with ledger, as_on_gpu() if on_gpu else nullcontext():
+        for t in [*weights, *model.buffers()]:
+            ledger.hold(t, TRAINED if t.requires_grad else FROZEN)
+            t.grad = torch.zeros_like(t) if keep_gradients and t.requires_grad else None
+            if t.grad is not None:
+                ledger.hold(t.grad, GRADIENTS)
+        length = round(model.config.window_length * model.hearing["sample_rate"])
+        sound, ids = torch.zeros(B * W, length, dtype=torch.int16), torch.zeros(B, T, dtype=torch.long)
+        part = 64 if on_gpu or model.clap.training else 4  # as AudioFlamingo.listen
+        n_keys = torch.full((B,), W * model.clap.tokens_per_window)
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            ledger.enter("clap")
+            audio, heard = [], 0
+            for some in sound.split(part):
+                again = len(audio) and not model.clap_trains() and len(some) == part  # adds its tokens alone
+                audio.append(torch.empty_like(audio[0]) if again else model.clap(modeling.to_float(some)))
+                heard += 0 if again else len(some)
+            ledger.flops[PARTS["clap"]] *= B * W / heard
+            audio = torch.cat(audio)
+            ledger.enter("audio_transformer")
+            audio = model.audio_transformer(audio.view(B, -1, model.clap.width), n_keys)
+            ledger.enter("xattn")
+            x = model.hidden(ids, model.keys_values(audio), n_keys)
+            ledger.enter("head")
+            x = x[:, :A].flatten(0, 1)
+            loss = F.cross_entropy(model.lm.logits(x).float(), torch.zeros(B * A, dtype=torch.long))
+            del sound, audio, x
+        ledger.enter(BACKWARD)
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    for made in (modeling.hann_and_mel, modeling.window_order):  # without numbers
+        made.cache_clear()
+    return ledger
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A recipe
+
+
+def hardware(c, path):
+    """-> number and GB of the cards: as given, as the config's docstring says ("Hardware: 8 x 80 GB"), or one
+    of 80 GB."""
+    text = ast.get_docstring(ast.parse(open(path).read())) if path else ""
+    said = re.search(r"Hardware: (?:(\d+) x )?[^.]*?(\d+) GB", text or "")
+    number, size = (said[1] or 1, said[2]) if said else (1, 80)
+    return c.gpus or int(number), c.gpu or float(size)
+
+
+def epoch_items(c):
+    """Clips of an epoch: of --items, or of the manifests if all are there, else None."""
+    if c.items:
+        return c.items * c.dataset_blending_global_weight
+    root = config.place(c.dataset_file_root)
+    if not all(os.path.isfile(f"{root}/{name}.json") for name in c.dataset_blending_config):
+        return None
+    manifests = open_manifests(c, c.dataset_blending_config).items()
+    return sum(len(m) * c.dataset_blending_config[n] for n, m in manifests) * c.dataset_blending_global_weight
+
+
+def largest(peak, least, B, room):
+    """The largest batch whose peak(batch) bytes fit in room; least: those without a clip. A peak is a maximum
+    of sums linear in the batch: between two batches it lies below their chord, which is what is trusted."""
+    low, high = (0, least), None
+    guess, asked = B, 0
+    while low[1] <= room and guess != low[0] and asked < 2:
+        point, asked = (guess, peak(guess)), asked + 1
+        low, high = (point, high) if point[1] <= room else (low, point)
+        if high:
+            guess = low[0] + math.floor((room - low[1]) * (high[0] - low[0]) / (high[1] - low[1]))
+        else:  # beyond, to have a chord
+            guess = math.ceil(1.2 * low[0] * min(20, (room - least) / (low[1] - least)))
+    return guess if high else low[0]
+
+
+def fit(c):
+    path = next((arg for arg in sys.argv[1:] if arg.endswith(".py")), None)
+    number, size = hardware(c, path)
+    room = 0.95 * (size * 2 ** 30 - 1e9)
+    dtype = torch.float32 if c.precision == "fp32" else torch.bfloat16
+    B, W, accumulation = c.batch_size, c.windows or c.max_num_window, c.gradient_accumulation_steps
+    model = build(c)
+    parameters = Counter()
+    for name, p in model.named_parameters():
+        parameters[name.split(".")[0], p.requires_grad] += p.numel()
+    trained = sum(n for (_, trains), n in parameters.items() if trains)
+    ledgers = {}
+
+    def peak(B, tokens=c.tokens, answers=c.answers):
+        if (B, tokens) not in ledgers:
+            ledger = micro_step(model, B, W, tokens, answers, dtype, accumulation * number > 1)
+            ledger.at_peak[ADAM] = 8 * trained
+            ledgers[B, tokens] = ledger
+        return ledgers[B, tokens].at_peak.total()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        without_numbers(model, dtype)
+        longest = peak(B, c.max_tokens, c.max_tokens // 2)
+        peak(B)
+        ledger = ledgers[B, c.tokens]
+        least = sum(ledger.at_peak[tag] for tag in (FROZEN, TRAINED, COPIES, ADAM)) + 4 * trained
+        most = largest(peak, least, B, room)
+
+    # --- time and traffic
+    micro_flops = flops_per_step(model, B * c.tokens, B * W, B * c.answers)
+    tflops = c.tflops or (790.0 if size > 24 else 165.0)
+    seconds = micro_flops * accumulation / (1e12 * tflops * c.mfu)
+    clips = B * accumulation / seconds  # a second and card
+    window_bytes = 2 * round(c.window_length * model.hearing["sample_rate"])
+    items = epoch_items(c)
+    figures = {
+        "mode": "fit", "config": path, "gpus": number, "gpu_gb": size, "batch_size": B, "windows": W,
+        "tokens": c.tokens, "answers": c.answers, "trained": trained,
+        "frozen": sum(parameters.values()) - trained,
+        "memory_gb": {name: n / 1e9 for name, n in ledger.at_peak.items()},
+        "peak_gb": ledger.at_peak.total() / 1e9, "longest_texts_gb": longest / 1e9, "room_gb": room / 1e9,
+        "largest_batch": most,
+        "forward_gflop": {name: ledger.flops[name] / B / 1e9 for name in PARTS.values()},
+        "flops_per_sample": micro_flops / B, "flops_per_step": micro_flops * accumulation * number,
+        "tflops": tflops, "mfu": c.mfu, "step_s": seconds, "samples_per_s": clips * number,
+        "windows_per_s": clips * number * W,
+        "host_to_device_mb_s": clips * number * W * window_bytes / 1e6,
+        "all_reduce_gb": 4 * trained / 1e9 if number > 1 else 0.0,
+        "epoch_items": items, "epoch_hours": items and items / (clips * number) / 3600}
+    report(c, figures, parameters, model)
+    print(json.dumps(figures))
+
+
+def report(c, f, parameters, model):
+    how = f"{c.precision}, {'blocks recomputed' if model.recompute else 'nothing recomputed'}"
+    print(f"{f['gpus']} x {f['gpu_gb']:g} GB | {f['batch_size']} clips of {f['windows']} windows and "
+          f"{f['tokens']} tokens, {f['answers']} with labels | {c.gradient_accumulation_steps} micro-steps a "
+          f"step | {how}")
+    if c.clap_checkpoint and not os.path.isfile(config.place(c.clap_checkpoint)):
+        print(f"clap_checkpoint = {c.clap_checkpoint} is not here: the encoder's sizes are the settings'")
+    print(f"\n{'part':24}{'parameters':>16}{'trained':>16}{'forward GFLOP a clip':>24}")
+    for part, name in PARTS.items():
+        trains, frozen = parameters[part, True], parameters[part, False]
+        print(f"{name:24}{trains + frozen:16,}{trains:16,}{f['forward_gflop'][name]:24.1f}")
+    print(f"{'all':24}{f['trained'] + f['frozen']:16,}{f['trained']:16,}"
+          f"{sum(f['forward_gflop'].values()):24.1f}\n\nmemory of a card at the peak, GB (10^9 bytes)")
+    for name, size in f["memory_gb"].items():
+        if size >= 0.0005:
+            print(f"  {'kept of the ' if name in PARTS.values() else ''}{name}".ljust(40) + f"{size:9.3f}")
+    longest = f"peak, texts of {c.max_tokens}, half labels"
+    for name, size in (("peak", f["peak_gb"]), (longest, f["longest_texts_gb"]), ("room", f["room_gb"])):
+        print(f"  {name:38}{size:9.3f}")
+    print(f"  {'largest batch that fits':38}{f['largest_batch']:9}\n")
+    print(f"a step: {f['flops_per_step'] / 1e12:.4g} TFLOP, {f['flops_per_sample'] / 1e12:.3g} a clip; at "
+          f"{f['mfu']:.0%} of {f['tflops']:g} TFLOP/s {f['step_s']:.2f} s, {f['samples_per_s']:.4g} clips/s")
+    print(f"to the cards: {f['windows_per_s']:.4g} windows/s, {f['host_to_device_mb_s']:.4g} MB/s; gradients "
+          f"reduced between them: {f['all_reduce_gb']:.3g} GB a step")
+    print("an epoch: " + (f"{f['epoch_items']:,.0f} clips, {f['epoch_hours']:.3g} h" if f["epoch_items"] else
+                          f"its manifests are not here, say --items; 100,000 clips take "
+                          f"{1e5 / f['samples_per_s'] / 3600:.3g} h"))

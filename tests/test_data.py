@@ -441,6 +441,17 @@ def test_a_killed_worker_is_one_line(tiny_config, tmp_path):
                         saying=["DataLoader worker", "ended by the system"])
 
 
+def test_a_disk_that_fills_up_is_one_line(tiny_config, tmp_path):
+    limited = tmp_path / "limited.py"
+    limited.write_text("import sys; sys.path.insert(0, '.')\n"
+                       "import resource, train, config\n"
+                       "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+                       "config.run(train.main, 'train.py')\n")
+    fails_with_one_line(limited, tiny_config, f"--expdir={tmp_path}", "--run_name=full",
+                        saying=["checkpoint_0.pt: could not be written", "disk full"])
+    assert os.listdir(tmp_path / "full") == ["log.jsonl"]
+
+
 @pytest.mark.parametrize("setting", ["--expdir=/dev/null/runs",
                                      "--dataset_blending_output=/dev/null/x/b.jsonl"])
 def test_an_unwritable_place_is_told_before_the_work(tiny_config, tmp_path, setting):

@@ -22,7 +22,7 @@ import config as settings
 from tools import sound
 from tools.index import open_items
 from tools.records import take_files
-from tools.sizes import about_tokens, padding
+from tools.sizes import about_tokens, padding, share
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
@@ -330,33 +330,41 @@ class Batches(Sampler):
 
     The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
     (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
-    A rank's batch has at most batch_size items, and at most max_windows when padded. Pool order stays random.
-    `multiple` batches of all ranks are one optimizer step: the same items whatever they are divided into. The
-    epoch's last step may have fewer items: then some batches are empty.
+    A rank's batch has at most batch_size items and, if that is given, at most max_windows, padded: then how
+    many it has is for its work to equal the other ranks'. Pool order stays random. `multiple`
+    batches of all ranks are one optimizer step: the same items whatever they are divided into. The epoch's
+    last step may have fewer: then some batches are empty. steps: micro-steps; stats: see tools/sizes.py.
     """
 
     def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None,
                  multiple=1):
         order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
-        ways, plan, left = world * multiple, [], order[:0]
-        step = batch_size * ways
-        for end in range(pool * step, len(order) + pool * step, pool * step):
-            part = np.concatenate([left, order[end - pool * step:end]])
-            part, i = part[np.lexsort(sizes[part].T[::-1])], 0
-            while i < len(part):
-                B = batch_size
-                while B > 1 and max_windows and B * sizes[part[i:i + B * ways][-1], 0] > max_windows:
-                    B -= 1
-                if i + B * ways > len(part) and end < len(order):
-                    break  # to the next pool
-                plan.append((B * world, part[i:i + B * ways]))
-                i += B * ways
-            left = part[i:]
-        plan = [plan[i] for i in np.random.default_rng([*seed, 1]).permutation(len(plan))]
-        self.plan = [part[m * n:(m + 1) * n] for n, part in plan for m in range(multiple)]  # of all ranks
-        ranks = [[batch[(r + k) % world::world] for r in range(world)] for k, batch in enumerate(self.plan)]
-        self.mine = [batches[rank].tolist() for batches in ranks[start:]]
-        self.stats = padding(sizes, ranks)
+        most, plan, left = pool * batch_size * world * multiple, [], order[:0]
+        for part in np.split(order, range(most, len(order), most)):
+            part = np.concatenate([left, part])
+            windows, text = sizes[part].T
+            if max_windows:  # to and fro: texts are alike where the number of windows changes, too
+                text = np.where(windows % 2, text, -text)
+            part, step = part[np.lexsort((text, windows))], []
+            left = part  # to the next pool
+            while micro := share(part, sizes, batch_size, world, max_windows):
+                step, part = [*step, micro], part[sum(map(len, micro)):]
+                if len(step) == multiple:
+                    plan, left, step = [*plan, step], part, []
+        last = []
+        while len(left):
+            B = batch_size
+            while B > 1 and max_windows and B * sizes[left[:B * world][-1], 0] > max_windows:
+                B -= 1
+            last.append([left[:B * world][r::world] for r in range(world)])
+            left = left[B * world:]
+        last += [[left] * world] * (-len(last) % multiple)  # empty
+        plan += [last[i:i + multiple] for i in range(0, len(last), multiple)]
+        order = np.random.default_rng([*seed, 1]).permutation(len(plan))
+        plan = [micro for i in order for micro in plan[i]]
+        self.mine = [micro[(rank + k) % world].tolist() for k, micro in enumerate(plan)][start:]
+        self.plan = [np.concatenate(micro) for micro in plan]  # of all ranks
+        self.steps, self.stats = len(plan), padding(sizes, plan)
 
     def __len__(self):
         return len(self.mine)
@@ -450,7 +458,8 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
         clips = Clips(list(manifests.values()), rows[:0], hearing, config.cache_audio)
         loader = make_loader(clips, pairs, tokenizer, config, live=True)
     loader.batch_sampler[:] = pairs
-    loader.plan, loader.stats = [only[part] for part in batches.plan], batches.stats
+    loader.steps, loader.stats = batches.steps, batches.stats
+    loader.plan = [only[part] for part in batches.plan]
     return loader, record
 
 

@@ -119,7 +119,7 @@ def train(c, run, rank, world, local_rank):
     # --- data, model, optimizer
     manifests = open_manifests(c, c.dataset_blending_config)
     valid = open_manifests(c, c.valid_dataset_config)
-    counts = epoch_items(manifests, c)
+    counts = epoch_items(manifests, valid, c)
     blend = {n: [len(m), c.dataset_blending_config[n] * c.dataset_blending_global_weight]
              for n, m in manifests.items()}
     saved_file = runs.newest_whole(run.folder, say)
@@ -129,7 +129,8 @@ def train(c, run, rank, world, local_rank):
     else:
         model, state = checkpoint.start(c, given)
     model.recompute = c.gradient_checkpointing
-    valid = {name: valid_loader(m, c, model.tokenizer, model.hearing, rank, world) for name, m in valid.items()}
+    heard = model.tokenizer, model.hearing, rank, world
+    valid = {name: valid_loader(manifest, c, *heard) for name, manifest in valid.items()}
     model.set_trainable(c)
     # what a checkpoint holds: what trains, and what is drawn at random here
     kept = {n for n, p in model.named_parameters() if p.requires_grad}

@@ -128,6 +128,7 @@ def main(c):
         raise ValueError("clap_config is empty: name the manifests whose outputs are captions")
     out = settings.place(c.clap_out)
     settings.need_room(os.path.dirname(out))
+    os.makedirs(os.path.dirname(out), exist_ok=True)
     manifests = captioned(list(open_manifests(c, c.clap_config).values()))
     check = captioned(list(open_manifests(c, c.clap_valid_config).values()))
     if len({m.items[j]["output"].strip().lower() for m in manifests for j in range(len(m))}) < 2:

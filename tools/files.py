@@ -146,12 +146,10 @@ def save_atomically(content, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except BaseException as error:  # half a file helps nobody, least of all on a full disk
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk in terms of its zip writer
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), path) from error
-        raise
+        raise OSError(f"{path}: could not be written, is the disk full? ({error})") from error
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import numpy as np
 from data import train_loader
 
 
-def epoch_items(manifests, c):
-    """Items of every epoch: [number]; ValueError if there are none."""
-    for m in manifests.values():
+def epoch_items(manifests, valid, c):
+    """Items of every epoch: [number]; ValueError if there are none, or none in a manifest."""
+    for m in (*manifests.values(), *valid.values()):
         if not len(m):
-            raise ValueError(f"{m.file}: total_num = 0, expected items to train on")
+            raise ValueError(f"{m.file}: total_num = 0, expected items")
     weights = [(len(m), c.dataset_blending_global_weight * c.dataset_blending_config[name])
                for name, m in manifests.items()]
     counts = [sum(int((e + 1) * N * w) - int(e * N * w) for N, w in weights) for e in range(c.num_epochs)]

@@ -147,6 +147,7 @@ class Run:
         if rank:
             return
         settings.need_room(self.folder)
+        os.makedirs(self.folder, exist_ok=True)
         self.log = open(os.path.join(self.folder, "log.jsonl"), "a+")
         try:  # by process, not by file: what workers inherit does not hold it
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,6 +160,7 @@ class Run:
         if c.dataset_blending_output:
             file = settings.place(c.dataset_blending_output)
             settings.need_room(os.path.dirname(file))
+            os.makedirs(os.path.dirname(file), exist_ok=True)
             self.record_file = open(file, "a+")
 
     def begin(self, epoch, step):
@@ -197,7 +199,7 @@ class Run:
         try:
             save_atomically(content, path)
         except OSError as error:  # a full disk may have room again; a long run goes on
-            self.failed = f"{path}: not saved ({error.strerror or error}); earlier checkpoints are whole"
+            self.failed = f"{error}; earlier checkpoints are as they were"
             tqdm.write(f"WARNING: {self.failed}; training goes on", file=sys.stderr)
             return
         self.failed, interim = None, os.path.join(self.folder, "checkpoint_interim.pt")

@@ -31,6 +31,7 @@ def train(config, out, name, *options, launcher=()):
 def here(config_file, out, name, *options):
     """train.py in this process: what is wrong is a ValueError."""
     import train as script
+    torch.backends.cuda.enable_flash_sdp(True)  # a run in bf16 turns it off, for its process
     arguments = [str(config_file), f"--expdir={out}", f"--run_name={name}", *options]
     return script.main(config.load(arguments, "train.py"))
 
@@ -322,7 +323,7 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
                  "--valid_dataset_config={}", "--save_steps=1", "--num_epochs=3", ok=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "checkpoint_2.pt: could not be written, is the disk full?" in result.stderr.splitlines()[-1]
-    assert result.stderr.count("training goes on") == 4 and log(tmp_path, "run", "step")[-1] == 6
+    assert result.stderr.count("training goes on") == 5 and log(tmp_path, "run", "step")[-1] == 6
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint_0.pt", "log.jsonl"]
     assert open(tmp_path / "run/checkpoint_0.pt", "rb").read() == before
 
@@ -363,6 +364,28 @@ def test_killed_ranks_restart_from_the_last_checkpoint(tiny_config, tmp_path):
     assert same(weights(tmp_path, "killed", 7), weights(tmp_path, "whole", 7))
     here(tiny_config, tmp_path, "one", *options, "--batch_size=2", "--num_epochs=8")  # one rank, not sharded
     assert close(weights(tmp_path, "one", 7), weights(tmp_path, "whole", 7), 1e-4)
+
+
+def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from tools import plot
+    out, _ = straight
+    here(tiny_config, tmp_path, "run", "--profile", "--num_epochs=4", "--dataset_blending_global_weight=0.5")
+    assert "Self CPU" in capsys.readouterr().out
+    assert json.load(open(tmp_path / "run/trace.json"))["traceEvents"]
+    assert {len(row) for key in ("gates", "ff_gates") for row in log(tmp_path, "run", key)} == {3}  # layers
+    c = config.load([f"--output={tmp_path}/both.png"], "tools/plot.py")
+    plot.main(c, [f"{out}/straight", f"{tmp_path}/run"])
+    assert open(tmp_path / "both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(FileNotFoundError, match="no log.jsonl"):
+        plot.main(c, [f"{tmp_path}"])
+
+
+def test_a_run_whose_name_has_a_slash_is_the_newest(tiny_config, tmp_path):
+    from sample import newest_run
+    here(tiny_config, tmp_path, "old", "--max_steps=1", "--valid_dataset_config={}")
+    here(tiny_config, tmp_path, "group/new", "--max_steps=1", "--valid_dataset_config={}")
+    assert newest_run([str(tmp_path)]) == f"{tmp_path}/group/new"
 
 
 def test_a_step_waits_for_nothing(tiny_config, tmp_path):

@@ -442,7 +442,7 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
         record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": w,
                        "first": first, "stop": first + len(chosen)})
     rows = np.concatenate(rows)
-    only = np.arange(len(rows)) if only is None else only
+    only = np.arange(len(rows)) if only is None else np.array(only)
     rows = rows[only]
     if not len(rows):
         raise ValueError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "

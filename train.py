@@ -167,7 +167,7 @@ def train(c, run, rank, world, local_rank):
         if changed := changes(saved, c, world):
             say(f"note: other settings than before, in effect from now on: {changed}")
         if at["steps_in_epoch"] and saved["plan"] != plan:
-            at["only"] = rest_of_epoch(manifests, model.tokenizer, saved)
+            at["only"] = rest_of_epoch(manifests, model.tokenizer, saved).tolist()
             at["steps_in_epoch"] = 0
             say(f"note: a step takes other items than before; the {len(at['only'])} items of epoch "
                 f"{at['next_epoch']} that are left are divided anew: not bit for bit the run it was")
@@ -254,14 +254,15 @@ def train(c, run, rank, world, local_rank):
             if world > 1:
                 dist.all_reduce(of_step)
             labelled, step_loss = of_step[0].clamp(min=1).float(), torch.zeros((), device=device)
-            for i, batch in enumerate(group):
-                reduce = i + 1 == len(group)  # one all-reduce per step
-                with contextlib.nullcontext() if reduce or world == 1 else ddp.no_sync():
-                    with autocast():
+            with autocast():  # around all of them: trained matrices are cast once a step
+                for i, batch in enumerate(group):
+                    reduce = i + 1 == len(group)  # one all-reduce per step
+                    with contextlib.nullcontext() if reduce or world == 1 else ddp.no_sync():
                         _, loss = ddp(*on_device(batch, device))
-                    loss = loss * count_tokens(batch) / labelled
-                    (loss * world).backward()
-                step_loss += loss.detach()
+                        loss = loss * count_tokens(batch) / labelled
+                        with torch.autocast(device.type, enabled=False):
+                            (loss * world).backward()
+                    step_loss += loss.detach()
             if world > 1:
                 dist.all_reduce(step_loss)
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
@@ -349,7 +350,7 @@ def main(c):
         return train(c, run, rank, world, local_rank)
     finally:
         runs.release_signals()
-        run.wait()  # a checkpoint that is being written
+        run.end()
 
 
 if __name__ == "__main__":

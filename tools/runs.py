@@ -215,11 +215,19 @@ class Run:
     def close(self):
         """The last checkpoint is on the disk, or ValueError says why not."""
         self.wait()
+        if self.failed:
+            raise ValueError(self.failed)
+
+    def end(self):
+        """However a run ends: what is being written is written, what it left empty is removed."""
+        self.wait()
         self.thread.shutdown()
         for f in filter(None, (self.log, self.record_file)):
             f.close()
-        if self.failed:
-            raise ValueError(self.failed)
+            if not os.path.getsize(f.name):
+                os.remove(f.name)
+        if self.log and not os.listdir(self.folder):
+            os.rmdir(self.folder)
 
 
 def on_host(x):

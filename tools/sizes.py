@@ -24,7 +24,7 @@ def padding(sizes, ranks):
     most work has more than the mean, over steps. Work: text slots, and windows, each as much as ten."""
     if not ranks:
         return {}
-    real, slots, work = sizes.sum(0), np.zeros(2, np.int64), np.zeros((len(ranks), len(ranks[0])))
+    real, slots, work = sizes.sum(0), np.zeros(2), np.zeros((len(ranks), len(ranks[0])))
     for k, batches in enumerate(ranks):
         for r, batch in enumerate(batches):
             if len(batch):

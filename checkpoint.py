@@ -1,208 +1,68 @@
-"""Between disk and tensors: runs, published releases, language models, encoders, the hub, devices and
-precisions.
+"""Between disk and tensors: runs, published releases, encoders, devices and precisions.
 
     model = load("exp/sft", device="cuda", dtype=torch.bfloat16)   # a run, a checkpoint, a release, a hub id
     save_release(model, "my-release")                              # which the published code reads, too
 
+    python checkpoint.py nvidia/audio-flamingo-2-0.5B              # a report: what is read, and what is not
+
 read and start return a model without weights and its state: tensors under our names, mapped from their files
 and not in memory yet. place_weights then brings one after the other straight to its final dtype and device.
 """
-import glob
 import hashlib
-import json
 import os
 import re
-import shutil
-import zipfile
+import sys
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 import config as settings
-from data import MARKS, add_marks
 from model import AudioFlamingo, ClapEncoder, LanguageModel
-
-# ------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def local_or_hub(path, patterns, cache_dir=None, setting="init_from"):
-    """A folder, relative to the project's, as it is; org/name from the hub (or its cache, offline)."""
-    if os.path.isdir(settings.place(path)):
-        return settings.place(path)
-    cache_dir = cache_dir and settings.place(cache_dir)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
-        raise FileNotFoundError(f"{setting} = {path!r}: no such folder, and not a hub id (org/name)")
-    from huggingface_hub import snapshot_download
-    try:
-        return snapshot_download(path, cache_dir=cache_dir, allow_patterns=patterns)
-    except Exception as error:  # the hub's client raises many kinds; to the user all of them mean "not there"
-        raise FileNotFoundError(f"{setting} = {path!r} is not a folder here, and the hub did not give it: "
-                                f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-
-
-def load_pickle(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # zip, pickle and storage errors alike: the file is not what it should be
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-
-
-def save_atomically(content, path):
-    """torch.save that leaves either the old file or the new one, also when the machine dies in between."""
-    with open(path + ".tmp", "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def load_tensors(file):
-    """{name: tensor} of a safetensors file, each mapped by itself: in memory while it is used."""
-    from safetensors import safe_open
-    try:
-        with safe_open(file, "pt") as opened:
-            return {name: safe_open(file, "pt").get_tensor(name) for name in opened.keys()}
-    except Exception as error:  # the package has an error class of its own, beside OSError
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Our names, and those of the published checkpoints
-
-PUBLISHED = (("clap.htsat.", "clap.nvclap."), ("audio_transformer.", "audio_transformer_clap."),
-             ("xattn.{i}.", "lang_encoder.model.layers.{i}.gated_cross_attn_layer_sound."),
-             ("lm.layers.{i}.", "lang_encoder.model.layers.{i}.decoder_layer."),
-             ("lm.lm_head.", "lang_encoder.lm_head."), ("lm.", "lang_encoder.model."))
-UNUSED = re.compile(r"old_decoder_blocks\.|gated_cross_attn_layers_sound\.|position_enc\.inv_freq$"
-                    r"|rotary_emb\.inv_freq$|\.(spectrogram_extractor|logmel_extractor|tscam_conv|head)\.")
-TABLES = ("lm.embed_tokens.weight", "lm.lm_head.weight")
-
-
-def rename(name, pairs):
-    """The name with its beginning, the left one of the first fitting pair, replaced by the right one."""
-    for left, right in pairs:
-        if found := re.match(re.escape(left).replace(r"\{i\}", r"(\d+)"), name):
-            return right.replace("{i}", "".join(found.groups())) + name[found.end():]
-    return name
-
-
-def our_name(name):
-    name = name.removeprefix("module.").replace("clap.afclap.", "clap.nvclap.", 1)
-    return rename(name, [(theirs, ours) for ours, theirs in PUBLISHED])
-
-
-def from_published(state, lm):
-    """A published state dict under our names: unused ones dropped and counted, the token table cut in two."""
-    ours, dropped = {}, []
-    for name, tensor in state.items():
-        name = our_name(name)
-        if UNUSED.search(name) or (lm.tied and name == TABLES[1]):
-            dropped.append(name)
-        elif name in TABLES:
-            ours[name], ours[name.replace("weight", "added")] = tensor[:lm.vocab], tensor[lm.vocab:]
-        else:
-            ours[name] = tensor
-    if dropped:
-        print(f"skipped {len(dropped)} tensors that are duplicates or never used, e.g. {dropped[0]}")
-    return ours
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Language models and encoders
-
-LM_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
-FAMILIES = {"model_type": ("qwen2", "qwen3", "llama", "mistral"), "hidden_act": ("silu",),
-            "sliding window": (None, False), "rotary scaling": ("default", "llama3")}
-
-
-def text_side(c):
-    """-> folder, sizes and tokenizer (with the marks of a prompt) of the language model that settings name.
-    ValueError for what our blocks do not compute."""
-    from transformers import AutoConfig, AutoTokenizer
-    folder = local_or_hub(c.lang_encoder_path, LM_FILES, c.cache_dir, "lang_encoder_path")
-    other = c.tokenizer_path and local_or_hub(c.tokenizer_path, LM_FILES[:3], c.cache_dir, "tokenizer_path")
-    tokenizer = add_marks(AutoTokenizer.from_pretrained(other or folder))
-    hf = AutoConfig.from_pretrained(folder)
-    get = lambda name, default=None: getattr(hf, name, None) or default
-    rope = get("rope_parameters") or get("rope_scaling", {})
-    found = {"model_type": hf.model_type, "hidden_act": get("hidden_act"),
-             "sliding window": get("sliding_window") if getattr(hf, "use_sliding_window", True) else None,
-             "rotary scaling": rope.get("rope_type", rope.get("type", "default"))}
-    for name, value in found.items():
-        if value not in FAMILIES[name]:
-            raise ValueError(f"{folder}: {name} {value!r} is not supported, expected one of {FAMILIES[name]}")
-    stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    sizes = SimpleNamespace(
-        width=hf.hidden_size, layers=hf.num_hidden_layers, inner=hf.intermediate_size,
-        heads=hf.num_attention_heads, kv_heads=hf.num_key_value_heads,
-        d=get("head_dim", hf.hidden_size // hf.num_attention_heads),
-        vocab=tokenizer.convert_tokens_to_ids(MARKS[0]),  # rows before <audio> are the language model's
-        eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta") or get("rope_theta", 10000.0),
-        rope_stretch={n: rope[n] for n in stretch} if found["rotary scaling"] == "llama3" else None,
-        qkv_bias=get("attention_bias", hf.model_type == "qwen2"), out_bias=get("attention_bias", False),
-        mlp_bias=get("mlp_bias", False), qk_norm=hf.model_type == "qwen3", tied=hf.tie_word_embeddings,
-        positions=get("max_position_embeddings", 10 ** 9))
-    return folder, sizes, tokenizer
-
-
-def lm_state(folder, lm, tokenizer):
-    """{name: tensor} of model.safetensors, else of what its index names, else of model*.safetensors; other
-    weights (adapters, originals) are not the model's. The rows of our marks, which all stand between texts,
-    start around that of the model's own such mark, eos: a frozen model knows where it belongs."""
-    whole, index = (os.path.join(folder, f"model.safetensors{end}") for end in ("", ".index.json"))
-    files, named = [whole], None
-    if not os.path.exists(whole) and os.path.exists(index):
-        named = settings.read_json(index)["weight_map"]
-        files = [os.path.join(folder, file) for file in sorted(set(named.values()))]
-    elif not os.path.exists(whole):
-        files = sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
-    if gone := [file for file in files or [whole] if not os.path.isfile(file)]:
-        raise FileNotFoundError(f"{gone[0]}: no such file" + (f", but {index} names it" if named else ""))
-    state = {}
-    for file in files:
-        for name, tensor in load_tensors(file).items():
-            if not UNUSED.search(name) and (named is None or named.get(name) == os.path.basename(file)):
-                state[name.removeprefix("model.")] = tensor
-    if lm.tied:
-        state.pop("lm_head.weight", None)
-    for table in {"embed_tokens.weight", "lm_head.weight"} & set(state):
-        rows, added = state[table], len(tokenizer) - lm.vocab
-        if len(rows) < lm.vocab:
-            raise ValueError(f"{folder}: {table} has {len(rows)} rows, its tokenizer {lm.vocab} tokens")
-        spread = rows[:lm.vocab:max(1, lm.vocab // 4096)].float().std(0)
-        noise = 0.5 * spread * torch.randn(added, rows.shape[1])
-        state[table.replace("weight", "added")] = rows[tokenizer.eos_token_id].float() + noise
-        state[table] = rows[:lm.vocab]
-    return state
-
-
-def load_language_model(c, device="cpu", dtype=torch.float32):
-    """-> the frozen LanguageModel that settings name, and its tokenizer with the marks of a prompt."""
-    folder, sizes, tokenizer = text_side(c)
-    with torch.device("meta"):
-        lm = LanguageModel(sizes, len(tokenizer) - sizes.vocab).requires_grad_(False)
-    place_weights(lm, lm_state(folder, sizes, tokenizer), device, dtype, folder)
-    return lm.eval(), tokenizer
-
-
-def clap_state(file):
-    """{our name: tensor} of a CLAP training checkpoint, {"state_dict": {"module.audio_branch.*", ...}}."""
-    if not os.path.isfile(settings.place(file)):
-        raise FileNotFoundError(f"clap_checkpoint = {file}: no such file")
-    saved, prefix = load_pickle(settings.place(file)).get("state_dict", {}), "module.audio_branch."
-    state = {"clap.htsat." + n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
-    if not state:
-        raise ValueError(f"{file}: no module.audio_branch.* in its state_dict")
-    return {n: t for n, t in state.items() if not UNUSED.search(n)}
-
+from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, save_atomically,  # noqa
+                         tensors_in)
+from tools.language_models import by_width, check_sizes, lm_state, text_side
+from tools.model_card import about_run, name_of
+from tools.releases import (PUBLISHED, TABLES, UNUSED, from_published, in_two_parts, our_name,  # noqa: F401
+                            release_pieces, rename, save_release)
 
 # ------------------------------------------------------------------------------------------------------------
 # A model without weights, and its state
+
+RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
+BOUNDS = {"window_length": (0.02, 600), "window_overlap": (0, 600), "max_num_window": (1, 10 ** 6),
+          "clap_spec_size": (64, 1024), "clap_embed_dim": (1, 10 ** 4), "clap_depths": (0, 1000),
+          "clap_num_heads": (1, 10 ** 4), "audio_transformer_n_head": (1, 10 ** 4),
+          "audio_transformer_n_layers": (0, 1000), "audio_transformer_d_inner": (1, 10 ** 6),
+          "cross_attn_every_n_layers": (0, 10 ** 4)}
+NOT_IN_WEIGHTS = ("window_length", "window_overlap", "max_num_window", "audio_transformer_n_head")
+
+
+def checked(saved, file, given=()):
+    """The settings of a model that a file holds, or a ValueError that names it: a missing one that weights
+    do not tell, a wrong type, a value that no model has."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file}: the settings are a {type(saved).__name__}, expected {{name: value}}")
+    saved = {name: value for name, value in saved.items() if name in settings.MODEL_SETTINGS}
+    if missing := [name for name in NOT_IN_WEIGHTS if saved and name not in saved and name not in given]:
+        raise ValueError(f"{file}: no {listed(missing)} in it: give --{missing[0]}")
+    known = settings.settings_of("config/defaults.py")
+    saved = {name: settings.check(name, value, known, file) for name, value in saved.items()}
+    for name, (least, most) in BOUNDS.items():
+        values = saved.get(name, [])
+        values = values if type(values) is list else [values]
+        if not all(type(value) in (int, float) and least <= value <= most for value in values):
+            raise ValueError(f"{file}: {name} = {saved[name]!r}, expected {least} to {most}")
+    return saved
+
+
+class Unfilled(TorchFunctionMode):
+    """torch.empty, which makes what is then drawn at random, gives meta tensors: nothing is drawn."""
+
+    def __torch_function__(self, make, types, args=(), kwargs=None):
+        return make(*args, **(kwargs or {}) | ({"device": "meta"} if make is torch.empty else {}))
 
 
 def skeleton(c, state, text, source, given, fresh):
@@ -219,21 +79,55 @@ def skeleton(c, state, text, source, given, fresh):
         told |= {"cross_attn_every_n_layers": blocks, "audio_transformer_n_layers": len(inner)}
         told |= {"audio_transformer_d_inner": inner[0]} if inner else {}
     c = SimpleNamespace(**(vars(c) | told))
-    encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, position)
     _, sizes, tokenizer = text
+    with torch.device("cpu") if fresh else Unfilled():
+        encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, position)
+    longest = (encoder.max_frames - 1) * 160 / encoder.sample_rate
+    if not 0 <= c.window_overlap < c.window_length <= longest + 0.01:
+        raise ValueError(f"{source or 'the settings'}: window_length = {c.window_length}, window_overlap = "
+                         f"{c.window_overlap}: expected at most {longest:.2f} s, and a shorter overlap")
     with torch.device("meta"):
         lm = LanguageModel(sizes, len(tokenizer) - sizes.vocab)
-    with torch.device("cpu" if fresh else "meta"):
-        return AudioFlamingo(c, lm, tokenizer, encoder)
+    try:
+        with torch.device("cpu" if fresh else "meta"):
+            model = AudioFlamingo(c, lm, tokenizer, encoder)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from error
+    model.about, model.skipped = {"language_model": name_of(c.lang_encoder_path)}, {}
+    return model
 
 
-def start(c, given=(), fresh=True):
-    """-> a new model of the settings c, and the state of its pretrained parts, language model and CLAP."""
+def start(c, given=(), fresh=True, saved=None):
+    """-> a new model of the settings c, and the state of its pretrained parts, language model and CLAP.
+    saved: the content of a training checkpoint whose tensors, not in that state, tell sizes as well."""
     text = text_side(c)
     state = {"lm." + name: tensor for name, tensor in lm_state(*text).items()}
     if c.clap_checkpoint:
         state |= clap_state(c.clap_checkpoint)
-    return skeleton(c, state, text, c.clap_checkpoint, given, fresh), state
+    trained = trained_tensors(saved, text[1], c.clap_checkpoint) if saved else {}
+    return skeleton(c, state | trained, text, c.clap_checkpoint, given, fresh), state
+
+
+def clap_state(file):
+    """{our name: tensor} of a CLAP training checkpoint, {"state_dict": {"module.audio_branch.*", ...}}."""
+    path, prefix = settings.place(file), "module.audio_branch."
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"clap_checkpoint = {file}: no such file")
+    saved = tensors_in(load_pickle(path), "state_dict", file)
+    state = {"clap.htsat." + n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
+    if not state:
+        raise ValueError(f"{file}: no module.audio_branch.* in its state_dict")
+    return {n: t for n, t in state.items() if not UNUSED.search(n)}
+
+
+def load_language_model(c, device="cpu", dtype=torch.float32):
+    """-> the frozen LanguageModel that settings name, and its tokenizer with the marks of a prompt."""
+    folder, sizes, tokenizer = text_side(c)
+    state = lm_state(folder, sizes, tokenizer)
+    with torch.device("meta"):
+        lm = LanguageModel(sizes, len(tokenizer) - sizes.vocab).requires_grad_(False)
+    place_weights(lm, state, device, dtype, folder)
+    return lm.eval(), tokenizer
 
 
 def read(path, given, setting="init_from"):
@@ -241,42 +135,56 @@ def read(path, given, setting="init_from"):
     and its state. given: settings that override the saved ones."""
     found = next((p for p in (settings.place(path), path) if os.path.exists(p)), None)
     found = found or local_or_hub(path, RELEASE_FILES, given.get("cache_dir"), setting)
-    if os.path.exists(os.path.join(found, "safe_ckpt/metadata.json")):
-        return read_release(found, given)
-    file = newest_checkpoint(found) if os.path.isdir(found) else found
-    if file is None:
-        raise FileNotFoundError(f"{path}: neither checkpoint_<epoch>.pt nor safe_ckpt/metadata.json in it")
-    return read_checkpoint(file, given)
+    try:
+        if os.path.exists(os.path.join(found, "safe_ckpt/metadata.json")):
+            return read_release(found, given)
+        file = newest_checkpoint(found) if os.path.isdir(found) else found
+        if file is None:
+            raise FileNotFoundError(f"{path}: holds no checkpoint_<epoch>.pt and no safe_ckpt/metadata.json")
+        return read_checkpoint(file, given)
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
+        # contents that nobody writes, e.g. a name where a number is due: TRACEBACK=1 shows where it mattered
+        raise ValueError(f"{found}: not what a run or a release holds ({brief(error)})") from error
 
 
 def read_start(c, given):
-    """read what pretrained_path and pretrained_ckpt of the settings c name."""
-    path = os.path.join(c.pretrained_path, c.pretrained_ckpt or "").rstrip("/")
+    """read what pretrained_path and pretrained_ckpt of the settings c name; a release has one checkpoint."""
+    folder = settings.place(c.pretrained_path)
+    of_run = os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "safe_ckpt"))
+    path = os.path.join(c.pretrained_path, of_run and c.pretrained_ckpt or "").rstrip("/")
     return read(path, {n: v for n, v in given.items() if n != "pretrained_path"}, "pretrained_path")
 
 
 def read_checkpoint(file, given):
     """A checkpoint holds what trained and what was drawn at random; the rest is where its run took it."""
     saved = load_pickle(file)
-    if "model_state_dict" not in saved:
-        raise ValueError(f"{file}: no model_state_dict in it; is it a training checkpoint?")
-    names = settings.MODEL_SETTINGS + settings.ORIGINS
-    own = {n: v for n, v in saved.get("config", {}).items() if n in names}
+    tensors_in(saved, "model_state_dict", file)
+    own = checked(saved.get("config", {}), file, given)
+    own |= {n: v for n, v in saved.get("config", {}).items() if n in settings.ORIGINS}
     c = SimpleNamespace(**(settings.defaults() | own | own_parts(own, os.path.dirname(file)) | given))
     try:
         if c.pretrained_path:  # that run knows where its parts are, but not what this one made of them
             below = {n: v for n, v in own.items() if n not in settings.ORIGINS + settings.PATHS} | given
             model, state = read_start(c, below)
         else:
-            model, state = start(c, given, fresh=False)
+            if not own and "lang_encoder_path" not in given:  # of the published code: its gated blocks tell
+                c.lang_encoder_path = published_lm(saved["model_state_dict"], file)
+            model, state = start(c, given, fresh=False, saved=saved)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: a part of this run is not where it was. {error}") from error
-    trained = trained_tensors(saved, model.lm.config)
+    trained = trained_tensors(saved, model.lm.config, file, model.skipped)
     frozen = fingerprint({name: tensor for name, tensor in state.items() if name not in trained})
     if saved.get("frozen_hash", frozen) != frozen:
         raise ValueError(f"{file}: the frozen weights it was trained with are not those found now under "
                          f"{saved['frozen_from']}")
+    model.about |= about_run(saved, os.path.dirname(file))
     return model, state | trained
+
+
+def published_lm(state, file):
+    """The language model that a published training checkpoint belongs to: its token table, or its blocks."""
+    widths = [t.shape[-1] for n, t in state.items() if n.endswith(("embed_tokens.weight", "ff.1.weight"))]
+    return by_width(widths[0] if widths else None, file)
 
 
 def own_parts(own, folder):
@@ -290,34 +198,47 @@ def own_parts(own, folder):
     return moved
 
 
-def trained_tensors(saved, lm):
+def trained_tensors(saved, lm, source="checkpoint", skipped=None):
     """{our name: tensor} of a training checkpoint; our older ones and published ones have published names."""
     state = saved["model_state_dict"]
     published = r"(module\.)?(lang_encoder|audio_transformer_clap|clap\.(nv|af)clap)\."
-    return from_published(state, lm) if any(re.match(published, name) for name in state) else state
+    if not any(re.match(published, name) for name in state):
+        return state
+    pieces, left = from_published([(n, lambda t=t: t) for n, t in state.items()], source)
+    if skipped is not None:
+        skipped |= left
+    return in_two_parts(pieces, lm, left, source)
 
 
 def read_release(folder, given):
-    state = {}
-    for shard, names in settings.read_json(os.path.join(folder, "safe_ckpt/metadata.json")).items():
-        file = os.path.join(folder, "safe_ckpt", shard.removesuffix(".safetensors") + ".safetensors")
-        found = load_tensors(file)  # what metadata.json names, and nothing else that lies there
-        if absent := [name for name in names if name not in found]:
-            raise ValueError(f"{file}: tensors named in metadata.json are missing: {listed(absent)}")
-        state |= found
-    if not any(our_name(name).startswith("clap.htsat.") for name in state):
-        raise ValueError(f"{folder}: not an Audio Flamingo 2 release: it holds no clap.nvclap.*")
-    own = os.path.join(folder, "config.json")
-    saved = settings.read_json(own) if os.path.exists(own) else {"max_num_window": 12}  # as published: 2 min
-    saved = {name: value for name, value in saved.items() if name in settings.MODEL_SETTINGS}
-    if os.path.isdir(os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
-        saved |= {"lang_encoder_path": os.path.abspath(os.path.join(folder, "lm")), "tokenizer_path": None}
+    pieces, skipped = from_published(release_pieces(folder), folder)
+    if not any(name.startswith("clap.htsat.") for name in pieces) or TABLES[0] not in pieces:
+        raise ValueError(f"{folder}: not an Audio Flamingo 2 release: no clap.nvclap.* or no token table")
+    saved, about = {"max_num_window": 12}, {"nvidia": True}  # as published: 2 min
+    if os.path.lexists(os.path.join(folder, "config.json")):
+        own = inside(folder, "config.json", "the layout of releases")
+        content = read_object(own)
+        if mine := checked(content, own, given):
+            saved, about = mine, content.get("about", {})
+        if not isinstance(about, dict):
+            raise ValueError(f"{own}: about = {about!r}, expected an object")
+    base = saved.get("lang_encoder_path")
+    if os.path.isdir(lm := os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
+        for file in os.listdir(lm):
+            inside(folder, os.path.join("lm", file), "the layout of releases")
+        saved |= {"lang_encoder_path": os.path.abspath(lm), "tokenizer_path": None}
+    elif base is None and "lang_encoder_path" not in given:
+        saved["lang_encoder_path"] = by_width(pieces[TABLES[0]]().shape[-1], folder)
     clap = os.path.abspath(os.path.join(folder, "clap_ckpt/epoch_16.pt"))  # its text encoder
     saved |= {"clap_checkpoint": clap} if os.path.isfile(clap) else {}
     c = SimpleNamespace(**(settings.defaults() | saved | given))
-    text = text_side(c)
-    state = from_published(state, text[1])
-    return skeleton(c, state, text, folder, given, fresh=False), state
+    text = text_side(c, weights=False)
+    check_sizes(pieces, text[1], folder, "lm.")
+    state = in_two_parts(pieces, text[1], skipped, folder)
+    model = skeleton(c, state, text, folder, given, fresh=False)
+    model.about |= about | ({"language_model": base} if base and os.path.isdir(lm) else {})
+    model.skipped = skipped
+    return model, state
 
 
 def newest_checkpoint(run):
@@ -340,36 +261,41 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-def place_weights(model, state, device, frozen, source):
-    """Every weight to its final dtype and device, one by one, from `state`, which it empties, or as it was.
-    Trained ones become float32, frozen ones `frozen`, BatchNorm's float32. ValueError lists the misfits."""
+def misfits(model, state):
+    """{what is wrong: names} of a state: every weight of the model that is still to come, no other one."""
     own, parts = model.state_dict(), {name.split(".")[0] for name in state}
     needed = [n for n, t in own.items() if t.is_meta or n.split(".")[0] in parts]
-    misfits = {"missing": [n for n in needed if n not in state],
-               "unexpected": [n for n in state if n not in own],
-               "wrong shape": [f"{n} {tuple(t.shape)} instead of {tuple(own[n].shape)}"
-                               for n, t in state.items() if n in own and t.shape != own[n].shape]}
-    if any(misfits.values()):
+    both = [(n, t, own[n]) for n, t in state.items() if n in own]
+    return {"missing": [n for n in needed if n not in state],
+            "unexpected": [n for n in state if n not in own],
+            "wrong shape": [f"{n} {tuple(t.shape)} instead of {tuple(o.shape)}" for n, t, o in both
+                            if t.shape != o.shape],
+            "wrong type": [f"{n} {t.dtype}" for n, t, o in both
+                           if t.is_floating_point() != o.is_floating_point()]}
+
+
+def place_weights(model, state, device, frozen, source):
+    """Every weight to its final dtype and device, one by one, from `state`, which it empties, or as it was.
+    Trained ones become float32, frozen ones `frozen` (None: as in the file), BatchNorm's float32. ValueError
+    lists the misfits."""
+    if any((wrong := misfits(model, state)).values()):
         raise ValueError(f"{source} does not fit the model: " +
-                         "; ".join(f"{what}: {listed(names)}" for what, names in misfits.items() if names))
-    del own  # it would keep what was drawn at random
-    for path, module in model.named_modules():
+                         "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names))
+    places = [(path, module, table, name) for path, module in model.named_modules()
+              for table in (module._parameters, module._buffers) for name in table]
+    for path, module, table, name in tqdm(places, "load", unit="tensor", disable=None, delay=2, leave=False):
+        if (p := table[name]) is None:
+            continue
+        tensor = state.pop(f"{path}.{name}".lstrip("."), p.data)
         exact = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for table in (module._parameters, module._buffers):
-            for name, p in [(name, p) for name, p in table.items() if p is not None]:
-                tensor = state.pop(f"{path}.{name}".lstrip("."), p.data)
-                dtype = torch.float32 if exact or p.requires_grad else frozen
-                tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-                table[name] = nn.Parameter(tensor, p.requires_grad) if table is module._parameters else tensor
-
-
-def listed(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        dtype = torch.float32 if exact or p.requires_grad else frozen or tensor.dtype
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        table[name] = nn.Parameter(tensor, p.requires_grad) if table is module._parameters else tensor
 
 
 def load(path, device="cpu", dtype=torch.float32, **given):
     """The model of a run directory, a checkpoint_<epoch>.pt, a release directory or a hub id, ready to
-    answer. Settings in `given` override the saved ones."""
+    answer. Settings in `given` override the saved ones. dtype None: every weight's own."""
     if unknown := set(given) - set(settings.defaults()):
         raise ValueError(f"from_pretrained: unknown setting {', '.join(sorted(unknown))}")
     return finished(*read(path, given), device, dtype, path)
@@ -385,37 +311,24 @@ def finished(model, state, device, dtype, source):
     return model.eval()
 
 
-def save_release(model, folder):
-    """The release layout (safe_ckpt/, clap_ckpt/epoch_16.pt); our config.json and lm/ (config, tokenizer)."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-    own, c = model.state_dict(), model.config
-    if getattr(model, "int8", False):
-        raise ValueError("a model with int8 weights is for answering: save the one it was made from")
-    for table in set(TABLES) & set(own):  # one table, as published
-        added = own.pop(table.replace("weight", "added"))
-        own[table] = torch.cat([own[table], added.to(own[table].dtype)])
-    state = {rename(name, PUBLISHED): tensor.cpu().contiguous() for name, tensor in own.items()}
-    if model.lm.config.tied:
-        state["lang_encoder.lm_head.weight"] = state["lang_encoder.model.embed_tokens.weight"].clone()
-    r = model.audio_transformer.rotary_dim
-    state["audio_transformer_clap.position_enc.inv_freq"] = 4096.0 ** (-torch.arange(0, r, 2).float() / r)
-    for sub in ("safe_ckpt", "clap_ckpt", "lm"):
-        os.makedirs(os.path.join(folder, sub), exist_ok=True)
-    shards, metadata = split_torch_state_dict_into_shards(state, max_shard_size="4GB").filename_to_tensors, {}
-    for i, names in enumerate(shards.values()):
-        metadata[f"weight_{i}"] = names
-        save_file({n: state[n] for n in names}, os.path.join(folder, f"safe_ckpt/weight_{i}.safetensors"))
-    clap = {"module.audio_branch." + n.removeprefix("clap.nvclap."): t for n, t in state.items()
-            if n.startswith("clap.nvclap.")}
-    save_atomically({"epoch": 16, "state_dict": clap}, os.path.join(folder, "clap_ckpt/epoch_16.pt"))
-    lm = local_or_hub(c.lang_encoder_path, LM_FILES[:1], c.cache_dir, "lang_encoder_path")
-    shutil.copyfile(os.path.join(lm, "config.json"), os.path.join(folder, "lm/config.json"))
-    model.tokenizer.save_pretrained(os.path.join(folder, "lm"))
-    sizes = {name: getattr(c, name) for name in settings.MODEL_SETTINGS}
-    for name, content in (("config.json", sizes), ("safe_ckpt/metadata.json", metadata)):
-        with open(os.path.join(folder, name), "w") as f:
-            json.dump(content, f, indent=1)
+def report(path, given):
+    """Print what a run, a checkpoint or a release gives to its model, and what it does not; exit code 1 if
+    the two do not fit."""
+    model, state = read(path, given)
+    wrong = misfits(model.requires_grad_(False), state)
+    loaded = [name for name in state if name not in wrong["unexpected"]]
+    numbers = sum(state[name].numel() for name in loaded)
+    print(f"{path}: {numbers:,} numbers, language model {model.about['language_model']}")
+    rows = {"loaded": loaded, "duplicates": [], "unused": []} | model.skipped | wrong
+    for what, names in rows.items():
+        print(f"{what:12}{len(names):6}  {listed(names)}")
+    sys.exit(1 if any(wrong.values()) else 0)
+
+
+def export_release(source, model, state, folder):
+    """Write what read gave as a release, every weight in its own dtype."""
+    save_release(finished(model, state, "cpu", None, source), folder)
+    print(f"wrote {folder}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -445,3 +358,10 @@ def pick_precision(precision, device):
     if device.type == "cpu" and not units:
         return torch.float32, "this processor has no bf16 units, emulated bf16 is 5 times slower"
     return torch.bfloat16, "amp_bf16"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(print(__doc__ + "\nusage: python checkpoint.py PATH [--name=value]", file=sys.stderr) or 2)
+    path = sys.argv.pop(1)
+    settings.run(lambda c: report(path, settings.given(c)), "checkpoint.py")

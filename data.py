@@ -1,23 +1,30 @@
 """Sound, manifests, blending, batches, and the form of a prompt.
 
-    python data.py check data/manifests/Clotho-AQA-AQA/test.json --data_root=data  # reads every file
-    python data.py check a.json b.json --data_root=data --write=cleaned            # and writes cleaned copies
+    python data.py check config/pretrain.py                              # reads every file of all manifests
+    python data.py check a.json b.json --data_root=data --write=cleaned  # and writes cleaned copies
+    python data.py convert config/pretrain.py --to=packed                # 16 kHz copies of what is heard
 
 A manifest is <dataset_file_root>/<Name-Task>/<split>.json (README, "Reproduce"). Training draws from many of
 them: each is an endless shuffled stream, and an epoch is a window of that stream (Manifest.epoch).
 """
-import json
+import math
 import os
+import re
 import sys
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import config as settings
+from tools import sound
+from tools.index import open_items
+from tools.records import take_files
+from tools.sizes import about_tokens, padding
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
+MOST_SECONDS = 1e7  # a clip is shorter
 HEARING = ("window_length", "window_overlap", "max_num_window")  # the settings of what is heard of a clip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -35,41 +42,34 @@ def load_audio(path, start=0.0, *, window_length, window_overlap, max_num_window
     return read_clip(path, start, window_length, window_overlap, max_num_window, sample_rate)[0]
 
 
-def read_clip(path, start, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
-    """-> windows as load_audio gives them, and the seconds of the file after them, which are not heard."""
-    import soundfile
-    import soxr
+def read_clip(path, start, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE,
+              seconds=None):
+    """-> windows as load_audio gives them, and how many seconds after them are not heard. `seconds`: all that
+    the item hears from `start` on, if that is told: a manifest's duration."""
+    y, unheard = read_heard(path, start, window_length, window_overlap, max_num_window, sample_rate, seconds)
     L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
-    if not 0 <= O < L or max_num_window < 1 or start < 0:
+    n = min(max_num_window, 1 + max(0, -(-(len(y) - L) // (L - O))))
+    if silence := n * L - (n - 1) * O - len(y):
+        y = np.concatenate([y, np.zeros(silence, np.int16)])
+    return np.stack([y[i * (L - O):i * (L - O) + L] for i in range(n)]) if O else y.reshape(n, L), unheard
+
+
+def read_heard(path, start, window_length, window_overlap, max_num_window, sample_rate, seconds=None):
+    """What read_clip cuts into windows: int16 (n,), n > 0; and how many seconds after it are not heard."""
+    L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
+    if not (0 <= O < L and max_num_window >= 1 and 0 <= start < MOST_SECONDS):
         raise ValueError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
                          f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, 1 window or more")
     longest = max_num_window * L - (max_num_window - 1) * O
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such audio file")
-    try:
-        with soundfile.SoundFile(path) as f:
-            rate, frames, first = f.samplerate, f.frames, int(start * f.samplerate)
-            if 0 < first < frames:
-                f.seek(first)
-            x = f.read(-(-longest * rate // sample_rate), dtype="float32", always_2d=True)[:, 0]
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ValueError(f"{path}: not readable as audio ({error})") from error
-    if frames == 0 or len(x) == 0 or first >= frames:
-        raise ValueError(f"{path}: no audio from {start} s on (the file has {frames / rate:.2f} s)")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: holds samples that are not finite numbers")
-    if rate != sample_rate:
-        x = soxr.resample(x, rate, sample_rate)  # HQ
-    if len(x) == 0:  # less than one sample
-        x = np.zeros(1, np.float32)
-    peak = np.abs(x).max()
-    if peak > 0:  # the published rule; all zeros would be 0/0 there
-        x = 2 * x / x.max() - 1 if x.min() >= 0 else x / peak
-    n = min(max_num_window, 1 + max(0, -(-(len(x) - L) // (L - O))))
-    x = np.pad(x[:longest], (0, max(0, n * L - (n - 1) * O - len(x))))
-    x = (np.clip(x, -1, 1) * 32767).astype(np.int16)
-    windows = np.stack([x[i * (L - O):i * (L - O) + L] for i in range(n)])
-    return windows, max(0.0, (frames - first) / rate - longest / sample_rate)
+    heard = min(longest / sample_rate, seconds or math.inf)
+    x, low, high, rest = sound.read(path, start, heard, sample_rate)
+    peak = max(high, -low)
+    if low >= 0 < peak:  # the published rule
+        x = 2 * x / high - 1
+    elif peak > 0:  # all zeros would be 0/0 there
+        x /= peak
+    x *= 32767
+    return x[:longest].astype(np.int16), max(0.0, min(rest, seconds or math.inf) - heard)
 
 
 def unheard_note(clips, long, seconds, hearing):
@@ -87,11 +87,18 @@ MARKS = ("<audio>", "<|endofchunk|>", "<|PAD_TOKEN|>", "<SEP>")
 
 
 def add_marks(tokenizer):
-    """A tokenizer with the marks of a prompt, in the published order; <SEP> only if it has no sep token."""
+    """A tokenizer with the marks of a prompt, in the published order; <SEP> only if it has no sep token. One
+    that is there already stays where it is. ValueError if a mark is not read as one token, or eos lacks."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos token, which ends an answer: see its config")
     tokenizer.add_tokens(list(MARKS[:2]), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": MARKS[2]})
     if tokenizer.sep_token is None:
         tokenizer.add_special_tokens({"sep_token": MARKS[3]})
+    for mark in (*MARKS[:3], tokenizer.sep_token):
+        ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
+        if ids != [tokenizer.convert_tokens_to_ids(mark)]:
+            raise ValueError(f"the tokenizer reads its mark {mark} as {len(ids)} tokens")
     return tokenizer
 
 
@@ -133,65 +140,80 @@ def make_labels(input_ids, sep_id, end_id, pad_id):
 # Manifests
 
 
+HALF = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8, tokenizers and file systems can't
 KEYS = {"split": str, "split_path": str, "flamingo_task": str, "total_num": int, "data": dict}
 
 
 class Manifest:
     """One checked manifest. len(m), m[i] -> {"prompt", "output", "path", "paths", "start", "duration"},
-    m.epoch(e, w).
+    m.items[i] -> all that the manifest says of item i, m.epoch(e, w). duration: the seconds from start on
+    that the item hears, of all its clips together, or None.
 
     Raises FileNotFoundError, or ValueError with file, key and what was expected there.
     """
 
-    def __init__(self, file, data_root="."):
+    def __init__(self, file, data_root=".", cache_dir=None):
         self.file = file
         self.name = "/".join(file.removesuffix(".json").split("/")[-2:])  # Name-Task/split
         if not os.path.isfile(file):
             raise FileNotFoundError(f"{file}: no such manifest")
-        content = settings.read_json(file)
+        self.dotted = []  # (item, name): names with "..", which split_path tells the place of
+        self.head, self.items = open_items(file, self._check_item, self._check_head, cache_dir)
+        self.folder = os.path.join(data_root, self.head["split_path"])
+        self.order = None, None  # the pass at hand and its order
+
+    def _check_head(self, content, n):
         if not isinstance(content, dict):
-            raise ValueError(f"{file}: a {type(content).__name__}, expected an object with {', '.join(KEYS)}")
+            raise ValueError(f"{self.file}: a {type(content).__name__}, expected an object with "
+                             f"{', '.join(KEYS)}")
         for key, kind in KEYS.items():
-            self._expect(content, key, kind, "")
+            self._expect(content, key, kind)
         if content["split"] not in ("train", "val", "test") and not content["split"].startswith("test"):
             self._fail("split", content["split"], "train, val, test (or test_<something>)")
-        data = content["data"]
-        if content["total_num"] != len(data):
-            self._fail("total_num", content["total_num"], f"the number of items in data, {len(data)}")
+        if content["total_num"] != n:
+            self._fail("total_num", content["total_num"], f"the number of items in data, {n}")
         folder = os.path.normpath(content["split_path"])
-        self.folder = os.path.join(data_root, content["split_path"])
-        for i, (key, item) in enumerate(data.items()):
-            where = f"data[{key!r}]"
-            if key != str(i):
-                self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0' ... '{len(data) - 1}' in order)")
-            if not isinstance(item, dict):
-                self._fail(where, item, "an object with name, prompt, output")
-            names = item.get("name")
-            if type(names) is not list or len(names) < 2 or not all(type(name) is str for name in names):
-                self._expect(item, "name", str, where)  # or two clips and more, of one question
-                names = [names]
-            for field in ("prompt", "output"):
-                self._expect(item, field, str, where)
-            for field in ("duration", "audio_start"):
-                if field in item and (type(item[field]) not in (int, float) or item[field] < 0):
-                    self._fail(f"{where} {field}", item[field], "seconds, not negative")
-            for name in names:
-                path = os.path.normpath(os.path.join(folder, name)) if ".." in name else folder
-                if path.startswith("..") or (os.path.isabs(folder) and not path.startswith(folder)):
-                    self._fail(f"{where} name", name, "a path inside data_root")
-        if folder.startswith(".."):
+        outside = lambda path: path == ".." or path.startswith("../")
+        if outside(folder):
             self._fail("split_path", content["split_path"], "a path inside data_root, or an absolute one")
-        self.items = list(data.values())
+        for i, name in self.dotted:
+            path = os.path.normpath(os.path.join(folder, name))
+            if outside(path) or (os.path.isabs(folder) and outside(os.path.relpath(path, folder))):
+                self._fail("name", name, "a path inside data_root", i)
 
-    def _fail(self, where, value, expected):
+    def _check_item(self, i, key, item):
+        """-> seconds heard, nan where that is not told; number of clips."""
+        if key != str(i):
+            self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0', '1', ... in order)")
+        if type(item) is not dict:
+            self._fail("", item, "an object with name, prompt, output", i)
+        names = item.get("name")
+        if type(names) is not list or len(names) < 2 or not all(type(name) is str for name in names):
+            names = [self._expect(item, "name", str, i)]  # or two clips and more, of one question
+        self._expect(item, "prompt", str, i)
+        self._expect(item, "output", str, i)
+        for field in ("duration", "audio_start"):
+            if field in item and not (type(item[field]) in (int, float) and 0 <= item[field] < MOST_SECONDS):
+                self._fail(field, item[field], f"seconds, not negative, below {MOST_SECONDS:g}", i)
+        for name in names:
+            if ".." in name:
+                self.dotted.append((i, name))
+        return item.get("duration") or math.nan, len(names)
+
+    def _fail(self, key, value, expected, item=None):
+        where = key if item is None else f"data['{item}'] {key}".strip()
         raise ValueError(f"{self.file}: {where} = {str(value)[:80]!r}, expected {expected}")
 
-    def _expect(self, mapping, key, kind, where):
+    def _expect(self, mapping, key, kind, item=None):
         if key not in mapping:
-            where = f"{where} has" if where else "has"
+            where = "has" if item is None else f"data['{item}'] has"
             raise ValueError(f"{self.file}: {where} no {key!r}, expected a {kind.__name__}")
-        if type(mapping[key]) is not kind:
-            self._fail(f"{where} {key}".strip(), mapping[key], f"a {kind.__name__}")
+        value = mapping[key]
+        if type(value) is not kind:
+            self._fail(key, value, f"a {kind.__name__}", item)
+        if kind is str and not value.isascii() and HALF.search(value):
+            self._fail(key, ascii(value), "text, without halves of characters", item)
+        return value
 
     def __len__(self):
         return len(self.items)
@@ -208,24 +230,27 @@ class Manifest:
         int((e+1) N w) - 1 of an endless stream whose passes are shuffles of all items: each has each once."""
         N = len(self)
         first, stop = int(e * N * weight), int((e + 1) * N * weight)
-        shuffled = self._shuffle(np.arange(N), self.name)
-        parts = []
+        parts = [np.arange(0)]
         for k in range(first // max(N, 1), -(-stop // max(N, 1))):
-            order = shuffled if k == 0 else self._shuffle(shuffled, f"{self.name}-epoch-{k}")
-            parts.append(order[max(first - k * N, 0):stop - k * N])
-        return np.concatenate(parts) if parts else np.arange(0)
+            parts.append(self._pass(k)[max(first - k * N, 0):stop - k * N])
+        return np.concatenate(parts)
 
-    @staticmethod
-    def _shuffle(items, seed_text):
-        items = items.copy()
-        np.random.default_rng(sum(map(ord, seed_text))).shuffle(items)
-        return items
+    def _pass(self, k):
+        """The order of pass k, (N,); the latest is kept: 200 epochs are a few passes."""
+        if self.order[0] != k:
+            order = np.arange(len(self), dtype=np.int32)
+            for text in [self.name] + [f"{self.name}-epoch-{k}"] * (k > 0):
+                np.random.default_rng(sum(map(ord, text))).shuffle(order)
+            self.order = k, order
+        return self.order[1]
 
 
 def open_manifests(config, names):
     """{"Name-Task/split": Manifest} for the keys of a blending config."""
     folder, data_root = settings.place(config.dataset_file_root), settings.place(config.data_root)
-    return {name: Manifest(os.path.join(folder, name + ".json"), data_root) for name in names}
+    open_one = lambda name: Manifest(os.path.join(folder, name + ".json"), data_root, config.cache_dir)
+    with ThreadPoolExecutor(4) as pool:  # most of it is hashing and reading, outside of Python's lock
+        return dict(zip(names, pool.map(open_one, names)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,7 +259,8 @@ def open_manifests(config, names):
 
 class Clips(Dataset):
     """Items as {"prompt", "output", "path", "windows" int16 (n, L), "n_windows" of each clip, "unheard"
-    seconds}; where a file can't be read windows are None and "error" says why."""
+    seconds}; where a file can't be read windows are None and "error" says why. clips[i] is row i,
+    clips[m, j] item j of manifest m."""
 
     def __init__(self, manifests, rows, hearing, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; hearing: that of the model."""
@@ -248,17 +274,19 @@ class Clips(Dataset):
         return len(self.rows)
 
     def item(self, i):
-        m, j = self.rows[i]
+        m, j = i if type(i) is tuple else self.rows[i]
         return self.manifests[m][j]
 
     def __getitem__(self, i):
         item = self.item(i)
         sample = {"prompt": item["prompt"], "output": item["output"], "path": item["path"]}
-        where = (item["path"], item["start"])
+        seconds = item["duration"] if len(item["paths"]) == 1 else None  # of several clips, their sum
+        where = (item["path"], item["start"], seconds)
         if self.cache is not None and where in self.cache:
             return sample | self.cache[where]
         try:
-            clips = [read_clip(path, item["start"], **self.hearing) for path in item["paths"]]
+            part = {"start": item["start"], "seconds": seconds} | self.hearing
+            clips = [read_clip(path, **part) for path in item["paths"]]
         except (FileNotFoundError, ValueError) as error:  # counted and reported by whoever asked
             return sample | {"windows": None, "error": str(error)}
         windows = np.concatenate([windows for windows, _ in clips])
@@ -268,38 +296,61 @@ class Clips(Dataset):
             self.cache[where] = heard
         return sample | heard
 
-    def sizes(self):
-        """(n, 2): windows and text characters of every item, as manifests tell: what a step costs."""
+    def windows(self):
+        """(n,) windows of every row, as manifests tell; the most where one tells no duration."""
         length, overlap, most = (self.hearing[name] for name in HEARING)
-        sizes = np.empty((len(self), 2), np.int64)
-        for i in range(len(self)):
-            item = self.item(i)
-            unknown = item["duration"] is None
-            seconds = most * length if unknown else max(item["duration"] - item["start"], 0)
-            windows = min(most, 1 + max(0, -int(-(seconds - length) // (length - overlap))))
-            sizes[i] = windows, len(item["prompt"]) + len(item["output"])
-        return sizes
+        rate = self.hearing.get("sample_rate", SAMPLE_RATE)
+        windows = np.empty(len(self), np.int64)
+        for m in np.unique(self.rows[:, 0]):
+            mine, items = self.rows[:, 0] == m, self.manifests[m].items
+            chosen = self.rows[mine, 1]
+            clips, seconds = items.column("clips")[chosen], items.column("seconds")[chosen].astype(float)
+            samples = np.nan_to_num(np.rint(seconds * rate), nan=math.inf)
+            more = np.ceil((samples - clips * length * rate) / ((length - overlap) * rate))
+            windows[mine] = np.minimum(most * clips, clips + np.maximum(0, more))
+        return windows
+
+    def sizes(self, tokenizer=None):
+        """(n, 2): windows and text tokens (without a tokenizer: characters) of every row."""
+        prompts, outputs = [""] * len(self), [""] * len(self)
+        for m in np.unique(self.rows[:, 0]):
+            mine = np.flatnonzero(self.rows[:, 0] == m)
+            for i, item in zip(mine.tolist(), self.manifests[m].items.many(self.rows[mine, 1])):
+                prompts[i], outputs[i] = item["prompt"].strip().lower(), item["output"].strip().lower()
+        count = about_tokens(tokenizer, {*prompts, *outputs}).get if tokenizer else len
+        texts = [count(prompt) + count(output) for prompt, output in zip(prompts, outputs)]
+        return np.stack([self.windows(), np.array(texts, np.int64)], 1)
 
 
 class Batches(Sampler):
-    """Index lists of one rank for one epoch: seeded, the same plan on every rank, from micro-step `start` on.
+    """Index lists of one rank for one epoch: seeded, the same plan on every rank, from micro-step `start` on;
+    every item once.
 
     The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
     (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
-    Pool order stays random. The last optimizer step is filled up with the epoch's first items.
+    A rank's batch has at most batch_size items, and at most max_windows when padded. Pool order stays random.
+    The epoch's last items may be fewer than ranks: then some have an empty batch.
     """
 
-    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, multiple=1, pool=64):
+    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None):
         order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
-        step = batch_size * world
-        steps = -(-len(order) // (step * multiple)) * multiple
-        order = np.resize(order, steps * step) if len(order) else order
-        plan = []
-        for part in np.split(order, range(pool * step, len(order), pool * step)):
-            part = part[np.lexsort(sizes[part].T[::-1])]
-            plan.extend(np.split(part, len(part) // step) if len(part) else [])
+        step, plan, left = batch_size * world, [], order[:0]
+        for end in range(pool * step, len(order) + pool * step, pool * step):
+            part = np.concatenate([left, order[end - pool * step:end]])
+            part, i = part[np.lexsort(sizes[part].T[::-1])], 0
+            while i < len(part):
+                B = batch_size
+                while B > 1 and max_windows and B * sizes[part[i:i + B * world][-1], 0] > max_windows:
+                    B -= 1
+                if i + B * world > len(part) and end < len(order):
+                    break  # to the next pool
+                plan.append(part[i:i + B * world])
+                i += B * world
+            left = part[i:]
         plan = [plan[i] for i in np.random.default_rng([*seed, 1]).permutation(len(plan))]
-        self.mine = [batch[rank::world].tolist() for batch in plan[start:]]
+        ranks = [[batch[(r + k) % world::world] for r in range(world)] for k, batch in enumerate(plan)]
+        self.mine = [batches[rank].tolist() for batches in ranks[start:]]
+        self.steps, self.stats = len(plan), padding(sizes, ranks)
 
     def __len__(self):
         return len(self.mine)
@@ -344,19 +395,23 @@ class Collate:
                 "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard)}
 
 
-def make_loader(clips, batches, tokenizer, config):
+def make_loader(clips, batches, tokenizer, config, live=False):
+    """live: its workers wait for the next batches that are put into the list."""
     workers, hearing = config.num_workers, clips.hearing
     collate = Collate(tokenizer, config.max_tokens, round(hearing["window_length"] * hearing["sample_rate"]))
+    ahead = {"prefetch_factor": 4, "worker_init_fn": _one_thread, "persistent_workers": live}
     return DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=_one_thread if workers else None)
+                      pin_memory=torch.cuda.is_available(), **(ahead if workers else {}))
 
 
 def _one_thread(_):
     torch.set_num_threads(1)
 
 
-def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0):
-    """Loader of this rank's micro-batches of one epoch, and what the blending record says of it."""
+def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None):
+    """Loader of this rank's micro-batches of one epoch, and what the blending record says of it. The loader
+    of the epoch before, if given, goes on: its workers live, and so does what they cached. loader.steps: of
+    the whole epoch, loader.stats: its padding and how equal the ranks' work is."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
         w = config.dataset_blending_global_weight * config.dataset_blending_config[name]
@@ -369,10 +424,26 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
     if not len(rows):
         raise ValueError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "
                          f"{config.dataset_blending_global_weight} is too small for these manifests")
-    clips = Clips(list(manifests.values()), rows, hearing, config.cache_audio)
-    batches = Batches(clips.sizes(), config.batch_size, [config.seed, epoch], rank, world, start,
-                      config.gradient_accumulation_steps, config.bucket_batches)
-    return make_loader(clips, batches, tokenizer, config), record
+    if config.max_windows_per_batch and config.max_windows_per_batch < hearing["max_num_window"]:
+        raise ValueError(f"max_windows_per_batch = {config.max_windows_per_batch}: one clip may have "
+                         f"max_num_window = {hearing['max_num_window']}")
+    sizes = Clips(list(manifests.values()), rows, hearing).sizes(tokenizer)
+    batches = Batches(sizes, config.batch_size, [config.seed, epoch], rank, world, start,
+                      config.bucket_batches, config.max_windows_per_batch)
+    pairs = [list(map(tuple, rows[batch].tolist())) for batch in batches]  # an empty list stays one
+    if loader is None:
+        clips = Clips(list(manifests.values()), rows[:0], hearing, config.cache_audio)
+        loader = make_loader(clips, pairs, tokenizer, config, live=True)
+    loader.batch_sampler[:] = pairs
+    loader.steps, loader.stats = batches.steps, batches.stats
+    return loader, record
+
+
+def expected_steps(manifests, config, tokenizer, hearing, items, world=1):
+    """Micro-steps of an epoch of about `items` items; with max_windows_per_batch those of the first."""
+    if not config.max_windows_per_batch:
+        return math.ceil(items / (config.batch_size * world))
+    return train_loader(manifests, config, tokenizer, hearing, 0, 0, world)[0].steps
 
 
 def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
@@ -383,63 +454,11 @@ def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
     return make_loader(clips, [b.tolist() for b in batches if len(b)], tokenizer, config)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# python data.py check
-
-
-def check(file, data_root, write):
-    """Read every audio file of a manifest; print each problem and a summary; write a clean copy if asked."""
-    import soundfile
-    from tqdm import tqdm
-    manifest, problems, good = Manifest(file, data_root), Counter(), []
-    defaults = settings.defaults()
-    hearing = {name: defaults[name] for name in HEARING}
-    hearing["max_num_window"] = 30  # 5 min, the most that a stage hears
-    for i in tqdm(range(len(manifest)), desc=manifest.name, unit="clip", disable=None):
-        item, problem = manifest[i], None
-        try:
-            heard = [load_audio(path, item["start"], **hearing).any() for path in item["paths"]]
-            infos = [soundfile.info(path) for path in item["paths"]]
-            seconds = sum(info.frames / info.samplerate - item["start"] for info in infos)
-            if not all(heard):
-                problem = "silent"
-            elif item["duration"] is not None and abs(item["duration"] - seconds) > 0.5 + 0.01 * seconds:
-                problem = "truncated" if seconds < item["duration"] else "wrong duration"
-                problem += f": {seconds:.2f} s, manifest says {item['duration']:.2f} s"
-        except (FileNotFoundError, ValueError) as error:
-            problem = str(error).removeprefix(item["path"] + ": ")
-        if problem:
-            problems[problem.split(":")[0].split(" (")[0]] += 1
-            tqdm.write(f"{manifest.name} {i}: {item['path']}: {problem}")
-        else:
-            good.append(manifest.items[i])
-    print(f"{manifest.name}: {len(manifest)} items, {len(good)} good" +
-          "".join(f", {n} {what}" for what, n in problems.items()))
-    if write:
-        data = {str(i): item for i, item in enumerate(good)}
-        content = json.load(open(file)) | {"total_num": len(good), "data": data}
-        path = os.path.join(write, manifest.name + ".json")
-        if os.path.realpath(path) == os.path.realpath(file):
-            raise ValueError(f"--write={write} would overwrite {file}; name another folder")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "w") as f:
-            json.dump(content, f, indent=1)
-        os.replace(path + ".tmp", path)
-        print(f"wrote {path}")
-    return not problems
-
-
-def main():
-    options = dict(arg[2:].partition("=")[::2] for arg in sys.argv[1:] if arg.startswith("--"))
-    words = [arg for arg in sys.argv[1:] if not arg.startswith("--")]
-    if len(words) < 2 or words[0] != "check" or set(options) - {"data_root", "write"}:
-        raise ValueError("usage: python data.py check MANIFEST.json ... [--data_root=DIR] [--write=DIR]")
-    clean = [check(file, options.get("data_root", "data"), options.get("write")) for file in words[1:]]
-    sys.exit(0 if all(clean) else 1)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    from prepare import check, convert
+    commands = {"check": check.main, "convert": convert.main}
+    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+        sys.exit(print(f"error: data.py: expected {' or '.join(commands)}\n{__doc__}", file=sys.stderr) or 2)
+    command = commands[sys.argv.pop(1)]
+    sys.argv, files = take_files(sys.argv)
+    settings.run(lambda c: command(c, files), f"prepare/{command.__module__.split('.')[1]}.py")

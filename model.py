@@ -386,14 +386,15 @@ class GatedCrossAttention(nn.Module):
 
 
 def keys_values(blocks, audio):
-    """audio (B, S, C) -> for each gated block its (B, S, 2, H, d): one product for all of them. It depends on
-    the clip alone, so decoding makes it once per request."""
-    some = blocks[0]
+    """audio (B, S, C) -> for each gated block its (B, S, 2, H, d): to decode with, one product for all of
+    them. It depends on the clip alone, so decoding makes it once per request."""
+    sizes = (2, blocks[0].heads, blocks[0].d)
+    if torch.is_grad_enabled():  # joined weights would be a copy, and their gradients another
+        return [F.linear(audio, block.attn.to_kv.weight).unflatten(2, sizes) for block in blocks]
     kv = F.linear(audio, torch.cat([block.attn.to_kv.weight for block in blocks]))
-    kv = kv.view(*audio.shape[:2], len(blocks), 2, some.heads, some.d)
-    if not torch.is_grad_enabled():  # decoding reads a head at every token: its keys one after the other
-        kv = kv.permute(2, 0, 3, 4, 1, 5).contiguous().permute(1, 4, 0, 2, 3, 5)
-    return kv.unbind(2)
+    kv = kv.unflatten(2, (len(blocks), *sizes))
+    # a token reads one head after the other: so lie its keys
+    return kv.permute(2, 0, 3, 4, 1, 5).contiguous().permute(1, 4, 0, 2, 3, 5).unbind(2)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import finished, newest_checkpoint, pick_device, pick_precision, read
+from checkpoint import export_release, finished, newest_checkpoint, pick_device, pick_precision, read
 from data import read_clip, unheard_note, window_counts
 from model import pick_backend
 from tools import listening
@@ -33,6 +33,7 @@ int8: bool = False  # weights of a byte each, on a CPU: less time per token
 compile: bool = False  # torch.compile for the decoding step: a minute first, then less per token
 timeline: str | None = None  # write <this>.json and .png: where in the clip it listened, word by word
 input: str | None = None  # JSONL of {"path", "prompt"} instead; paths relative to its folder or to here
+export: str | None = None  # folder to write the model to as a release; nothing is asked then
 output: str | None = None  # JSONL to write the answers to; None: only printed
 init_from: str | None = None  # run directory, checkpoint, release directory or hub id; None: the newest run
 max_new_tokens: int = 256  # at most, per answer
@@ -209,6 +210,8 @@ def ask_all(model, questions, c):
 
 
 def main(c):
+    if c.export:
+        return export_release(*read_model(c), c.export)
     if bool(c.audio) + bool(c.input) != 1:
         raise ValueError("give either --audio clip.wav (again for each further clip of the same prompt) or "
                          "--input questions.jsonl")

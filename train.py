@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import config as settings
 from checkpoint import save_atomically
-from data import open_manifests, train_loader, unheard_note, valid_loader
+from data import expected_steps, open_manifests, train_loader, unheard_note, valid_loader
 from model import matrix_sizes, pick_backend
 
 # dense bf16 peak, TFLOP/s, of the vendors' data sheets
@@ -197,7 +197,8 @@ def main(c):
             f"weighted blend, not one")
     blend = sum(len(m) * c.dataset_blending_config[n] for n, m in manifests.items())
     epoch_items = blend * c.dataset_blending_global_weight
-    total = math.ceil(epoch_items / (c.batch_size * world * accumulation)) * c.num_epochs
+    steps = expected_steps(manifests, c, model.tokenizer, model.hearing, epoch_items, world)
+    total = math.ceil(steps / accumulation) * c.num_epochs
     total = min(total, c.max_steps) if c.max_steps else total
     if main_rank:
         os.makedirs(run, exist_ok=True)
@@ -229,12 +230,14 @@ def main(c):
     gpu_name = torch.cuda.get_device_name(device) if on_gpu else ""
     peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in gpu_name), 0)
     window = dict.fromkeys(("steps", "loss", "tokens", "slots", "seconds", "flops"), 0)
-    window["start"] = time.time()
+    window["start"], loader = time.time(), None
     for epoch in range(first_epoch, c.num_epochs):
-        if step >= total:
+        if c.max_steps and step >= c.max_steps:
             break
         micro = first_micro if epoch == first_epoch else 0
-        loader, chosen = train_loader(manifests, c, model.tokenizer, model.hearing, epoch, rank, world, micro)
+        loader, chosen = train_loader(manifests, c, model.tokenizer, model.hearing, epoch, rank, world, micro,
+                                      loader)
+        record(epoch=epoch, **loader.stats)
         for entry in chosen:
             if entry["stop"] == entry["first"]:
                 say(f"note: epoch {epoch} selects no item of {entry['dataset']}")
@@ -244,7 +247,7 @@ def main(c):
             with open(blending, "a") as f:
                 f.writelines(json.dumps(entry) + "\n" for entry in chosen)
         batches = iter(loader)
-        while step < total:
+        while step < (c.max_steps or math.inf):  # the number of batches by duration is an estimate
             group = [batch for _, batch in zip(range(accumulation), batches)]
             if not group:
                 break

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import traceback
 import types
 import typing
@@ -139,6 +140,18 @@ def commit():
         return "unknown"
 
 
+def need_room(folder):
+    """Make a folder and write a block there: what will not work is said before the long work starts."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(bytes(2 ** 16))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
 def read_json(path):
     try:
         with open(path) as f:
@@ -151,9 +164,13 @@ def run(main, script, reads=None):
     """main(config); what is wrong with the input is printed in one line, with exit code 2."""
     try:
         main(load(sys.argv[1:], script, reads))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
+        if isinstance(error, RuntimeError):  # torch tells that it died, not of what
+            error = f"{error} A process that reads clips was ended by the system: out of memory, most likely"
         print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
         # under torchrun the other ranks must not wait for us
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)

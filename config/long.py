@@ -7,7 +7,6 @@ Launch: torchrun --nproc_per_node=8 train.py config/long.py
 run_name = "long"
 pretrained_path = "exp/sft"
 pretrained_ckpt = "checkpoint_199.pt"
-lang_encoder_path = "Qwen/Qwen2.5-3B"
 clap_checkpoint = "clap_ckpt/epoch_16.pt"
 max_num_window = 30  # 5 min
 

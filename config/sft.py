@@ -9,7 +9,6 @@ Your own sounds: put your manifests into dataset_blending_config, pretrained_pat
 run_name = "sft"
 pretrained_path = "exp/pretrain"
 pretrained_ckpt = "checkpoint_199.pt"
-lang_encoder_path = "Qwen/Qwen2.5-3B"
 clap_checkpoint = "clap_ckpt/epoch_16.pt"
 clap_finetune = True
 max_num_window = 12  # 2 min, as the released configs; the paper says 9

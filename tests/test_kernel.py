@@ -413,7 +413,7 @@ else:
 
 def test_ahead_of_time():
     """Every kernel and table entry: no spills, <= 99 KB of shared memory, on an MI300 <= 64 KB."""
-    report = python(["-c", "from tools import bench; import json; print(json.dumps(bench.aot_report()))"])
+    report = python(["-c", "from tools.bench_kernel import *; import json; print(json.dumps(aot_report()))"])
     rows = json.loads(report.splitlines()[-1])
     kernels, dtypes = ("forward", "dq", "dkv", "combine"), ("bfloat16", "float32")
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
@@ -457,9 +457,9 @@ def test_full_size_on_gpu(dtype, T, N, per_token):
 
 @on_gpu
 def test_faster_than_naive_on_gpu():
-    from tools import bench
+    from tools.bench_kernel import kernel_rows
     shapes, backends = [(8, 256, 768, 0), (1, 1, 1920, 0)], ["naive", "sdpa", "triton"]
-    rows = bench.kernel_rows(DEVICE, torch.bfloat16, shapes, backends)
+    rows = kernel_rows(DEVICE, torch.bfloat16, shapes, backends)
     for backward in (False, True):
         ms = {row["backend"]: row["ms"] for row in rows if row["T"] == 256 and row["backward"] == backward}
         naive, sdpa = (ms[backend] / ms["triton"] for backend in ("naive", "sdpa"))

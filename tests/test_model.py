@@ -12,6 +12,7 @@ import checkpoint
 import config
 from model import AudioFlamingo, ClapEncoder, attention, gated_blocks, swin_block
 from tools.decoding import Sampling, pick
+from tests import plain
 from tests.helpers import ROOT
 
 torch.manual_seed(0)
@@ -251,6 +252,23 @@ def test_swin_blocks_equal_htsats_own(spec_size):
             results.append([y.detach(), *torch.autograd.grad(y, wanted, dy)])
         for ours, theirs in zip(*results):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_equals_the_plain_one(tiny_settings):
+    """Loss and every gradient, against clips padded, encoded one by one, and scores and logits in full."""
+    model = build(tiny_settings, gates=0.6)
+    model.set_trainable(SimpleNamespace(**config.defaults()))
+    ids, windows, n, labels = batch(model)
+    mask = torch.arange(int(n.max())) < n[:, None]
+    padded = windows.new_zeros(*mask.shape, windows.shape[1])
+    padded[mask] = windows
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _, loss = model(ids, windows, n, labels)
+    theirs = plain.loss(model, ids, padded, mask, labels)
+    assert abs(loss.item() - theirs.item()) < 1e-5
+    pairs = zip(torch.autograd.grad(loss, trained.values()), torch.autograd.grad(theirs, trained.values()))
+    for name, (a, b) in zip(trained, pairs):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-9, name
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "seen", "added"])

@@ -28,8 +28,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIMIT = 540  # seconds, of all steps together: half an hour on a borrowed GPU allows three tries
 KERNEL_TESTS = ["-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "tests/test_kernel.py"]
 STEPS = {  # device -> (step, its limit in seconds, what Python runs)
-    "cuda": [("tests", 200, [*KERNEL_TESTS, "-k", "not test_bench_kernel"]),  # the next step is that
-             ("kernel", 200, ["tools/bench.py", "kernel"]), ("decode", 120, ["tools/bench.py", "decode"])],
+    "cuda": [("tests", 150, [*KERNEL_TESTS, "-k", "not test_bench_kernel"]),  # the next step is that
+             ("kernel", 150, ["tools/bench.py", "kernel"]), ("decode", 120, ["tools/bench.py", "decode"]),
+             ("train", 100, ["tools/bench.py", "train"])],
     "cpu": [("tests", 120, [*KERNEL_TESTS, "-k", "torch_backends or pick_backend or errors_name"]),
             ("kernel", 200, ["tools/bench.py", "kernel"]), ("decode", 180, ["tools/bench.py", "decode"])]}
 

@@ -1,0 +1,247 @@
+"""Read every audio file of manifests, and tell what is wrong and what there is.
+
+    python data.py check config/pretrain.py                              # all manifests of a config
+    python data.py check a.json b.json --data_root=data --write=cleaned  # these; copies without the bad items
+    python data.py check config/sft.py --page=out/check.html             # the report as a page, too
+
+Nothing is changed in place. Exit code: 0 all good, 1 some are not, 2 not done.
+"""
+import html
+import json
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+import config as settings
+from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
+from tools import sound
+from tools.sizes import about_tokens
+from tools.spread import spread
+
+write: str | None = None  # folder for cleaned copies of the manifests; None: none are written
+page: str | None = None  # HTML file of the report; None: the terminal alone
+workers: int = 0  # processes; 0: one a core
+examples: int = 20  # of each cause of failure, on the page
+
+
+def open_all(c, files):
+    """{name: Manifest} of the files named, or of all that a config trains and validates with."""
+    if files:
+        root = settings.place(c.data_root)
+        return {file: Manifest(file, root, c.cache_dir) for file in files}
+    names = {**c.dataset_blending_config, **c.valid_dataset_config}
+    if not names:
+        raise ValueError("name manifests, or a config file with a dataset_blending_config")
+    return open_manifests(c, names)
+
+
+def hearing_of(c):
+    """What is heard of a clip, by the config; 5 minutes, the most that a stage hears, where none tells."""
+    hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": SAMPLE_RATE}
+    return hearing if "max_num_window" in c.given else hearing | {"max_num_window": 30}
+
+
+def inspect(manifests, hearing, task):
+    """(manifest, item) -> {"problem": None or what is wrong, "seconds": heard at most, "rates"}."""
+    m, i = task
+    item, told = manifests[m][i], manifests[m].items[i]
+    length, overlap, most = (hearing[name] for name in HEARING)
+    longest = most * (length - overlap) + overlap
+    problem, total, rates = None, 0.0, []
+    for path in item["paths"]:
+        try:
+            x, low, high, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
+            rates.append(sound.rate_of(path))
+        except (FileNotFoundError, ValueError) as error:
+            problem = problem or str(error).removeprefix(path + ": ")
+            continue
+        held = len(x) / hearing["sample_rate"]
+        if held < min(longest, rest) - 0.1:  # the sound ends before the header says so
+            problem = problem or f"truncated: {held:.2f} s, its header says {rest:.2f} s"
+        elif max(high, -low) <= sound.SILENT:
+            problem = problem or "silent"
+        total += rest
+    duration = item["duration"]
+    if not problem and duration and abs(duration - total) > 0.5 + 0.01 * total:
+        if total < duration:
+            problem = f"truncated: {total:.2f} s, manifest says {duration:.2f} s"
+        elif "audio_start" not in told:  # with it, the item is a part of the file
+            problem = f"wrong duration: {total:.2f} s, manifest says {duration:.2f} s"
+    return {"problem": problem, "seconds": min(total, duration or total), "rates": rates}
+
+
+def cause_of(problem):
+    return re.sub(r"[\d.]+ s\b", "... s", problem.split(":")[0].split(" (")[0])
+
+
+def describe(values, unit=""):
+    """A line of quantiles."""
+    if not len(values):
+        return "none"
+    names, shares = ("least", "10 %", "median", "90 %", "most"), (0, 0.1, 0.5, 0.9, 1)
+    shares = dict(zip(names, np.quantile(values, shares)))
+    return ", ".join(f"{name} {value:.6g}{unit}" for name, value in shares.items())
+
+
+def write_manifest(path, head, items):
+    """A manifest with the keys of another and these items, whole or not at all; -> their number."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".tmp", "w") as f:
+        n = 0
+        f.write('{"data": {')
+        for n, item in enumerate(items, 1):
+            f.write(("," if n > 1 else "") + f'\n"{n - 1}": ' + json.dumps(item))
+        head = {key: value for key, value in head.items() if key != "data"} | {"total_num": n}
+        f.write("\n},\n" + json.dumps(head)[1:] + "\n")
+    os.replace(path + ".tmp", path)
+    return n
+
+
+def target(folder, manifest):
+    """Where a manifest made of another goes: not over it."""
+    path = os.path.join(folder, manifest.name + ".json")
+    if os.path.realpath(path) == os.path.realpath(manifest.file):
+        raise ValueError(f"{folder}: would overwrite {manifest.file}; name another folder")
+    return path
+
+
+def tokenizer_of(c):
+    """The config's tokenizer, or None where it can't be had or no language model is named."""
+    if "lang_encoder_path" not in c.given and "tokenizer_path" not in c.given:
+        return None
+    from checkpoint import text_side
+    try:
+        return text_side(c)[2]
+    except (ValueError, OSError, ImportError) as error:
+        print(f"note: texts are counted in characters: no tokenizer ({error})", file=sys.stderr)
+
+
+def main(c, files):
+    manifests = open_all(c, files)
+    hearing, tokenizer = hearing_of(c), tokenizer_of(c)
+    folder, page = (path and settings.place(path) for path in (c.write, c.page))
+    targets = [target(folder, m) for m in manifests.values()] if folder else []
+    for needed in filter(None, (folder, page and os.path.dirname(page))):
+        settings.need_room(needed)
+    opened = list(manifests.values())
+    tasks = [(m, i) for m, manifest in enumerate(opened) for i in range(len(manifest))]
+    found = [[None] * len(manifest) for manifest in opened]
+    bar = tqdm(total=len(tasks), desc="check", unit="clip", disable=None)
+    todo = spread(partial(inspect, opened, hearing), tasks, c.workers or os.cpu_count())
+    for (m, i), result, why in todo:
+        found[m][i] = result or {"problem": why, "seconds": 0.0, "rates": []}
+        if found[m][i]["problem"]:
+            tqdm.write(f"{opened[m].name} {i}: {opened[m][i]['path']}: {found[m][i]['problem']}")
+        bar.update()
+    bar.close()
+    for m, manifest in enumerate(opened):
+        causes = Counter(cause_of(r["problem"]) for r in found[m] if r["problem"])
+        good = len(manifest) - sum(causes.values())
+        hours = sum(r["seconds"] for r in found[m] if not r["problem"]) / 3600
+        print(f"{manifest.name}: {len(manifest)} items, {good} good" +
+              "".join(f", {n} {what}" for what, n in causes.most_common()) + f"; {hours:.4g} h")
+        if folder:
+            items = (item for item, r in zip(manifest.items, found[m]) if not r["problem"])
+            write_manifest(targets[m], manifest.head, items)
+            print(f"wrote {targets[m]}")
+    told = summary(opened, found, hearing, tokenizer)
+    for what, (values, unit) in told.items():
+        print(f"{what}: {describe(values, unit)}")
+    if page:
+        write_page(page, opened, found, told, hearing, tokenizer, c)
+    sys.exit(1 if any(r["problem"] for rows in found for r in rows) else 0)
+
+
+def summary(opened, found, hearing, tokenizer):
+    """{what: (values, unit)} of the good items."""
+    good = [(m, i) for m, rows in enumerate(found) for i, r in enumerate(rows) if not r["problem"]]
+    seconds = np.array([found[m][i]["seconds"] for m, i in good])
+    length, overlap, most = (hearing[name] for name in HEARING)
+    windows = np.clip(1 + np.ceil((seconds - length) / (length - overlap)), 1, most)
+    items = [opened[m].items[i] for m, i in good]
+    texts = [(item["prompt"].lower(), item["output"].lower()) for item in items]
+    count = about_tokens(tokenizer, {t for pair in texts for t in pair}).get if tokenizer else len
+    unit = " tokens" if tokenizer else " characters"
+    return {"duration": (seconds, " s"), "windows a clip": (windows, ""),
+            "prompt": (np.array([count(p) for p, _ in texts]), unit),
+            "output": (np.array([count(o) for _, o in texts]), unit),
+            "sample rate": (np.array([rate for m, i in good for rate in found[m][i]["rates"]]), " Hz")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def bars(values, unit, most=16):
+    """A histogram: a bar for every value, or for ranges where there are many."""
+    if not len(values):
+        return "<p>none</p>"
+    kinds, counts = np.unique(values, return_counts=True)
+    labels = [f"{kind:.6g}" for kind in kinds]
+    if len(kinds) > most:
+        counts, edges = np.histogram(values, most)
+        labels = [f"{a:.4g} to {b:.4g}" for a, b in zip(edges, edges[1:])]
+    rows = (f'<tr><td>{label}{unit}<td><div class="bar" style="width:{40 * n / counts.max():.2f}em"></div>{n}'
+            for label, n in zip(labels, counts))
+    return f"<table>{''.join(rows)}</table>"
+
+
+def seen(manifest, i, hearing, tokenizer, max_tokens):
+    """An item as the model gets it: windows to listen to, tokens with those that are learnt marked."""
+    from tools.report import sound as player
+    clip = Clips([manifest], np.array([[0, i]]), hearing)[0]
+    if clip["windows"] is None:
+        return ""
+    heard = f"<p>{html.escape(clip['path'])}: {' + '.join(map(str, clip['n_windows']))} windows</p>"
+    try:
+        heard += player(clip["windows"], None)
+    except ModuleNotFoundError as error:
+        heard += f"<p>no picture: {html.escape(str(error))}; pip install -r requirements-eval.txt</p>"
+    pair = clip["prompt"], clip["output"]
+    if tokenizer is None:
+        return heard + f"<pre>{html.escape(pair[0])}\n<b>{html.escape(pair[1])}</b></pre>"
+    ids, labels, _ = Collate(tokenizer, max_tokens, 1).encode([pair], [len(clip["n_windows"])])
+    tokens = [html.escape(tokenizer.decode([token])) for token in ids[0].tolist()]
+    marked = (f'<span class="{"learnt" if label != -100 else "given"}">{token}</span>'
+              for token, label in zip(tokens, labels[0].tolist()))
+    return heard + f"<p>{' '.join(marked)}</p>"
+
+
+STYLE = """<style>.bar { background: #69c; height: 1em; display: inline-block; margin-right: .5em }
+.given, .learnt { border: 1px solid #ccc; padding: 0 .2em; white-space: pre-wrap }
+.learnt { background: #fd9 }
+</style>"""
+
+
+def write_page(path, opened, found, told, hearing, tokenizer, c):
+    from tools.report import PAGE
+    body, causes = [STYLE, "<table><tr><th>manifest<th>items<th>good<th>hours"], defaultdict(list)
+    for manifest, rows in zip(opened, found):
+        bad = [(i, r["problem"]) for i, r in enumerate(rows) if r["problem"]]
+        for i, problem in bad:
+            causes[cause_of(problem)].append(f"{manifest.name} {i}: {manifest[i]['path']}: {problem}")
+        hours = sum(r["seconds"] for r in rows if not r["problem"]) / 3600
+        body.append(f"<tr><td>{html.escape(manifest.name)}<td>{len(rows)}<td>{len(rows) - len(bad)}"
+                    f"<td>{hours:.4g}")
+    body.append("</table><h2>Causes of failure</h2>" if causes else "</table>")
+    for cause, lines in sorted(causes.items(), key=lambda pair: -len(pair[1])):
+        shown = "\n".join(map(html.escape, lines[:c.examples]))
+        body.append(f"<h3>{html.escape(cause)}: {len(lines)}</h3><pre>{shown}</pre>")
+    for what, (values, unit) in told.items():
+        body.append(f"<h2>{what}</h2><p>{describe(values, unit)}</p>{bars(values, unit)}")
+    good = [(m, i) for m, rows in enumerate(found) for i, r in enumerate(rows) if not r["problem"]]
+    body.append('<h2>As the model sees them</h2><p><span class="learnt">learnt</span> '
+                '<span class="given">given</span></p>')
+    for k in np.linspace(0, len(good) - 1, min(5, len(good))).astype(int):
+        m, i = good[k]
+        told = seen(opened[m], i, hearing, tokenizer, c.max_tokens)
+        body.append(f'<div class="item"><h3>{html.escape(opened[m].name)} {i}</h3>{told}</div>')
+    with open(path + ".tmp", "w") as f:
+        f.write(PAGE.format(title="Data", body="\n".join(body)))
+    os.replace(path + ".tmp", path)
+    print(f"report: {path}")

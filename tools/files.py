@@ -1,0 +1,191 @@
+"""Files of weights, from this disk or the hub: read without running anything that they hold, written whole or
+not at all. Errors are ValueError or FileNotFoundError, one line that names the file."""
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+import config as settings
+
+
+def brief(error):
+    """The beginning of an error of somebody else's, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def listed(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def local_or_hub(path, patterns, cache_dir=None, setting="init_from"):
+    """A folder, relative to the project's, as it is; org/name from the hub (or its cache, offline)."""
+    if os.path.isdir(settings.place(path)):
+        return settings.place(path)
+    cache_dir = cache_dir and settings.place(cache_dir)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise FileNotFoundError(f"{setting} = {path!r}: no such folder, and not a hub id (org/name)")
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(path, cache_dir=cache_dir, allow_patterns=patterns)
+    except Exception as error:  # the hub's client raises many kinds; to the user all of them mean "not there"
+        raise FileNotFoundError(f"{setting} = {path!r} is not a folder here, and the hub did not give it: "
+                                f"{brief(error)}") from error
+
+
+def inside(folder, name, by):
+    """The path of folder/name, which `by` names. It must lie in the folder, and not behind a link that leads
+    out of it; the links in a snapshot of the hub's cache lead to that repository's blobs."""
+    path, home = os.path.join(folder, name), os.path.realpath(folder)
+    homes = [home, os.path.join(home.rpartition("/snapshots/")[0] or home, "blobs")]
+    if not os.path.realpath(path).startswith(tuple(where + os.sep for where in homes)):
+        raise ValueError(f"{path}, which {by} names, leads out of {folder}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file, but {by} names it")
+    return path
+
+
+def read_object(path):
+    """{name: value} of a JSON file."""
+    content = settings.read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a {type(content).__name__}, expected an object {{name: value}}")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def load_tensor(file, name):
+    """One tensor of a safetensors file, mapped by itself: in memory while it is used."""
+    from safetensors import safe_open
+    try:
+        return safe_open(file, "pt").get_tensor(name)
+    except Exception as error:  # the package has an error class of its own, beside OSError
+        raise ValueError(f"{file}: {name} is not readable ({brief(error)})") from error
+
+
+def load_tensors(file):
+    """{name: function that maps its tensor} of a safetensors file."""
+    from safetensors import safe_open
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+    except Exception as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({brief(error)})") from error
+    return {name: partial(load_tensor, file, name) for name in names}
+
+
+def load_pickle(path):
+    """The dict in a file of torch.save: of tensors, numbers, strings, lists, dicts; nothing in it is run."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # zip, pickle and storage errors alike: the file is not what it should be
+        code, kind = re.search(r"GLOBAL (\S+)", str(error)), "a pickle of more than tensors"
+        why = kind if "Weights only" in str(error) else brief(error)
+        why = f"it asks for {code[1]}, which was not run" if code else why
+        raise ValueError(f"{path}: not a readable checkpoint ({why})") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: a {type(saved).__name__}, expected a dict")
+    return saved
+
+
+def tensors_in(saved, key, path):
+    """{name: tensor} under a key of what load_pickle gave."""
+    state = saved.get(key)
+    if not isinstance(state, dict) or not all(isinstance(n, str) for n in state):
+        raise ValueError(f"{path}: no {key} {{name: tensor}} in it")
+    if wrong := [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
+        raise ValueError(f"{path}: {key} holds what is no tensor: {listed(wrong)}")
+    return state
+
+
+def merged(pieces, our_name, source):
+    """[(name, function that gives its tensor)] -> {our name: such a function} and the names of copies.
+
+    The same tensor may stand in a file twice, under two names that mean one of ours; if the copies differ, no
+    choice is right."""
+    found, copies = {}, []
+    for name, get in pieces:
+        ours = our_name(name)
+        if ours not in found:
+            found[ours] = name, get
+            continue
+        if not same(found[ours][1](), get()):
+            raise ValueError(f"{source}: {found[ours][0]} and {name} should be copies, but differ")
+        copies.append(name)
+    return {ours: get for ours, (_, get) in found.items()}, copies
+
+
+def same(a, b):
+    """Bit by bit, in the longest integers that fit: a NaN is the same as its copy. Twice as fast."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    ends = [n * t.itemsize for t in (a, b) for n in (t.numel(), t.storage_offset())]
+    kind = next(bits[size] for size in bits if not any(end % size for end in ends))
+    return torch.equal(*(t.contiguous().flatten().view(kind) for t in (a, b)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_atomically(content, path):
+    """torch.save that leaves either the old file or the new one, also when the machine dies in between."""
+    with open(path + ".tmp", "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+@contextmanager
+def replaced(folder, mine):
+    """A new folder to write to, which then takes the place of `folder`: whole, or not at all. Of the old one
+    only those files go on that are not `mine`(relative path): the user's own."""
+    folder = os.path.realpath(folder)
+    parent, name = os.path.split(folder)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        beside = tempfile.mkdtemp(prefix=f".{name}-", dir=parent)
+        new, old = os.path.join(beside, "new"), os.path.join(beside, "old")
+        try:
+            os.mkdir(new)
+            yield new
+            for path, _, files in os.walk(new):
+                for file in files:
+                    with open(os.path.join(path, file), "rb") as f:
+                        os.fchmod(f.fileno(), os.stat(new).st_mode & 0o666)  # safetensors gives 0600
+                        os.fsync(f.fileno())
+            if os.path.isdir(folder):
+                keep_others(folder, new, mine)
+                os.rename(folder, old)
+            os.rename(new, folder)
+        except BaseException:
+            if os.path.isdir(old) and not os.path.isdir(folder):
+                os.rename(old, folder)
+            raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:  # no space, no permission, a file in the way
+        raise ValueError(f"{folder} is not written, what stood there is as it was ({error})") from error
+
+
+def keep_others(folder, new, mine):
+    """Second names, in the folder `new`, of all files of `folder` but those that are mine."""
+    def ours(path, names):
+        return [name for name in names if mine(os.path.relpath(os.path.join(path, name), folder))]
+
+    def link(source, target):
+        if not os.path.lexists(target):
+            os.link(source, target, follow_symlinks=False)
+
+    shutil.copytree(folder, new, symlinks=True, ignore=ours, copy_function=link, dirs_exist_ok=True)

@@ -1,0 +1,260 @@
+"""The items of a manifest without an object each: its text as it is, and a few numbers an item, in one file.
+
+    head, items = open_items("train.json", check_item, check_head)    # items[i] -> the item as a dict
+
+A manifest is parsed once. <manifest>.index, beside it or in cache_dir, then holds its text, where every item
+lies in that, and what planning an epoch needs; it counts as long as it names the hash of these bytes.
+Processes read items by pread and share the system's pages: none grows with what it has read.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import socket
+import struct
+import sys
+import weakref
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+import config as settings
+
+SMALL = 1000  # items that are parsed faster than a file is worth leaving beside them: 5 ms
+MAGIC = "items of a manifest 1 "
+COLUMNS = {"place": "2i8", "seconds": "f4", "clips": "i4"}  # from where to where; nan: no duration is told
+
+KEY = re.compile(r'([ \t\n\r]*)"([^"\\]*(?:\\.[^"\\]*)*)"([ \t\n\r]*:[ \t\n\r]*)')
+EMPTY = re.compile(r"{[ \t\n\r]*}")
+SPACE = re.compile(r"[ \t\n\r]*")
+scan = json.JSONDecoder().scan_once  # (text, where a value begins) -> value, where it ends
+
+
+class Items(Sequence):
+    """items[i] -> dict; items.column("seconds") -> (n,). Holds the index's file open, or its bytes."""
+
+    def __init__(self, image, path=None):
+        """image: bytes, or the number of the open file at a path."""
+        self.image, self.path = image, path
+        if path:
+            weakref.finalize(self, os.close, image)
+        first = self._read(0, 64)
+        if not first.startswith(MAGIC.encode()):
+            raise ValueError("not an index")
+        self.start = int(first[len(MAGIC):].split(b"\n")[0])  # of the columns
+        self.told = json.loads(self._read(64, self.start - 64))
+        self.n = self.told["items"]
+        ends = np.cumsum([0, *(self.n * np.dtype(kind).itemsize for kind in COLUMNS.values())]) + self.start
+        *begins, self.text = map(int, ends)
+        self.begin = dict(zip(COLUMNS, begins))
+        size = os.fstat(image).st_size if path else len(image)
+        if size != self.text + self.told["bytes"]:
+            raise ValueError("not whole")
+
+    def _read(self, at, n):
+        return os.pread(self.image, n, at) if self.path else self.image[at:at + n]
+
+    def column(self, name):
+        image = mmap.mmap(self.image, 0, access=mmap.ACCESS_READ) if self.path else self.image
+        return np.frombuffer(image, COLUMNS[name], self.n, self.begin[name])
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if not -self.n <= i < self.n:
+            raise IndexError(f"item {i} of {self.n}")
+        i = int(i) % self.n
+        at, end = struct.unpack("<2q", self._read(self.begin["place"] + 16 * i, 16))
+        return json.loads(self._read(self.text + at, end - at))
+
+    def many(self, chosen):
+        """The items of an array of numbers, one after the other."""
+        for at, end in self.column("place")[chosen].tolist():
+            yield json.loads(self._read(self.text + at, end - at))
+
+    def __reduce__(self):  # to a worker that is not forked
+        if self.path:
+            return open_index, (self.path, self.told["sha256"])
+        return Items, (self.image,)
+
+
+def walk(text, at, visit):
+    """Call visit(i, key, where its value begins) -> where it ends, for every member of the object at `at`;
+    -> the object's end. ValueError where the text is no JSON."""
+    if empty := EMPTY.match(text, at):
+        return empty.end()
+    at, i, gap, colon = at + 1, 0, "", ""
+    while True:
+        usual = f'{gap}"{i}"{colon}'  # most members are like the one before
+        if colon and text.startswith(usual, at):
+            name, at = str(i), at + len(usual)
+        else:
+            key = KEY.match(text, at)
+            if not key:
+                raise ValueError(f"no key at {at}")
+            gap, name, colon, at = key[1], key[2], key[3], key.end()
+            name = name if "\\" not in name else json.loads(f'"{name}"')
+        at = visit(i, name, at)
+        i += 1
+        if text[at:at + 1] != ",":
+            at = SPACE.match(text, at).end()
+            if text[at:at + 1] == "}":
+                return at + 1
+            if text[at:at + 1] != ",":
+                raise ValueError(f"no end of {name!r}")
+        at += 1
+
+
+def parse(raw, check_item):
+    """A manifest's bytes -> its keys (data: {}), columns, and the first error among its items or None."""
+    text = raw.decode("latin-1")  # a character a byte: positions are those of the file
+    raw.isascii() or raw.decode()  # UTF-8 or an error
+    head, columns, wrong = {}, {}, []
+
+    def items(at):
+        place, seconds, clips = array("q"), array("f"), array("i")
+        columns.update(place=place, seconds=seconds, clips=clips)
+
+        def item(i, key, at):
+            value, end = scan(text, at)
+            numbers = math.nan, 1
+            if not wrong:
+                try:
+                    numbers = check_item(i, key, value)
+                except ValueError as error:
+                    wrong.append(error)
+            place.append(at)
+            place.append(end)
+            seconds.append(numbers[0])
+            clips.append(numbers[1])
+            return end
+
+        return walk(text, at, item)
+
+    def member(_, key, at):
+        if key == "data" and text[at:at + 1] == "{":
+            head[key] = {}
+            return items(at)
+        value, end = scan(text, at)
+        head[key] = json.loads(raw[at:end])  # with its characters, not its bytes
+        return end
+
+    begin = SPACE.match(text).end()
+    if text[begin:begin + 1] != "{":
+        raise ValueError("no object")
+    end = walk(text, begin, member)
+    if SPACE.match(text, end).end() != len(text):
+        raise ValueError("more after its end")
+    return head, columns, wrong
+
+
+def build(file, check_item, check_head):
+    """-> the parts of an index: bytes and arrays. ValueError names file, key and what was expected."""
+    with open(file, "rb") as f:
+        raw = f.read()
+    try:
+        head, columns, wrong = parse(raw, check_item)
+    except (ValueError, StopIteration, RecursionError) as error:  # told by the library, in its own words
+        content = read_json(file)
+        check_head(content, len(content.get("data", ())) if isinstance(content, dict) else 0)
+        raise ValueError(f"{file}: not read ({error})") from error
+    n = len(columns.get("clips", ()))
+    check_head(head, n)
+    if wrong:
+        raise wrong[0]
+    told = {"sha256": hashlib.sha256(raw).hexdigest(), "items": n, "bytes": len(raw), "head": head}
+    told = json.dumps(told).encode()
+    start = -(-(64 + len(told)) // 64) * 64
+    first = f"{MAGIC}{start}\n".encode().ljust(64)
+    return [first, told.ljust(start - 64), *map(np.asarray, columns.values()), raw]
+
+
+def read_json(file):
+    try:
+        return settings.read_json(file)
+    except RecursionError as error:
+        raise ValueError(f"{file}: not JSON that can be read ({error})") from error
+
+
+def hash_of(file):
+    digest, block = hashlib.sha256(), bytearray(2 ** 20)
+    with open(file, "rb", buffering=0) as f:
+        while n := f.readinto(block):
+            digest.update(memoryview(block)[:n])
+    return digest.hexdigest()
+
+
+def open_index(path, digest):
+    """The index at a path, if it is whole and of these bytes; else None."""
+    try:
+        items = Items(os.open(path, os.O_RDONLY), path)
+    except (OSError, ValueError, KeyError):
+        return None
+    return items if items.told["sha256"] == digest else None
+
+
+@contextlib.contextmanager
+def turn(file):
+    """One process at a time; the others find the work done. -> the end of a name for what is half-written."""
+    with open(file, "rb") as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)  # ends with the process, too, however that ends
+            yield ".tmp"
+        except (ImportError, OSError):  # a file system without locks: each does it, in a file of its own
+            yield f".{socket.gethostname()}-{os.getpid()}.tmp"
+
+
+def write(path, parts, end):
+    """Whole or not at all."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + end, "wb") as f:
+            f.writelines(parts)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + end, path)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError, PermissionError, NotADirectoryError):
+            os.remove(path + end)
+        raise
+
+
+def open_items(file, check_item, check_head, cache_dir=None):
+    """-> the manifest's keys (data: {}), Items. check_item(i, key, item) -> (seconds, clips), and
+    check_head(keys, number of items), raise ValueError for what is wrong."""
+    if os.path.getsize(file) < 40 * SMALL:  # fewer than that, surely: no item is as short
+        parts = build(file, check_item, check_head)
+        items = Items(b"".join(map(bytes, parts)))
+        return items.told["head"], items
+    digest, places = hash_of(file), [file + ".index"]
+    if cache_dir:
+        key = hashlib.sha256(f"{os.path.abspath(file)} {digest}".encode()).hexdigest()[:16]
+        places.append(os.path.join(cache_dir, f"{os.path.basename(file)}.{key}.index"))
+    find = lambda: next((items for path in places if (items := open_index(path, digest))), None)
+    items = find()
+    if not items:
+        with turn(file) as end:
+            items = find() or make(file, places, end, check_item, check_head)
+    return items.told["head"], items
+
+
+def make(file, places, end, check_item, check_head):
+    parts, why = build(file, check_item, check_head), None
+    told = json.loads(parts[1])
+    for path in places if told["items"] >= SMALL else ():
+        try:
+            write(path, parts, end)
+        except OSError as error:
+            why = why or error
+            continue
+        if items := open_index(path, told["sha256"]):
+            return items
+    if why and os.environ.get("RANK", "0") == "0":
+        print(f"note: {file}: its index is kept in memory ({why})", file=sys.stderr)
+    return Items(b"".join(map(bytes, parts)))

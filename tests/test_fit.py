@@ -11,10 +11,9 @@ from tests.helpers import fails_with_one_line, run
 
 SMALL = ["--lang_encoder_path=HuggingFaceTB/SmolLM2-135M", "--clap_embed_dim=96", "--clap_depths=[2,2,6,2]"]
 CASES = {  # clips, windows, tokens, answers | settings
-    "nothing recomputed": (2, 3, 64, 20, "--clap_finetune", "--freeze_lm_embeddings=added"),
-    "blocks recomputed": (6, 3, 96, 40, "--gradient_checkpointing", "--cross_attn_every_n_layers=5"),
-    "float32": (3, 2, 128, 90, "--precision=fp32", "--freeze_lm_embeddings=true",
-                "--cross_attn_every_n_layers=3")}
+    "nothing recomputed": (2, 2, 64, 30, "--clap_finetune", "--freeze_lm_embeddings=added"),
+    "float32, blocks recomputed": (3, 2, 96, 60, "--precision=fp32", "--gradient_checkpointing",
+                                   "--freeze_lm_embeddings=true", "--cross_attn_every_n_layers=5")}
 
 
 def settings(*given):
@@ -42,7 +41,7 @@ def test_the_plans_figures_come_out():
     assert f["flops_per_sample"] == pytest.approx(1.8e12, rel=0.03)
     assert f["samples_per_s"] / 8 == pytest.approx(175, rel=0.03)
     assert f["windows_per_s"] == pytest.approx(4200, rel=0.03)
-    assert f["host_to_device_mb_s"] == pytest.approx(1300, rel=0.06)
+    assert f["host_to_device_mb_s"] == pytest.approx(4200 * 0.32, rel=0.03)  # windows of 320 kB
     assert f["all_reduce_gb"] == pytest.approx(7.0, rel=0.01)
     assert f["peak_gb"] == pytest.approx(sum(memory.values())) and f["peak_gb"] < 80
     # counted product by product, forward: trained parts three times, the frozen language model twice
@@ -52,21 +51,20 @@ def test_the_plans_figures_come_out():
     assert f["flops_per_sample"] == pytest.approx(1e9 * step, rel=0.03)
 
 
-def fit(capsys, *argv):
-    from tools import bench_fit
-    bench_fit.fit(config.load(argv, "tools/bench_fit.py"))
-    text = capsys.readouterr().out
-    return json.loads(text.splitlines()[-1]), text
-
-
 def test_largest_batch_fits_and_more_do_not(capsys):
-    given = [*SMALL, "--max_num_window=1", "--gpus=1", "--cross_attn_every_n_layers=[28]", "--max_tokens=64"]
-    f, text = fit(capsys, *given, "--gpu=6", "--batch_size=40", "--items=1000")
-    most = f["largest_batch"]
-    assert most > 40 and f["epoch_items"] == 5 and "5 clips" in text
-    at = lambda B: fit(capsys, *given, f"--batch_size={B}", "--gpu=2")[0]
-    assert at(most)["peak_gb"] <= f["room_gb"] < at(round(1.1 * most))["peak_gb"]
-    assert at(40)["largest_batch"] < 40
+    from tools import bench_fit
+    argv = [*SMALL, "--max_num_window=1", "--gpus=1", "--gpu=6", "--cross_attn_every_n_layers=[28]"]
+    c = config.load([*argv, "--batch_size=40", "--items=1000", "--max_tokens=64"], "tools/bench_fit.py")
+    bench_fit.fit(c)
+    text = capsys.readouterr().out
+    f = json.loads(text.splitlines()[-1])
+    assert f["largest_batch"] > 40 and f["peak_gb"] < f["room_gb"] and f["epoch_items"] == 5
+    assert "an epoch: 5 clips" in text and f["all_reduce_gb"] == 0
+    for peak in (lambda b: 10 + b, lambda b: max(30, 10 + b), lambda b: 10 + min(b, 5) + b / 2):
+        for room in (9, 29.5, 31, 40, 100):
+            found = bench_fit.largest(peak, peak(0), 4, room)
+            best = max((b for b in range(1000) if b and peak(b) <= room), default=0)
+            assert 0.9 * best <= found <= best, (room, found, best)
 
 
 def test_hardware_and_language_model_of_a_config(tmp_path, monkeypatch):

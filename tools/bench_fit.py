@@ -277,7 +277,7 @@ def largest(peak, least, B, room):
     for _ in range(3):
         low = max((b for b, p in known.items() if p <= room), default=-1)
         high = min((b for b, p in known.items() if p > room), default=20 * max(known))
-        if low < 0 or 0.98 * room < known[low]:
+        if low < 0 or 0.95 * room < known[low]:
             break
         (b1, p1), (b2, p2) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
         slope = (p2 - p1) / (b2 - b1)

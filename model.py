@@ -152,8 +152,11 @@ class ClapEncoder(nn.Module):
     def flops(self, n):
         """Of the matrices alone; the attention inside HTS-AT's windows adds a few percent."""
         patches = (self.htsat.spec_size // 4) ** 2  # of a window; a quarter remains after every stage
-        stages = enumerate(self.htsat.layers)
-        return 2 * n * sum(matrix_sizes(stage) * patches / 4 ** i for i, stage in stages)
+        total = 0
+        for i, stage in enumerate(self.htsat.layers):  # four patches are one to the downsampling matrix
+            total += matrix_sizes(stage.blocks) * patches / 4 ** i
+            total += matrix_sizes(stage.downsample or nn.Identity()) * patches / 4 ** (i + 1)
+        return 2 * n * total
 
 
 def attention(q, k, v, mask=None, causal=False):

@@ -21,7 +21,7 @@ import config as settings
 from tools import sound
 from tools.index import open_items
 from tools.records import take_files
-from tools.sizes import about_tokens, padding
+from tools.sizes import about_tokens, padding, share
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
@@ -328,29 +328,33 @@ class Batches(Sampler):
 
     The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
     (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
-    A rank's batch has at most batch_size items, and at most max_windows when padded. Pool order stays random.
-    The epoch's last items may be fewer than ranks: then some have an empty batch.
+    A rank's batch has at most batch_size items and, if that is given, at most max_windows, padded: then how
+    many it has is for its work to equal the other ranks'. Pool order stays random. The epoch's last items may
+    be fewer than ranks: then some have an empty batch. steps: how many there are; stats: see tools/sizes.py.
     """
 
     def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None):
         order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
-        step, plan, left = batch_size * world, [], order[:0]
-        for end in range(pool * step, len(order) + pool * step, pool * step):
-            part = np.concatenate([left, order[end - pool * step:end]])
-            part, i = part[np.lexsort(sizes[part].T[::-1])], 0
-            while i < len(part):
-                B = batch_size
-                while B > 1 and max_windows and B * sizes[part[i:i + B * world][-1], 0] > max_windows:
-                    B -= 1
-                if i + B * world > len(part) and end < len(order):
-                    break  # to the next pool
-                plan.append(part[i:i + B * world])
-                i += B * world
-            left = part[i:]
+        most, plan, left = pool * batch_size * world, [], order[:0]
+        for part in np.split(order, range(most, len(order), most)):
+            part = np.concatenate([left, part])
+            windows, text = sizes[part].T
+            if max_windows:  # to and fro: texts are alike where the number of windows changes, too
+                text = np.where(windows % 2, text, -text)
+            part, i = part[np.lexsort((text, windows))], 0
+            while step := share(part[i:], sizes, batch_size, world, max_windows):
+                plan.append(step)
+                i += sum(map(len, step))
+            left = part[i:]  # to the next pool
+        while len(left):
+            B = batch_size
+            while B > 1 and max_windows and B * sizes[left[:B * world][-1], 0] > max_windows:
+                B -= 1
+            plan.append([left[:B * world][r::world] for r in range(world)])
+            left = left[B * world:]
         plan = [plan[i] for i in np.random.default_rng([*seed, 1]).permutation(len(plan))]
-        ranks = [[batch[(r + k) % world::world] for r in range(world)] for k, batch in enumerate(plan)]
-        self.mine = [batches[rank].tolist() for batches in ranks[start:]]
-        self.steps, self.stats = len(plan), padding(sizes, ranks)
+        self.mine = [step[(rank + k) % world].tolist() for k, step in enumerate(plan)][start:]
+        self.steps, self.stats = len(plan), padding(sizes, plan)
 
     def __len__(self):
         return len(self.mine)

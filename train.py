@@ -141,9 +141,12 @@ def main(c):
     say(f"products in {dtype} ({reason}) | cross-attention: {backend[0]} ({backend[1]})")
 
     # --- data, model, optimizer
+    run = os.path.join(settings.place(c.expdir), c.run_name)
+    blending = c.dataset_blending_output and settings.place(c.dataset_blending_output)
+    for folder in filter(None, (run, blending and os.path.dirname(blending))) if main_rank else ():
+        settings.need_room(folder)
     manifests = open_manifests(c, c.dataset_blending_config)
     valid = open_manifests(c, c.valid_dataset_config)
-    run = os.path.join(settings.place(c.expdir), c.run_name)
     saved_file = checkpoint.newest_checkpoint(run)
     given = settings.given(c)
     if c.pretrained_path:  # sizes that were not given are its own
@@ -241,8 +244,7 @@ def main(c):
         for entry in chosen:
             if entry["stop"] == entry["first"]:
                 say(f"note: epoch {epoch} selects no item of {entry['dataset']}")
-        if main_rank and c.dataset_blending_output:
-            blending = settings.place(c.dataset_blending_output)
+        if main_rank and blending:
             os.makedirs(os.path.dirname(blending), exist_ok=True)
             with open(blending, "a") as f:
                 f.writelines(json.dumps(entry) + "\n" for entry in chosen)

@@ -141,10 +141,12 @@ def commit():
 
 
 def need_room(folder):
-    """Make a folder and write a block there: what will not work is said before the long work starts."""
+    """Write a block where a folder is or will be: what will not work is said before the long work starts."""
+    there = os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f:
+        with tempfile.TemporaryFile(dir=there) as f:
             f.write(bytes(2 ** 16))
             f.flush()
             os.fsync(f.fileno())

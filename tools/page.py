@@ -93,8 +93,8 @@ def build(model, c):
                 gr.Examples(QUESTIONS, prompt, label="Questions, for example")
                 note = gr.Textbox(label="Note", elem_id="note", interactive=False, lines=1)
             with gr.Column(scale=3):
-                chat = gr.Chatbot(label="Answers", elem_id="answers", render_markdown=False, height=320,
-                                  buttons=["copy"])
+                chat = gr.Chatbot(label="Answers", elem_id="answers", render_markdown=False, height=300,
+                                  buttons=[])
                 picture = gr.Plot(show_label=False, elem_id="picture", format="png")
                 gr.Markdown("The sound, and under it where each word of the last answer listened.")
         prompt.submit(ask, [path, prompt, chat, clip], [chat, clip, picture, note, prompt],

@@ -89,10 +89,14 @@ def test_twenty_at_once(address, folder):
 
 
 def test_who_leaves_does_not_hold_up_the_next(address, folder):
-    leavers = [client(address) for _ in range(3)]
-    for visitor in leavers:
-        file = gradio_client.handle_file(str(folder / "tone.wav"))
-        visitor.submit(file, "A long one?", [], api_name="/ask").cancel()
+    import httpx
+    path, = httpx.post(f"{address}gradio_api/upload", files={"files": open(folder / "tone.wav", "rb")}).json()
+    clip = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    for _ in range(3):
+        call = f"{address}gradio_api/call/ask"
+        event = httpx.post(call, json={"data": [clip, "A long one?", []]}).json()["event_id"]
+        with httpx.stream("GET", f"{call}/{event}", timeout=60) as answer:
+            assert "event: generating" in next(answer.iter_lines())  # and the line is cut
     start = time.time()
     chat, _ = ask(client(address), folder / "other.flac", "And now?")
     assert chat[1][1] and time.time() - start < 60

@@ -24,6 +24,7 @@ import config as settings
 from model import AudioFlamingo, ClapEncoder, LanguageModel
 from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, save_atomically,  # noqa
                          tensors_in)
+from tools.htsat import sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
 from tools.model_card import about_run, name_of
 from tools.releases import (PUBLISHED, TABLES, UNUSED, from_published, in_two_parts, our_name,  # noqa: F401
@@ -70,7 +71,7 @@ def skeleton(c, state, text, source, given, fresh):
     """The model of settings and of the sizes that its state tells, on the meta device: place_weights follows.
     fresh: what listens is drawn at random. ValueError if the user asked for another encoder."""
     encoder = {n.removeprefix("clap.htsat."): t for n, t in state.items() if n.startswith("clap.")}
-    told = ClapEncoder.sizes(encoder)
+    told = sizes_told(encoder)
     position = told.pop("position", False)
     for name, value in told.items():
         if name in given and given[name] != value:

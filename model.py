@@ -128,23 +128,6 @@ class ClapEncoder(nn.Module):
         x = x.view(n, h.freq_ratio, -1, math.isqrt(S), C)  # (n, time part, frequency bin, column, C)
         return x.transpose(1, 2).reshape(n, S, C)  # token = bin * (S/2) + time step
 
-    @staticmethod
-    def sizes(state):
-        """The settings that HTS-AT's weights, {name: tensor}, tell by their names and shapes."""
-        if "patch_embed.proj.weight" not in state:
-            return {}
-        heads = [[], [], [], []]  # of every block of every stage
-        for name, tensor in state.items():
-            if name.endswith("relative_position_bias_table"):
-                heads[int(name.split(".")[1])].append(tensor.shape[1])
-        told = {"clap_embed_dim": len(state["patch_embed.proj.weight"]), "clap_depths": list(map(len, heads)),
-                "clap_num_heads": [stage[0] if stage else 1 for stage in heads]}  # 1: of no block, no harm
-        if "absolute_pos_embed" in state:  # of patches of 4 x 4
-            told |= {"position": True, "clap_spec_size": 4 * math.isqrt(state["absolute_pos_embed"].shape[1])}
-        elif "layers.0.blocks.1.attn_mask" in state:  # one for each window of 8 x 8 patches
-            told["clap_spec_size"] = 32 * math.isqrt(len(state["layers.0.blocks.1.attn_mask"]))
-        return told
-
     def trainable(self):
         """All parameters but those of the fusion branch, to which no gradient would come."""
         branch = ("mel_conv2d", "fusion_model")
@@ -153,8 +136,11 @@ class ClapEncoder(nn.Module):
     def flops(self, n):
         """Of the matrices alone; the attention inside HTS-AT's windows adds a few percent."""
         patches = (self.htsat.spec_size // 4) ** 2  # of a window; a quarter remains after every stage
-        stages = enumerate(self.htsat.layers)
-        return 2 * n * sum(matrix_sizes(stage) * patches / 4 ** i for i, stage in stages)
+        total = 0
+        for i, stage in enumerate(self.htsat.layers):  # four patches are one to the downsampling matrix
+            total += matrix_sizes(stage.blocks) * patches / 4 ** i
+            total += matrix_sizes(stage.downsample or nn.Identity()) * patches / 4 ** (i + 1)
+        return 2 * n * total
 
 
 def attention(q, k, v, mask=None, causal=False):

@@ -28,8 +28,8 @@ import config as settings
 from data import open_manifests, train_loader, unheard_note, valid_loader
 from model import pick_backend
 from tools import meters, runs
-from tools.meters import flops_per_step, parameter_table
-from tools.optimizers import load_optimizer, make_optimizer
+from tools.meters import flops_per_step, parameter_table, peak_memory
+from tools.optimizers import load_optimizer, make_optimizer, parameter_groups  # noqa: F401  to import from here
 from tools.progress import changes, check_same_run, epoch_items, plan_of, rest_of_epoch
 from tools.watch import COUNTS, Watch, count, count_tokens
 
@@ -298,7 +298,7 @@ def train(c, run, rank, world, local_rank):
                     step=at["step"], epoch=epoch, loss=loss, lr=c.learning_rate * factor, gnorm=float(norm),
                     gate=float(np.mean(np.abs(gates["gates"]))), ms=ms, tok_s=window["tokens"] / seconds,
                     audio_s=window["seconds"] / seconds, pad=1 - window["tokens"] / window["slots"],
-                    mfu=window["flops"] / seconds / peak if peak else None, mem_gb=meters.peak_memory(device),
+                    mfu=window["flops"] / seconds / peak if peak else None, mem_gb=peak_memory(device),
                     skipped_steps=at["skipped_steps"], items_done=at["done_items"], **seen, **gates)
                 say(meters.line(entry, last_step, (last_step - at["step"]) * ms / 1000))
                 run.write(**entry)

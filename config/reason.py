@@ -1,25 +1,32 @@
-"""A small model of your own, whole: SmolLM2-135M and HTS-AT-tiny learn to answer and reason on ReasonAQA.
+"""A small model of your own, from start to end: SmolLM2-135M learns to hear and to reason on ReasonAQA.
 
-Hardware: one 24 GB GPU, an evening.
-Data: ReasonAQA's train/val/test.json (zenodo.org/records/15036628, Mellow's, arXiv 2503.08540: 968,071 training
-items on 155 h of AudioCaps and Clotho), converted by prepare/datasets.py.
+Hardware: 1 x 24 GB. By tools/bench.py fit (--windows=3 --tokens=128 --answers=50 --items=968071), not
+measured: 8.8 GB, 15.9 GB where all texts are long; an hour a pass at 40 % of an RTX 4090's peak. So small a
+model hardly gets there: an evening for the three passes.
+Data: train.json, val.json and test.json of ReasonAQA (zenodo.org/records/15036628; Mellow, arXiv
+2503.08540), 968,071 questions on 155 h of AudioCaps and Clotho, whose sounds come from those;
+prepare/datasets.py writes the manifests. Scores: python eval.py --split ReasonAQA-AQA/test
 Launch: python train.py config/reason.py
 """
 run_name = "reason"
-lang_encoder_path = "HuggingFaceTB/SmolLM2-135M"
+lang_encoder_path = "HuggingFaceTB/SmolLM2-135M"  # or data/smollm2, of prepare/smollm2.py: Instruct, 4 bits
+# LAION's HTS-AT-tiny, 10 s windows at 48 kHz: 12 GFLOP a window where the published encoder takes 121, with
+# which three passes would take 7 h
 clap_checkpoint = "clap_ckpt/630k-audioset-best.pt"
 clap_embed_dim = 96
 clap_depths = [2, 2, 6, 2]
-max_num_window = 3
-unfreeze_full_lm = True
-num_epochs = 3
+max_num_window = 3  # Clotho's 30 s
+
+dataset_blending_config = {"ReasonAQA-AQA/train": 1.0}
+valid_dataset_config = {"ReasonAQA-AQA/val": 0.05}
 dataset_blending_global_weight = 1.0
-batch_size = 64
-gradient_accumulation_steps = 2
-max_tokens = 384
+num_epochs = 3
+batch_size = 16  # 32 where texts of max_tokens meet would take 27 GB
+gradient_accumulation_steps = 8
+max_tokens = 384  # Mellow's: 129 of the question, 250 of the answer
+
+unfreeze_full_lm = True  # 135 M parameters know too little to reason when frozen; Mellow trains them too
 learning_rate = 3e-4
-gate_learning_rate = 1e-2
+gate_learning_rate = 1e-2  # they start at 0 and should be open within the first thousand steps
 lr_scheduler = "cosine"
 warmup_steps = 500
-dataset_blending_config = {"ReasonAQA-AQA/train": 1.0}
-valid_dataset_config = {"ReasonAQA-AQA/val": 1.0}

@@ -271,18 +271,22 @@ def epoch_items(c):
 
 
 def largest(peak, least, B, room):
-    """The largest batch whose peak(batch) bytes fit in room; least: those without a clip. A peak is a maximum
-    of sums linear in the batch: between two batches it lies below their chord, which is what is trusted."""
-    low, high = (0, least), None
-    guess, asked = B, 0
-    while low[1] <= room and guess != low[0] and asked < 2:
-        point, asked = (guess, peak(guess)), asked + 1
-        low, high = (point, high) if point[1] <= room else (low, point)
-        if high:
-            guess = low[0] + math.floor((room - low[1]) * (high[0] - low[0]) / (high[1] - low[1]))
-        else:  # beyond, to have a chord
-            guess = math.ceil(1.2 * low[0] * min(20, (room - least) / (low[1] - least)))
-    return guess if high else low[0]
+    """The largest batch whose peak(batch) bytes are seen to fit in room, 0 if none: by secants from B on.
+    least: bytes that are there without a clip."""
+    known = {0: least, B: peak(B)}
+    for _ in range(3):
+        low = max((b for b, p in known.items() if p <= room), default=-1)
+        high = min((b for b, p in known.items() if p > room), default=20 * max(known))
+        if low < 0 or 0.95 * room < known[low]:
+            break
+        (b1, p1), (b2, p2) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
+        slope = (p2 - p1) / (b2 - b1)
+        guess = math.floor(b1 + (room - p1) / slope) if slope > 0 else high
+        guess = min(max(guess, low + 1), high - 1)
+        if guess in known:
+            break
+        known[guess] = peak(guess)
+    return max((b for b, p in known.items() if p <= room), default=0)
 
 
 def fit(c):
@@ -299,17 +303,17 @@ def fit(c):
     ledgers = {}
 
     def peak(B, tokens=c.tokens, answers=c.answers):
-        if (B, tokens) not in ledgers:
+        if (B, tokens, answers) not in ledgers:
             ledger = micro_step(model, B, W, tokens, answers, dtype, accumulation * number > 1)
             ledger.at_peak[ADAM] = 8 * trained
-            ledgers[B, tokens] = ledger
-        return ledgers[B, tokens].at_peak.total()
+            ledgers[B, tokens, answers] = ledger
+        return ledgers[B, tokens, answers].at_peak.total()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_numbers(model, dtype)
         longest = peak(B, c.max_tokens, c.max_tokens // 2)
         peak(B)
-        ledger = ledgers[B, c.tokens]
+        ledger = ledgers[B, c.tokens, c.answers]
         least = sum(ledger.at_peak[tag] for tag in (FROZEN, TRAINED, COPIES, ADAM)) + 4 * trained
         most = largest(peak, least, B, room)
 

@@ -50,7 +50,7 @@ def peak_flops(device):
     return 1e12 * next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), 0)
 
 
-def peak_memory(device):
+def peak_memory(device=torch.device("cpu")):
     """GiB: the most allocated on a GPU, the largest resident size of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30

@@ -3,23 +3,23 @@ import torch
 
 
 def parameter_groups(model, c):
-    """Three learning rates (CLAP, gates, the rest); weight decay on the gated blocks' matrices alone. -> the
-    optimizer's groups, and the names of their parameters in order."""
+    """Three learning rates (CLAP, gates, the rest); weight decay on the gated blocks' matrices alone."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             rate = (c.clap_learning_rate if name.startswith("clap.") else
                     c.gate_learning_rate if name.endswith("_gate") else None)
             decay = c.weight_decay if name.startswith("xattn.") and p.ndim == 2 else 0.0
-            groups.setdefault((c.learning_rate if rate is None else rate, decay), []).append((name, p))
-    names = [name for group in groups.values() for name, _ in group]
-    return [{"params": [p for _, p in group], "lr": rate, "peak": rate, "weight_decay": decay}
-            for (rate, decay), group in groups.items()], names
+            groups.setdefault((c.learning_rate if rate is None else rate, decay), []).append(p)
+    return [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay}
+            for (rate, decay), p in groups.items()]
 
 
 def make_optimizer(model, c, world):
-    groups, names = parameter_groups(model, c)
-    options = {"betas": (0.9, 0.999), "fused": True}
+    """-> AdamW, and the names of its parameters in its order."""
+    groups, options = parameter_groups(model, c), {"betas": (0.9, 0.999), "fused": True}
+    name_of = {p: name for name, p in model.named_parameters()}
+    names = [name_of[p] for group in groups for p in group["params"]]
     if c.shard_optimizer and world > 1:  # each rank keeps and updates a share of the state
         from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options), names

@@ -17,7 +17,8 @@ def train_clap(tiny_settings, tiny_data, tmp_path):
     def train(items, *options, valid=CLIPS):
         write_manifest(tmp_path, "toy-AudioCaptioning/train", items)
         write_manifest(tmp_path, "toy-AudioCaptioning/val", valid)
-        names = tiny_settings | {"dataset_file_root": str(tmp_path), "data_root": tiny_data, "precision": "fp32",
+        names = tiny_settings | {"dataset_file_root": str(tmp_path), "data_root": tiny_data,
+                                 "precision": "fp32",
                                  "clap_config": {"toy-AudioCaptioning/train": 1}, "clap_steps": 3,
                                  "clap_valid_config": {"toy-AudioCaptioning/val": 1}, "clap_batch_size": 4,
                                  "clap_out": f"{tmp_path}/clap/epoch_16.pt"}
@@ -37,7 +38,8 @@ def train_clap(tiny_settings, tiny_data, tmp_path):
     ([("0.wav", "", "a tone"), ("1.wav", "", "A tone ")], (), "all captions .* are alike"),
     ([], (), "total_num = 0, expected captioned clips"),
     (CLIPS, ('--clap_valid_config={"toi-AudioCaptioning/val": 1}',), "toi-AudioCaptioning/val.json: no such"),
-    (CLIPS, ("--clap_steps=0",), "clap_steps = 0"), (CLIPS, ("--clap_batch_size=-1",), "clap_batch_size = -1"),
+    (CLIPS, ("--clap_steps=0",), "clap_steps = 0"),
+    (CLIPS, ("--clap_batch_size=-1",), "clap_batch_size = -1"),
     (CLIPS, ("--clap_out=README.md/x/epoch_16.pt",), "README.md/x: cannot be written to"),
     (CLIPS, ("--clap_muon_lr=1e30", "--clap_peak_lr=1e30"), "nothing is written")])
 def test_refused_before_anything_is_written(train_clap, tmp_path, items, options, saying):

@@ -179,7 +179,7 @@ def main(c):
         os.makedirs(os.path.dirname(c.output) or ".", exist_ok=True)
     Sampling(**sampling(c))  # what makes no sense is refused before the model is loaded
     if c.serve:
-        page.gradio()  # not there: told before the model is loaded
+        page.check(c)
     model = load_weights(c, *read_model(c))
     if c.serve:
         return page.serve(model, c)

@@ -157,6 +157,14 @@ def test_a_file_beyond_the_limit(address, folder, tmp_path):
         ask(client(address), tmp_path / "large.wav", "What?")
 
 
+def test_what_makes_no_page_is_told_before_the_model_is_loaded(address):
+    taken = address.rstrip("/").split(":")[-1]
+    wrong = ("--port", taken), ("--port", "99999"), ("--upload_mb", "0"), ("--host", "1.2.3.4")
+    for option, saying in wrong:
+        with pytest.raises(ValueError, match=saying):
+            page.check(config.load([option, saying], "sample.py"))
+
+
 MESSAGES = "#answers [data-testid=user], #answers [data-testid=bot]"
 BROWSER = shutil.which("chromium"), shutil.which("chromedriver")
 

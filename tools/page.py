@@ -6,6 +6,7 @@ wait in one line, one is answered at a time. Nothing is fetched from elsewhere, 
 import functools
 import html
 import os
+import socket
 import threading
 
 from data import unheard_note
@@ -29,6 +30,18 @@ def gradio():
         line = "pip install -r requirements-page.txt"
         raise ModuleNotFoundError(f"--serve needs {error.name}: {line}") from error
     return gradio
+
+
+def check(c):
+    """What would end the page, told before the model is loaded."""
+    gradio()
+    if min(c.upload_mb, c.upload_seconds) < 1:
+        raise ValueError(f"upload_mb = {c.upload_mb}, upload_seconds = {c.upload_seconds}: expected more")
+    try:
+        family = socket.AF_INET6 if ":" in c.host else socket.AF_INET
+        socket.create_server((c.host, c.port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"host = {c.host}, port = {c.port}: {error}") from error
 
 
 def shown(text):
@@ -90,8 +103,8 @@ def build(model, c):
             with gr.Column(scale=2):
                 path = gr.Audio(type="filepath", sources=["upload", "microphone"], label="Clip",
                                 elem_id="clip", editable=False, buttons=["download"])
-                prompt = gr.Textbox(label="Question", elem_id="question", lines=2, submit_btn=True,
-                                    placeholder="What do you want to know about it?")
+                prompt = gr.Textbox(label="Question", elem_id="question", lines=2, max_lines=6,
+                                    submit_btn=True, placeholder="What do you want to know about it?")
                 gr.Examples(QUESTIONS, prompt, label="Questions, for example")
                 note = gr.Textbox(label="Note", elem_id="note", interactive=False, lines=1)
             with gr.Column(scale=3):

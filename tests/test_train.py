@@ -366,6 +366,23 @@ def test_killed_ranks_restart_from_the_last_checkpoint(tiny_config, tmp_path):
     assert close(weights(tmp_path, "one", 7), weights(tmp_path, "whole", 7), 1e-4)
 
 
+@pytest.mark.parametrize("workers, most", [(0, 1), (2, 2)])
+def test_cached_clips_are_decoded_once_by_each_worker(tiny_config, tmp_path, monkeypatch, workers, most):
+    import data
+    read_clip = data.read_clip
+
+    def counted(path, **how):
+        with open(tmp_path / "read", "a") as f:
+            f.write(path + "\n")
+        return read_clip(path, **how)
+
+    monkeypatch.setattr(data, "read_clip", counted)
+    here(tiny_config, tmp_path, "run", "--cache_audio", f"--num_workers={workers}", "--num_epochs=4",
+         "--dataset_blending_global_weight=1.0")
+    read = Counter(open(tmp_path / "read").read().split())
+    assert len(read) == 8 and max(read.values()) <= 2 * most  # of training and of validation
+
+
 def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from tools import plot

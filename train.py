@@ -107,8 +107,6 @@ def train(c, run, rank, world, local_rank):
         control = runs.join("nccl" if device.type == "cuda" else "gloo", rank, world)
     say = tqdm.write if main_rank else (lambda *_: None)
     note = lambda text: main_rank and tqdm.write(text, file=sys.stderr)
-    if device.type == "cpu" and dtype is torch.bfloat16:  # the CPU's flag, too: slow for short texts
-        torch.backends.cuda.enable_flash_sdp(False)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     torch.manual_seed(c.seed)  # the same weights on every rank
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -76,12 +76,13 @@ def print_help(script, known, names):
 
 
 def run(main, script, reads=None):
-    """main(config), whose return value is the exit code; what is wrong with the input is printed in one line,
-    with exit code 2."""
+    """main(config), which may return an exit code; what is wrong with the input is printed in one line, with
+    exit code 2."""
     from config import load
     code = 2
     try:
-        code = main(load(sys.argv[1:], script, reads)) or 0
+        result = main(load(sys.argv[1:], script, reads))
+        code = result if type(result) is int else 0
     except KeyboardInterrupt:
         code = 130
         print("interrupted", file=sys.stderr, flush=True)
@@ -96,4 +97,5 @@ def run(main, script, reads=None):
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         os._exit(code)  # under torchrun the other ranks must not wait for us
-    sys.exit(code)
+    if code:
+        sys.exit(code)

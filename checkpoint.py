@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import torch
@@ -242,14 +243,19 @@ def read_release(folder, given):
     return model, state
 
 
-def newest_checkpoint(run):
-    """A run's interim checkpoint if there is one (it is newer than any epoch's), else the last epoch's."""
-    interim = os.path.join(run, "checkpoint_interim.pt")
-    if os.path.exists(interim):
-        return interim
+def checkpoints(run):
+    """A run's checkpoints, newest first: the interim one is newer than any epoch's."""
     names = os.listdir(run) if os.path.isdir(run) else []
     epochs = [int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint_(\d+)\.pt", name))]
-    return os.path.join(run, f"checkpoint_{max(epochs)}.pt") if epochs else None
+    names = ["checkpoint_interim.pt"] * ("checkpoint_interim.pt" in names)
+    names += [f"checkpoint_{epoch}.pt" for epoch in sorted(epochs, reverse=True)]
+    return [os.path.join(run, name) for name in names]
+
+
+def newest_checkpoint(run):
+    """The newest that is not cut off; of files that all are, the newest, which load_pickle refuses."""
+    files = checkpoints(run)
+    return next(filter(zipfile.is_zipfile, files), files[0] if files else None)
 
 
 def fingerprint(tensors):

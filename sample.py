@@ -51,7 +51,7 @@ def newest_run(folders):
     """The run (a folder with a checkpoint) changed last; FileNotFoundError says how to get one."""
     runs = []
     for folder in filter(os.path.isdir, map(settings.place, folders)):
-        runs += [os.path.join(folder, name) for name in os.listdir(folder)]
+        runs += [run for run, _, _ in os.walk(folder)]  # a run's name may have a slash
     files = {run: file for run in runs if (file := newest_checkpoint(run))}
     if not files:
         where = " or ".join(f"{folder}/" for folder in folders)
@@ -179,7 +179,7 @@ def main(c):
         os.makedirs(os.path.dirname(c.output) or ".", exist_ok=True)
     Sampling(**sampling(c))  # what makes no sense is refused before the model is loaded
     if c.serve:
-        page.gradio()  # not there: told before the model is loaded
+        page.check(c)
     model = load_weights(c, *read_model(c))
     if c.serve:
         return page.serve(model, c)

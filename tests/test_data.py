@@ -448,7 +448,7 @@ def test_a_disk_that_fills_up_is_one_line(tiny_config, tmp_path):
                        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
                        "config.run(train.main, 'train.py')\n")
     fails_with_one_line(limited, tiny_config, f"--expdir={tmp_path}", "--run_name=full",
-                        saying=["checkpoint_0.pt: could not be written", "disk full"])
+                        saying=["checkpoint_1.pt: could not be written", "disk full"])
     assert os.listdir(tmp_path / "full") == ["log.jsonl"]
 
 

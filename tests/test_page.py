@@ -1,18 +1,24 @@
 """sample.py --serve: the page in a browser, and what visitors do to it."""
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import soundfile
 
+import config
+import sample
 from tests.helpers import ROOT, run
+from tools import page
 
 gradio_client = pytest.importorskip("gradio_client", reason="no gradio: pip install -r requirements-page.txt")
+httpx = pytest.importorskip("httpx", reason="no httpx: pip install -r requirements-page.txt")
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +37,27 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(tiny_config, tmp_path_factory):
-    """A page of a tiny model, at a free port."""
+def trained(tiny_config, tmp_path_factory):
+    """The run of a tiny model."""
     out = tmp_path_factory.mktemp("exp")
     run("train.py", tiny_config, f"--expdir={out}", "--run_name=tiny", "--num_epochs=1")
-    command = [sys.executable, "sample.py", "--serve", "--port=0", f"--init_from={out}/tiny",
+    return out / "tiny"
+
+
+@pytest.fixture(scope="module")
+def address(trained, tmp_path_factory):
+    """A page of that model, at a free port."""
+    out = tmp_path_factory.mktemp("page")
+    command = [sys.executable, "sample.py", "--serve", "--port=0", f"--init_from={trained}",
                "--max_new_tokens=40", "--temperature=1", "--upload_mb=20"]
     with open(out / "log", "w") as log:
-        page = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
-                                env=os.environ | {"GRADIO_TEMP_DIR": str(out / "uploads")})
-    address = page.stdout.readline().strip()
+        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
+                                  env=os.environ | {"GRADIO_TEMP_DIR": str(out / "uploads")})
+    address = server.stdout.readline().strip()
     assert address.startswith("http://127.0.0.1:"), (out / "log").read_text()[-3000:]
     yield address
-    assert page.poll() is None, (out / "log").read_text()[-3000:]  # whatever was done to it, it is there
-    page.kill()
+    assert server.poll() is None, (out / "log").read_text()[-3000:]  # whatever was done to it, it is there
+    server.kill()
 
 
 def client(address):
@@ -88,24 +101,68 @@ def test_twenty_at_once(address, folder):
             assert "text.wav" in note and not chat
 
 
-def test_who_leaves_does_not_hold_up_the_next(address, folder):
-    import httpx
-    path, = httpx.post(f"{address}gradio_api/upload", files={"files": open(folder / "tone.wav", "rb")}).json()
-    clip = {"path": path, "meta": {"_type": "gradio.FileData"}}
+def events(address, path, prompt):
+    """What the server says about a question, as a browser gets it; closing it cuts the connection."""
+    api, session = f"{address.rstrip('/')}/gradio_api", {"session_hash": uuid.uuid4().hex}
+    (place,) = httpx.post(f"{api}/upload", files={"files": open(path, "rb")}).json()
+    functions = httpx.get(f"{address.rstrip('/')}/config").json()["dependencies"]
+    clip = {"path": place, "meta": {"_type": "gradio.FileData"}}
+    (ask,) = [function["id"] for function in functions if function["api_name"] == "ask"]
+    asked = session | {"data": [clip, prompt, [], None], "fn_index": ask}
+    httpx.post(f"{api}/queue/join", json=asked).raise_for_status()
+    with httpx.stream("GET", f"{api}/queue/data", params=session, timeout=60) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data:"):
+                yield json.loads(line[5:])["msg"]
+
+
+def test_the_answer_streams_and_a_cut_connection_frees_the_line(address, folder):
+    whole = []
+    for said in events(address, folder / "tone.wav", "A long one?"):
+        whole.append(said)
+        if said == "process_completed":
+            break
+    assert whole.count("process_generating") > 10  # 40 tokens, as they come
     for _ in range(3):
-        call = f"{address}gradio_api/call/ask"
-        event = httpx.post(call, json={"data": [clip, "A long one?", []]}).json()["event_id"]
-        with httpx.stream("GET", f"{call}/{event}", timeout=60) as answer:
-            assert "event: generating" in next(answer.iter_lines())  # and the line is cut
+        leaver = events(address, folder / "tone.wav", "A long one?")
+        while next(leaver) != "process_generating":
+            pass
+        assert next(leaver) == "process_generating"  # in the middle of the answer
+        leaver.close()
     start = time.time()
     chat, _ = ask(client(address), folder / "other.flac", "And now?")
     assert chat[1][1] and time.time() - start < 60
+
+
+def test_a_clip_is_heard_once_while_it_is_kept(trained, folder, monkeypatch):
+    heard, hear_clips = [], page.hear_clips
+    monkeypatch.setattr(page, "hear_clips", lambda *clip: heard.append(1) or hear_clips(*clip))
+    c = config.load([f"--init_from={trained}", "--max_new_tokens=3"], "sample.py")
+    blocks = page.build(sample.load_weights(c, *sample.read_model(c)), c)
+    (asks,) = [function.fn for function in blocks.fns.values() if function.api_name == "ask"]
+    clips = [str(shutil.copy(folder / "tone.wav", folder / f"{i}.wav")) for i in range(page.KEPT + 1)]
+    chat, about, *_ = list(asks(clips[0], "What?", [], None))[-1]
+    chat, about, *_ = list(asks(clips[0], "And?", chat, about))[-1]
+    assert len(chat) == 4 and len(heard) == 1
+    for clip in clips:  # one more than are kept: the first goes
+        chat, about, *_ = list(asks(clip, "What?", chat, about))[-1]
+    assert len(chat) == 2 and about == clips[-1] and len(heard) == page.KEPT + 1
+    first = list(asks(clips[0], "What?", [], None))[-1][0]
+    assert first[1]["content"] == chat[1]["content"] and len(heard) == page.KEPT + 2
 
 
 def test_a_file_beyond_the_limit(address, folder, tmp_path):
     (tmp_path / "large.wav").write_bytes(bytes(21 * 2 ** 20))
     with pytest.raises(Exception, match="(?i)large|413|size|exceed"):
         ask(client(address), tmp_path / "large.wav", "What?")
+
+
+def test_what_makes_no_page_is_told_before_the_model_is_loaded(address):
+    taken = address.rstrip("/").split(":")[-1]
+    wrong = ("--port", taken), ("--port", "99999"), ("--upload_mb", "0"), ("--host", "1.2.3.4")
+    for option, saying in wrong:
+        with pytest.raises(ValueError, match=saying):
+            page.check(config.load([option, saying], "sample.py"))
 
 
 MESSAGES = "#answers [data-testid=user], #answers [data-testid=bot]"
@@ -157,12 +214,17 @@ def test_in_a_browser(address, folder, browser):
     first = find("#picture img")[0].get_attribute("src")
     put("And then?")
     wait(lambda: len(texts(MESSAGES)) == 4)
+    find("#question textarea")[0].send_keys("Typed meanwhile")
     wait(lambda: find("#picture img") and find("#picture img")[0].get_attribute("src") != first)
+    assert find("#question textarea")[0].get_attribute("value") == "Typed meanwhile"
     drop("text.wav")
     time.sleep(1)  # the player says nothing of what it can't play
     put("What is this?")
     wait(lambda: "text.wav: not readable as audio" in (note() or ""))
-    browser.get(address)  # again: an empty page that works
+    drop("tone.wav")
+    put("Who stays for the answer?")
+    wait(lambda: any("Who stays" in text for text in texts(MESSAGES)))
+    browser.get(address)  # in the middle of it: an empty page that works
     drop("other.flac")
     wait(lambda: find("#clip button[aria-label='Clear']"))
     put("Still there?")

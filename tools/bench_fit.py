@@ -34,7 +34,7 @@ import config
 import model as modeling
 from data import MARKS, open_manifests
 from tools.bench_decode import SMOLLM2
-from train import flops_per_step
+from tools.meters import flops_per_step
 
 gpu: float | None = None  # GB of the card, as its maker counts (GiB); None: the config's docstring, else 80
 gpus: int | None = None  # cards; None: the config's docstring, else 1

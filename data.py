@@ -474,8 +474,11 @@ def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
 if __name__ == "__main__":
     from prepare import check, convert
     commands = {"check": check.main, "convert": convert.main}
-    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
-        sys.exit(print(f"error: data.py: expected {' or '.join(commands)}\n{__doc__}", file=sys.stderr) or 2)
-    command = commands[sys.argv.pop(1)]
+    word = sys.argv.pop(1) if sys.argv[1:] else "--help"
+    if word not in commands:
+        if word not in ("-h", "--help"):
+            sys.exit(print(f"error: data.py {word}: expected check or convert", file=sys.stderr) or 2)
+        sys.exit(print(__doc__))
+    command = commands[word]
     sys.argv, files = take_files(sys.argv)
     settings.run(lambda c: command(c, files), f"prepare/{command.__module__.split('.')[1]}.py")

@@ -180,6 +180,22 @@ def test_cache_dir_serves_where_the_folder_does_not(tmp_path, monkeypatch):
     assert list(Manifest(path, cache_dir=f"{tmp_path}/cache").items) == list(manifest.items)
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_manifest_that_goes_while_it_is_read_is_told_as_that(tmp_path, monkeypatch, locks):
+    path = put(tmp_path, content(1300))
+    gone = lambda *_: open(tmp_path / "gone.json")
+    monkeypatch.setattr(index, "build", gone)
+    if not locks:
+        monkeypatch.setitem(sys.modules, "fcntl", None)  # its import fails
+    with pytest.raises(FileNotFoundError, match="gone.json"):
+        Manifest(path)
+    monkeypatch.undo()
+    if not locks:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert len(Manifest(path)) == 1300 and sorted(os.listdir(tmp_path / "a-AQA")) == [
+        "train.json", "train.json.index"]
+
+
 def test_killed_builders_and_many_at_once_leave_a_whole_index(tmp_path):
     path = put(tmp_path, content(60_000))
     command = [sys.executable, "-c", BUILD.format(root=ROOT, file=path)]

@@ -207,12 +207,13 @@ def open_index(path, digest):
 def turn(file):
     """One process at a time; the others find the work done. -> the end of a name for what is half-written."""
     with open(file, "rb") as f:
+        end = ".tmp"
         try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX)  # ends with the process, too, however that ends
-            yield ".tmp"
         except (ImportError, OSError):  # a file system without locks: each does it, in a file of its own
-            yield f".{socket.gethostname()}-{os.getpid()}.tmp"
+            end = f".{socket.gethostname()}-{os.getpid()}.tmp"
+        yield end
 
 
 def write(path, parts, end):

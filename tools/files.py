@@ -125,7 +125,7 @@ def merged(pieces, our_name, source):
 
 
 def same(a, b):
-    """Bit by bit, in the longest integers that fit: a NaN is the same as its copy, and it is twice as fast."""
+    """Bit by bit, in the longest integers that fit: a NaN is the same as its copy, and it is faster."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}

@@ -307,8 +307,8 @@ MARKS = list(data.MARKS)
 
 
 @pytest.mark.parametrize("tokens", [["<audio>", "x1", "x2"], ["x1", "<audio>"], ["<SEP>", "x1"],
-                                    ["x1", "<SEP>"], ["<|PAD_TOKEN|>", "x1"], ["<|endofchunk|>"], MARKS, MARKS[::-1],
-                                    MARKS + ["x1"]])
+                                    ["x1", "<SEP>"], ["<|PAD_TOKEN|>", "x1"], ["<|endofchunk|>"], MARKS,
+                                    MARKS[::-1], MARKS + ["x1"]])
 @pytest.mark.parametrize("special", [True, False])
 def test_pretrained_rows_are_never_touched(tiny_lm, tiny_settings, tmp_path, tokens, special):
     """A tokenizer with marks of ours among its own: their rows are used as they were learnt."""

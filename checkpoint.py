@@ -119,6 +119,11 @@ def clap_state(file):
     state = {"clap.htsat." + n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
     if not state:
         raise ValueError(f"{file}: no module.audio_branch.* in its state_dict")
+    bands = saved.get(prefix + "logmel_extractor.melW")  # (frequency bins, bands): ours end at its last bin
+    if "module.text_branch.embeddings.word_embeddings.weight" in saved or (
+            bands is not None and not bands[len(bands) * 3 // 4:].any()):
+        raise ValueError(f"{file}: this CLAP hears 48 kHz (LAION's own checkpoints do), our mel bands are of "
+                         f"16 kHz: start from an AF-CLAP (clap_ckpt/epoch_16.pt) or prepare/clap.py")
     return {n: t for n, t in state.items() if not UNUSED.search(n)}
 
 

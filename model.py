@@ -538,7 +538,7 @@ def side_by_side(x, n, rows=None):
     at = np.minimum(np.arange(n.max()), np.maximum(n - 1, 0)[:, None]) + (n.cumsum() - n)[:, None]
     at = np.minimum(at, n.sum() - 1)  # (P, max n)
     at = torch.from_numpy(at if rows is None else rows[at]).flatten().to(x.device, non_blocking=True)
-    x = x if len(at) == len(x) else x.index_select(0, at)  # parts of one size stand there already
+    x = x if rows is None and len(at) == len(x) else x.index_select(0, at)  # parts of one size: there already
     return x.reshape(len(n), -1, x.shape[-1])
 
 

@@ -261,3 +261,17 @@ def test_memory_before_the_first_step(tiny_lm, tiny_config, tmp_path):
     weights = count * (2 if "bfloat16" in done.stdout else 4) + 4 * 50e6  # and the gated block's, in float32
     print(f"peak {peak / 1e9:.2f} GB, weights {weights / 1e9:.2f} GB")
     assert peak < weights + 1e9
+
+
+def test_laions_own_clap_is_refused(tmp_path):
+    """Their mel bands end at 14 of 24 kHz, their text tower is RoBERTa; ours, at 16 kHz, pass."""
+    audio, bands = {"module.audio_branch.norm.weight": torch.ones(8)}, torch.ones(513, 64)
+    theirs = bands * (torch.arange(513)[:, None] * 48000 / 1024 < 14000)
+    tower = {"module.text_branch.embeddings.word_embeddings.weight": torch.ones(2, 2)}
+    for more in (tower, {"module.audio_branch.logmel_extractor.melW": theirs}):
+        torch.save({"state_dict": audio | more}, tmp_path / "laion.pt")
+        with pytest.raises(ValueError, match="laion.pt: this CLAP hears 48 kHz"):
+            checkpoint.clap_state(str(tmp_path / "laion.pt"))
+    for more in ({}, {"module.audio_branch.logmel_extractor.melW": bands}):
+        torch.save({"state_dict": audio | more}, tmp_path / "ours.pt")
+        assert list(checkpoint.clap_state(str(tmp_path / "ours.pt"))) == ["clap.htsat.norm.weight"]

@@ -49,7 +49,7 @@ def text_side(c, weights=True):
         raise ValueError(f"{other or folder}: {error}") from error
     # tables are in two parts: rows of the language model, and, from here on, those of our marks
     marks = set(tokenizer.convert_tokens_to_ids([*MARKS[:3], tokenizer.sep_token]))
-    sizes.vocab = len(tokenizer)
+    sizes.vocab = len(tokenizer) - 1  # neither part is ever empty
     while sizes.vocab - 1 in marks:
         sizes.vocab -= 1
     sizes.known = known  # tokens that the tokenizer came with: a mark may be among them

@@ -145,7 +145,8 @@ def write_release(model, folder):
     sizes = {name: getattr(c, name) for name in settings.MODEL_SETTINGS}
     about = dict(getattr(model, "about", {}))
     sizes |= {"lang_encoder_path": about.pop("language_model", None) or name_of(c.lang_encoder_path),
-              "tokenizer_path": None, "about": about}  # no paths of this machine
+              "tokenizer_path": None, "about": about,  # no paths of this machine
+              "cross_attn_every_n_layers": [int(i) for i in model.xattn]}
     for name, content in (("config.json", sizes), ("safe_ckpt/metadata.json", metadata)):
         with open(os.path.join(folder, name), "w") as f:
             json.dump(content, f, indent=1)

@@ -271,22 +271,22 @@ def epoch_items(c):
 
 
 def largest(peak, least, B, room):
-    """The largest batch whose peak(batch) bytes are seen to fit in room, 0 if none: by secants from B on.
-    least: bytes that are there without a clip."""
-    known = {0: least, B: peak(B)}
-    for _ in range(3):
-        low = max((b for b, p in known.items() if p <= room), default=-1)
-        high = min((b for b, p in known.items() if p > room), default=20 * max(known))
-        if low < 0 or 0.95 * room < known[low]:
-            break
-        (b1, p1), (b2, p2) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
-        slope = (p2 - p1) / (b2 - b1)
-        guess = math.floor(b1 + (room - p1) / slope) if slope > 0 else high
-        guess = min(max(guess, low + 1), high - 1)
+    """The largest batch whose peak(batch) bytes are seen to fit in room, 0 if none: by lines through two
+    batches, from B on. least: bytes that are there without a clip."""
+    known, guess = {0: least}, B
+    for _ in range(4):
+        known[guess] = peak(guess)
+        low = [b for b in sorted(known) if known[b] <= room][-2:]
+        high = [b for b in sorted(known) if known[b] > room][:1]
+        if not low:
+            return 0
+        b1, b2 = (low + high)[-2:]
+        slope = (known[b2] - known[b1]) / (b2 - b1)
+        guess = b1 + math.floor((room - known[b1]) / slope) if slope > 0 else 8 * b2
+        guess = min(guess, high[0] - 1 if high else 20 * b2)
         if guess in known:
             break
-        known[guess] = peak(guess)
-    return max((b for b, p in known.items() if p <= room), default=0)
+    return low[-1]
 
 
 def fit(c):

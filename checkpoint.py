@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +24,7 @@ import config as settings
 from model import AudioFlamingo, ClapEncoder, LanguageModel
 from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, save_atomically,  # noqa
                          tensors_in)
+from tools.htsat import sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
 from tools.model_card import about_run, name_of
 from tools.releases import (PUBLISHED, TABLES, UNUSED, from_published, in_two_parts, our_name,  # noqa: F401
@@ -69,7 +71,7 @@ def skeleton(c, state, text, source, given, fresh):
     """The model of settings and of the sizes that its state tells, on the meta device: place_weights follows.
     fresh: what listens is drawn at random. ValueError if the user asked for another encoder."""
     encoder = {n.removeprefix("clap.htsat."): t for n, t in state.items() if n.startswith("clap.")}
-    told = ClapEncoder.sizes(encoder)
+    told = sizes_told(encoder)
     position = told.pop("position", False)
     for name, value in told.items():
         if name in given and given[name] != value:
@@ -241,14 +243,19 @@ def read_release(folder, given):
     return model, state
 
 
-def newest_checkpoint(run):
-    """A run's interim checkpoint if there is one (it is newer than any epoch's), else the last epoch's."""
-    interim = os.path.join(run, "checkpoint_interim.pt")
-    if os.path.exists(interim):
-        return interim
+def checkpoints(run):
+    """A run's checkpoints, newest first: the interim one is newer than any epoch's."""
     names = os.listdir(run) if os.path.isdir(run) else []
     epochs = [int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint_(\d+)\.pt", name))]
-    return os.path.join(run, f"checkpoint_{max(epochs)}.pt") if epochs else None
+    names = ["checkpoint_interim.pt"] * ("checkpoint_interim.pt" in names)
+    names += [f"checkpoint_{epoch}.pt" for epoch in sorted(epochs, reverse=True)]
+    return [os.path.join(run, name) for name in names]
+
+
+def newest_checkpoint(run):
+    """The newest that is not cut off; of files that all are, the newest, which load_pickle refuses."""
+    files = checkpoints(run)
+    return next(filter(zipfile.is_zipfile, files), files[0] if files else None)
 
 
 def fingerprint(tensors):

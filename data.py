@@ -10,6 +10,7 @@ them: each is an endless shuffled stream, and an epoch is a window of that strea
 import math
 import os
 import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +22,7 @@ import config as settings
 from tools import sound
 from tools.index import open_items
 from tools.records import take_files
-from tools.sizes import about_tokens, padding
+from tools.sizes import about_tokens, padding, share
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
@@ -117,9 +118,10 @@ def encode_prompts(tokenizer, prompts, n_clips=None):
     return [begin + [audio] * n + ids + [tokenizer.sep_token_id] for ids, n in zip(texts, n_clips)]
 
 
-def pad_rows(rows, pad_id):
-    """Lists of ids -> (B, T) int64, padded on the right: causality keeps real tokens from seeing padding."""
-    T = max(map(len, rows))
+def pad_rows(rows, pad_id, multiple=1):
+    """Lists of ids -> (B, T) int64, padded on the right: causality keeps real tokens from seeing padding. T
+    is the longest, rounded up to a multiple: compiled graphs are made for few lengths."""
+    T = -(-max(map(len, rows)) // multiple) * multiple
     return torch.tensor([row + [pad_id] * (T - len(row)) for row in rows])
 
 
@@ -328,29 +330,41 @@ class Batches(Sampler):
 
     The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
     (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
-    A rank's batch has at most batch_size items, and at most max_windows when padded. Pool order stays random.
-    The epoch's last items may be fewer than ranks: then some have an empty batch.
+    A rank's batch has at most batch_size items and, if that is given, at most max_windows, padded: then how
+    many it has is for its work to equal the other ranks'. Pool order stays random. `multiple`
+    batches of all ranks are one optimizer step: the same items whatever they are divided into. The epoch's
+    last step may have fewer: then some batches are empty. steps: micro-steps; stats: see tools/sizes.py.
     """
 
-    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None):
+    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None,
+                 multiple=1):
         order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
-        step, plan, left = batch_size * world, [], order[:0]
-        for end in range(pool * step, len(order) + pool * step, pool * step):
-            part = np.concatenate([left, order[end - pool * step:end]])
-            part, i = part[np.lexsort(sizes[part].T[::-1])], 0
-            while i < len(part):
-                B = batch_size
-                while B > 1 and max_windows and B * sizes[part[i:i + B * world][-1], 0] > max_windows:
-                    B -= 1
-                if i + B * world > len(part) and end < len(order):
-                    break  # to the next pool
-                plan.append(part[i:i + B * world])
-                i += B * world
-            left = part[i:]
-        plan = [plan[i] for i in np.random.default_rng([*seed, 1]).permutation(len(plan))]
-        ranks = [[batch[(r + k) % world::world] for r in range(world)] for k, batch in enumerate(plan)]
-        self.mine = [batches[rank].tolist() for batches in ranks[start:]]
-        self.steps, self.stats = len(plan), padding(sizes, ranks)
+        most, plan, left = pool * batch_size * world * multiple, [], order[:0]
+        for part in np.split(order, range(most, len(order), most)):
+            part = np.concatenate([left, part])
+            windows, text = sizes[part].T
+            if max_windows:  # to and fro: texts are alike where the number of windows changes, too
+                text = np.where(windows % 2, text, -text)
+            part, step = part[np.lexsort((text, windows))], []
+            left = part  # to the next pool
+            while micro := share(part, sizes, batch_size, world, max_windows):
+                step, part = [*step, micro], part[sum(map(len, micro)):]
+                if len(step) == multiple:
+                    plan, left, step = [*plan, step], part, []
+        last = []
+        while len(left):
+            B = batch_size
+            while B > 1 and max_windows and B * sizes[left[:B * world][-1], 0] > max_windows:
+                B -= 1
+            last.append([left[:B * world][r::world] for r in range(world)])
+            left = left[B * world:]
+        last += [[left] * world] * (-len(last) % multiple)  # empty
+        plan += [last[i:i + multiple] for i in range(0, len(last), multiple)]
+        order = np.random.default_rng([*seed, 1]).permutation(len(plan))
+        plan = [micro for i in order for micro in plan[i]]
+        self.mine = [micro[(rank + k) % world].tolist() for k, micro in enumerate(plan)][start:]
+        self.plan = [np.concatenate(micro) for micro in plan]  # of all ranks
+        self.steps, self.stats = len(plan), padding(sizes, plan)
 
     def __len__(self):
         return len(self.mine)
@@ -362,10 +376,10 @@ class Batches(Sampler):
 class Collate:
     """List of Clips items -> a batch: input_ids and labels (B, T), windows (sum W, L) int16, n_windows (B,),
     and what is to be reported: bad (why clips could not be read), cut (outputs beyond max_tokens), long
-    (clips heard in part) and unheard (their seconds that are not)."""
+    (clips heard in part), unheard (their seconds that are not) and paths of the others."""
 
-    def __init__(self, tokenizer, max_tokens, window_samples):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    def __init__(self, tokenizer, max_tokens, window_samples, multiple=1):
+        self.tokenizer, self.max_tokens, self.multiple = tokenizer, max_tokens, multiple
         self.silence = torch.zeros(1, window_samples, dtype=torch.int16)
 
     def encode(self, pairs, n_clips=None):
@@ -375,7 +389,7 @@ class Collate:
         prompts = encode_prompts(t, [prompt for prompt, _ in pairs], n_clips)
         outputs = encode_text(t, [output for _, output in pairs])
         rows = [(p + o + [end_id, t.eos_token_id])[:self.max_tokens] for p, o in zip(prompts, outputs)]
-        ids = pad_rows(rows, t.pad_token_id)
+        ids = pad_rows(rows, t.pad_token_id, self.multiple)
         labels = make_labels(ids.numpy(), t.sep_token_id, end_id, t.pad_token_id)
         return ids, torch.from_numpy(labels), int((labels == -100).all(1).sum())
 
@@ -392,13 +406,15 @@ class Collate:
             windows, n_windows, labels, cut = [self.silence], [[1]], torch.full_like(labels, -100), 0
         n_windows = window_counts(n_windows)
         return {"input_ids": ids, "labels": labels, "windows": torch.cat(windows), "n_windows": n_windows,
-                "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard)}
+                "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard),
+                "paths": [item["path"] for item in good]}
 
 
 def make_loader(clips, batches, tokenizer, config, live=False):
     """live: its workers wait for the next batches that are put into the list."""
     workers, hearing = config.num_workers, clips.hearing
-    collate = Collate(tokenizer, config.max_tokens, round(hearing["window_length"] * hearing["sample_rate"]))
+    collate = Collate(tokenizer, config.max_tokens, round(hearing["window_length"] * hearing["sample_rate"]),
+                      64 if config.compile else 1)
     ahead = {"prefetch_factor": 4, "worker_init_fn": _one_thread, "persistent_workers": live}
     return DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), **(ahead if workers else {}))
@@ -406,12 +422,17 @@ def make_loader(clips, batches, tokenizer, config, live=False):
 
 def _one_thread(_):
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process to answer
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None):
-    """Loader of this rank's micro-batches of one epoch, and what the blending record says of it. The loader
-    of the epoch before, if given, goes on: its workers live, and so does what they cached. loader.steps: of
-    the whole epoch, loader.stats: its padding and how equal the ranks' work is."""
+def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None,
+                 only=None):
+    """Loader of this rank's micro-batches of one epoch (or of `only` some of its rows), and what the blending
+    record says of it. The loader of the epoch before, if given, goes on: its workers live, and so does what
+    they cached. loader.plan: rows of each micro-batch of all ranks, loader.stats: its padding and how equal
+    the ranks' work is."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
         w = config.dataset_blending_global_weight * config.dataset_blending_config[name]
@@ -421,6 +442,8 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
         record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": w,
                        "first": first, "stop": first + len(chosen)})
     rows = np.concatenate(rows)
+    only = np.arange(len(rows)) if only is None else np.array(only)
+    rows = rows[only]
     if not len(rows):
         raise ValueError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "
                          f"{config.dataset_blending_global_weight} is too small for these manifests")
@@ -429,21 +452,15 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
                          f"max_num_window = {hearing['max_num_window']}")
     sizes = Clips(list(manifests.values()), rows, hearing).sizes(tokenizer)
     batches = Batches(sizes, config.batch_size, [config.seed, epoch], rank, world, start,
-                      config.bucket_batches, config.max_windows_per_batch)
+                      config.bucket_batches, config.max_windows_per_batch, config.gradient_accumulation_steps)
     pairs = [list(map(tuple, rows[batch].tolist())) for batch in batches]  # an empty list stays one
     if loader is None:
         clips = Clips(list(manifests.values()), rows[:0], hearing, config.cache_audio)
         loader = make_loader(clips, pairs, tokenizer, config, live=True)
     loader.batch_sampler[:] = pairs
     loader.steps, loader.stats = batches.steps, batches.stats
+    loader.plan = [only[part] for part in batches.plan]
     return loader, record
-
-
-def expected_steps(manifests, config, tokenizer, hearing, items, world=1):
-    """Micro-steps of an epoch of about `items` items; with max_windows_per_batch those of the first."""
-    if not config.max_windows_per_batch:
-        return math.ceil(items / (config.batch_size * world))
-    return train_loader(manifests, config, tokenizer, hearing, 0, 0, world)[0].steps
 
 
 def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
@@ -451,14 +468,17 @@ def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
     clips = Clips([manifest], None, hearing, config.cache_audio)
     mine = np.arange(rank, len(clips), world)
     batches = np.split(mine, range(config.batch_size, len(mine), config.batch_size))
-    return make_loader(clips, [b.tolist() for b in batches if len(b)], tokenizer, config)
+    return make_loader(clips, [b.tolist() for b in batches if len(b)], tokenizer, config, config.cache_audio)
 
 
 if __name__ == "__main__":
     from prepare import check, convert
     commands = {"check": check.main, "convert": convert.main}
-    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
-        sys.exit(print(f"error: data.py: expected {' or '.join(commands)}\n{__doc__}", file=sys.stderr) or 2)
-    command = commands[sys.argv.pop(1)]
+    word = sys.argv.pop(1) if sys.argv[1:] else "--help"
+    if word not in commands:
+        if word not in ("-h", "--help"):
+            sys.exit(print(f"error: data.py {word}: expected check or convert", file=sys.stderr) or 2)
+        sys.exit(print(__doc__))
+    command = commands[word]
     sys.argv, files = take_files(sys.argv)
     settings.run(lambda c: command(c, files), f"prepare/{command.__module__.split('.')[1]}.py")

@@ -20,6 +20,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -126,23 +127,6 @@ class ClapEncoder(nn.Module):
         n, S, C = x.shape
         x = x.view(n, h.freq_ratio, -1, math.isqrt(S), C)  # (n, time part, frequency bin, column, C)
         return x.transpose(1, 2).reshape(n, S, C)  # token = bin * (S/2) + time step
-
-    @staticmethod
-    def sizes(state):
-        """The settings that HTS-AT's weights, {name: tensor}, tell by their names and shapes."""
-        if "patch_embed.proj.weight" not in state:
-            return {}
-        heads = [[], [], [], []]  # of every block of every stage
-        for name, tensor in state.items():
-            if name.endswith("relative_position_bias_table"):
-                heads[int(name.split(".")[1])].append(tensor.shape[1])
-        told = {"clap_embed_dim": len(state["patch_embed.proj.weight"]), "clap_depths": list(map(len, heads)),
-                "clap_num_heads": [stage[0] if stage else 1 for stage in heads]}  # 1: of no block, no harm
-        if "absolute_pos_embed" in state:  # of patches of 4 x 4
-            told |= {"position": True, "clap_spec_size": 4 * math.isqrt(state["absolute_pos_embed"].shape[1])}
-        elif "layers.0.blocks.1.attn_mask" in state:  # one for each window of 8 x 8 patches
-            told["clap_spec_size"] = 32 * math.isqrt(len(state["layers.0.blocks.1.attn_mask"]))
-        return told
 
     def trainable(self):
         """All parameters but those of the fusion branch, to which no gradient would come."""
@@ -548,12 +532,14 @@ def recomputed(module, *args):
     return checkpoint(module, *args, use_reentrant=False)
 
 
-def pad_parts(x, n):
-    """x (sum n, C), n (P,) -> (P, max n, C), zeros after each part, and where x stands in it."""
-    real = torch.arange(int(n.max()), device=x.device) < n[:, None]
-    padded = x.new_zeros(*real.shape, x.shape[1])
-    padded[real] = x
-    return padded, real
+def side_by_side(x, n, rows=None):
+    """x (sum n, S, C), or its `rows`, n (P,) parts -> (P, max n S, C); after a part comes what must not be
+    read. n and rows are numpy's: positions come from the host, a device need not be waited for."""
+    at = np.minimum(np.arange(n.max()), np.maximum(n - 1, 0)[:, None]) + (n.cumsum() - n)[:, None]
+    at = np.minimum(at, n.sum() - 1)  # (P, max n)
+    at = torch.from_numpy(at if rows is None else rows[at]).flatten().to(x.device, non_blocking=True)
+    x = x if len(at) == len(x) else x.index_select(0, at)  # parts of one size stand there already
+    return x.reshape(len(n), -1, x.shape[-1])
 
 
 class AudioFlamingo(nn.Module):
@@ -586,14 +572,15 @@ class AudioFlamingo(nn.Module):
         as n_windows, or (B, K), up to and with each of the K clips of a text (0 windows: there are fewer)."""
         part = 4 if windows.device.type == "cpu" and not self.clap.training else 64  # small enough for caches
         tokens = torch.cat([self.clap(to_float(some)) for some in windows.split(part)])  # (sum W, 64, C)
-        n_windows = n_windows.to(tokens.device)
-        n_tokens = n_windows[n_windows > 0] * self.clap.tokens_per_window  # of every clip
-        audio, real = pad_parts(tokens.flatten(0, 1), n_tokens)
-        audio = self.audio_transformer(audio, n_tokens)  # clip by clip: (clips, S, C)
-        n_keys = n_windows * self.clap.tokens_per_window
+        S, counts, device = tokens.shape[1], n_windows.cpu().numpy(), tokens.device
+        of_clips = counts[counts > 0]
+        n_tokens = torch.from_numpy(of_clips * S).to(device, non_blocking=True)
+        audio = self.audio_transformer(side_by_side(tokens, of_clips), n_tokens)  # (clips, max W S, C)
+        n_keys = n_windows.to(device, non_blocking=True) * S
         if n_windows.ndim == 1:
             return audio, n_keys
-        return pad_parts(audio[real], n_keys.sum(1))[0], n_keys.cumsum(1)
+        real = np.flatnonzero(np.arange(of_clips.max()) < of_clips[:, None])  # windows among (clips, max W)
+        return side_by_side(audio.view(-1, S, audio.shape[2]), counts.sum(1), real), n_keys.cumsum(1)
 
     def keys_heard(self, ids, n_keys):
         """n_keys of listen for every token of ids (B, T): of the clips whose marks stand before or at it."""
@@ -625,9 +612,11 @@ class AudioFlamingo(nn.Module):
         x = self.hidden(input_ids, self.keys_values(audio), self.keys_heard(input_ids, n_keys))
         if labels is None:
             return self.lm.logits(x), None
-        answers = labels[:, 1:] != -100
-        logits = self.lm.logits(x[:, :-1][answers]).float()
-        return None, F.cross_entropy(logits, labels[:, 1:][answers], reduction="sum") / max(len(logits), 1)
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        at = torch.from_numpy(np.flatnonzero(targets.cpu().numpy() != -100)).to(x.device, non_blocking=True)
+        logits = self.lm.logits(x.flatten(0, 1).index_select(0, at)).float()
+        targets = targets.to(x.device, non_blocking=True).index_select(0, at)
+        return None, F.cross_entropy(logits, targets, reduction="sum") / max(len(logits), 1)
 
     # --- answering: tools/decoding.py
 
@@ -653,11 +642,9 @@ class AudioFlamingo(nn.Module):
         self.requires_grad_(False)
         self.audio_transformer.requires_grad_(True)
         self.xattn.requires_grad_(True)
-        if table is False:
-            self.lm.embed_tokens.requires_grad_(True)  # a tied head follows; one of its own stays frozen
-        for name, p in self.lm.named_parameters():
-            if config.unfreeze_full_lm or (table == "added" and name.endswith(".added")):
-                p.requires_grad_(True)
+        for name, p in self.lm.named_parameters():  # a tied head follows; one of its own is of the full LM
+            frees = table is False if name.startswith("embed_tokens.") else config.unfreeze_full_lm
+            p.requires_grad_(frees or (table == "added" and name.endswith(".added")))
         for p in self.clap.trainable():
             p.requires_grad_(config.clap_finetune)
 

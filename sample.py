@@ -5,23 +5,22 @@
     python sample.py --audio a.wav --audio b.wav --prompt "What differs?"     # several clips, one question
     python sample.py --audio clip.wav --chat                                  # question after question
     python sample.py --input questions.jsonl --output answers.jsonl      # {"path": ..., "prompt": ...} a line
+    python sample.py --serve                                  # a page to record or drop a clip, and to ask
 """
 import itertools
 import json
 import os
-import re
 import sys
-from dataclasses import fields
 
-import torch
 from tqdm import tqdm
 
 import config as settings
 from checkpoint import export_release, finished, newest_checkpoint, pick_device, pick_precision, read
-from data import read_clip, unheard_note, window_counts
+from data import unheard_note
 from model import pick_backend
-from tools import listening
-from tools.decoding import Sampling, answer, compile_decoding, hear, text_of, tokens
+from tools import listening, page
+from tools.asking import concluded, growing, hear_clips, load_clips, read_questions, sampling
+from tools.decoding import Sampling, answer, compile_decoding
 from tools.int8 import quantize
 
 audio: list = []  # audio file; again for each further clip of the same prompt
@@ -33,6 +32,11 @@ int8: bool = False  # weights of a byte each, on a CPU: less time per token
 compile: bool = False  # torch.compile for the decoding step: a minute first, then less per token
 timeline: str | None = None  # write <this>.json and .png: where in the clip it listened, word by word
 input: str | None = None  # JSONL of {"path", "prompt"} instead; paths relative to its folder or to here
+serve: bool = False  # a page instead, at http://host:port
+host: str = "127.0.0.1"  # of the page: this machine alone; 0.0.0.0: whoever reaches it
+port: int = 7860  # of the page; 0: a free one
+upload_mb: int = 300  # largest file that the page takes
+upload_seconds: int = 14400  # longest
 export: str | None = None  # folder to write the model to as a release; nothing is asked then
 output: str | None = None  # JSONL to write the answers to; None: only printed
 init_from: str | None = None  # run directory, checkpoint, release directory or hub id; None: the newest run
@@ -47,7 +51,7 @@ def newest_run(folders):
     """The run (a folder with a checkpoint) changed last; FileNotFoundError says how to get one."""
     runs = []
     for folder in filter(os.path.isdir, map(settings.place, folders)):
-        runs += [os.path.join(folder, name) for name in os.listdir(folder)]
+        runs += [run for run, _, _ in os.walk(folder)]  # a run's name may have a slash
     files = {run: file for run in runs if (file := newest_checkpoint(run))}
     if not files:
         where = " or ".join(f"{folder}/" for folder in folders)
@@ -77,83 +81,33 @@ def load_weights(c, source, model, state):
     return model
 
 
-def load_clips(paths, model):
-    """-> windows (sum W, L) int16, n_windows (clips,), and of each clip the seconds that are not heard."""
-    clips = [read_clip(path, 0.0, **model.hearing) for path in paths]
-    windows = [torch.from_numpy(clip) for clip, _ in clips]
-    return torch.cat(windows), torch.tensor([len(w) for w in windows]), [seconds for _, seconds in clips]
-
-
-def sampling(c):
-    return {field.name: getattr(c, field.name) for field in fields(Sampling)}
-
-
-def read_questions(path):
-    """The lines of a JSONL file, {"path": str or list, "prompt": str, ...}; every one checked before any is
-    answered. A path that is not there is looked for beside the file."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    questions = []
-    for number, line in enumerate(open(path), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            good = isinstance(item["prompt"], str) and paths and all(isinstance(p, str) for p in paths)
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            expected = '{"path": clip or list of clips, "prompt": text}'
-            raise ValueError(f"{path} line {number}: expected {expected}, got {line.strip()[:80]}")
-        beside = [os.path.join(os.path.dirname(path), p) for p in paths]
-        places = [b if not os.path.exists(p) and os.path.exists(b) else p for p, b in zip(paths, beside)]
-        questions.append((item, places))
-    return questions
-
-
 def say_unheard(seconds, model):
     """Once, on stderr: how many clips were longer than what was heard of them."""
     if note := unheard_note(len(seconds), sum(s > 0 for s in seconds), sum(seconds), model.hearing):
         print(note, file=sys.stderr)
 
 
-def concluded(model, item, text, how, heard=None):
-    """A reasoning answer that ends without its conclusion is cut at the last sentence and asked for it."""
-    if "<conclusion>" in text.lower():
-        return text
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
-    prefix = f"{text[:ends[-1]] if ends else text} <conclusion>"
-    return dict(answer(model, [item], 1, heard=heard, **how | {"answer_prefix": prefix}))[0]
-
-
 def print_answer(model, item, heard, c):
     """Print an answer as its tokens come, and return it."""
-    ids, shown, how = [], "", sampling(c)
-    for step in tokens(model, [item], 1, Sampling(**how), heard):
-        ids += [t for t in step.values() if t >= 0]
-        text = text_of(model, ids, c.answer_prefix)
-        if not text.endswith("\ufffd"):  # a character may be several tokens: wait until it is whole
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    text = text_of(model, ids, c.answer_prefix)
-    whole = concluded(model, item, text, how, heard) if c.reasoning else text
-    print(whole[len(text):] if whole.startswith(text) else "\n" + whole, flush=True)
-    return whole
+    shown = ""
+    for text in growing(model, item, heard, c):
+        print(text[len(shown):] if text.startswith(shown) else "\n" + text, end="", flush=True)
+        shown = text
+    print(flush=True)
+    return shown
 
 
 def ask(model, c):
     """One clip, or several of one prompt; with --chat one question after the other."""
     windows, n_windows, unheard = load_clips(c.audio, model)
     say_unheard(unheard, model)
-    with torch.no_grad():
-        heard = hear(model.eval(), windows, window_counts([n_windows.tolist()]))
+    heard = hear_clips(windows, n_windows, model)
     for prompt in itertools.chain([c.prompt], map(str.strip, sys.stdin) if c.chat else ()):
         if not prompt:
             continue
         text = print_answer(model, (prompt, windows, n_windows.tolist()), heard, c)
         if c.timeline:
-            told = listening.timeline(model, prompt, text, windows)
+            told = listening.timeline(model, prompt, text, windows, heard)
             listening.write_timeline(c.timeline, told, windows)
         if c.output:
             line = {"path": c.audio, "prompt": prompt, "output": text}
@@ -212,9 +166,9 @@ def ask_all(model, questions, c):
 def main(c):
     if c.export:
         return export_release(*read_model(c), c.export)
-    if bool(c.audio) + bool(c.input) != 1:
-        raise ValueError("give either --audio clip.wav (again for each further clip of the same prompt) or "
-                         "--input questions.jsonl")
+    if bool(c.audio) + bool(c.input) + c.serve != 1:
+        raise ValueError("give one of --audio clip.wav (again for each further clip of the same prompt), "
+                         "--input questions.jsonl and --serve")
     questions = read_questions(c.input) if c.input else []
     if c.timeline and len(c.audio) != 1:
         raise ValueError("--timeline is of one --audio clip")
@@ -224,7 +178,11 @@ def main(c):
     if c.output:
         os.makedirs(os.path.dirname(c.output) or ".", exist_ok=True)
     Sampling(**sampling(c))  # what makes no sense is refused before the model is loaded
+    if c.serve:
+        page.check(c)
     model = load_weights(c, *read_model(c))
+    if c.serve:
+        return page.serve(model, c)
     if c.audio:
         return ask(model, c)
     if ask_all(model, questions, c):

@@ -18,6 +18,8 @@ learning_rate = 2e-5
 lr_scheduler = "constant"
 warmup_steps = 1875
 gradient_checkpointing = True
+save_epochs = valid_epochs = 10  # published: 1; an epoch of the blend may take about a minute
+save_minutes = 20.0
 
 dataset_blending_config = {"LongAudio-AQA/train": 1.0}
 valid_dataset_config = {"LongAudio-AQA/val": 1.0}

@@ -21,6 +21,8 @@ learning_rate = 2e-5
 lr_scheduler = "constant"
 warmup_steps = 1875
 gradient_checkpointing = True
+save_epochs = valid_epochs = 10  # published: 1; an epoch of the blend may take about a minute
+save_minutes = 20.0
 
 # Table 21 of the paper: passes over each set
 dataset_blending_config = {

@@ -47,16 +47,16 @@ def hearing_of(c):
 
 
 def inspect(manifests, hearing, task):
-    """(manifest, item) -> {"problem": None or what is wrong, "seconds": heard at most, "rates"}."""
+    """(manifest, item) -> what is wrong or None, its seconds, the first clip's sample rate."""
     m, i = task
     item, told = manifests[m][i], manifests[m].items[i]
     length, overlap, most = (hearing[name] for name in HEARING)
     longest = most * (length - overlap) + overlap
-    problem, total, rates = None, 0.0, []
+    problem, total, rate = None, 0.0, 0
     for path in item["paths"]:
         try:
             x, low, high, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
-            rates.append(sound.rate_of(path))
+            rate = rate or sound.rate_of(path)
         except (FileNotFoundError, ValueError) as error:
             problem = problem or str(error).removeprefix(path + ": ")
             continue
@@ -72,7 +72,7 @@ def inspect(manifests, hearing, task):
             problem = f"truncated: {total:.2f} s, manifest says {duration:.2f} s"
         elif "audio_start" not in told:  # with it, the item is a part of the file
             problem = f"wrong duration: {total:.2f} s, manifest says {duration:.2f} s"
-    return {"problem": problem, "seconds": min(total, duration or total), "rates": rates}
+    return problem, min(total, duration or total), rate
 
 
 def cause_of(problem):
@@ -129,48 +129,59 @@ def main(c, files):
     for needed in filter(None, (folder, page and os.path.dirname(page))):
         settings.need_room(needed)
     opened = list(manifests.values())
-    tasks = [(m, i) for m, manifest in enumerate(opened) for i in range(len(manifest))]
-    found = [[None] * len(manifest) for manifest in opened]
-    bar = tqdm(total=len(tasks), desc="check", unit="clip", disable=None)
+    tasks = ((m, i) for m, manifest in enumerate(opened) for i in range(len(manifest)))
+    found = [Found(len(manifest)) for manifest in opened]
+    bar = tqdm(total=sum(map(len, opened)), desc="check", unit="clip", disable=None)
     todo = spread(partial(inspect, opened, hearing), tasks, c.workers or os.cpu_count())
     for (m, i), result, why in todo:
-        found[m][i] = result or {"problem": why, "seconds": 0.0, "rates": []}
-        if found[m][i]["problem"]:
-            tqdm.write(f"{opened[m].name} {i}: {opened[m][i]['path']}: {found[m][i]['problem']}")
+        problem, found[m].seconds[i], found[m].rate[i] = result or (why, 0, 0)
+        if problem:
+            found[m].problems[i] = problem
+            tqdm.write(f"{opened[m].name} {i}: {opened[m][i]['path']}: {problem}")
         bar.update()
     bar.close()
     for m, manifest in enumerate(opened):
-        causes = Counter(cause_of(r["problem"]) for r in found[m] if r["problem"])
-        good = len(manifest) - sum(causes.values())
-        hours = sum(r["seconds"] for r in found[m] if not r["problem"]) / 3600
-        print(f"{manifest.name}: {len(manifest)} items, {good} good" +
+        causes, good = Counter(map(cause_of, found[m].problems.values())), found[m].good()
+        hours = found[m].seconds[good].sum() / 3600
+        print(f"{manifest.name}: {len(manifest)} items, {len(good)} good" +
               "".join(f", {n} {what}" for what, n in causes.most_common()) + f"; {hours:.4g} h")
         if folder:
-            items = (item for item, r in zip(manifest.items, found[m]) if not r["problem"])
-            write_manifest(targets[m], manifest.head, items)
+            write_manifest(targets[m], manifest.head, manifest.items.many(good))
             print(f"wrote {targets[m]}")
     told = summary(opened, found, hearing, tokenizer)
     for what, (values, unit) in told.items():
         print(f"{what}: {describe(values, unit)}")
     if page:
         write_page(page, opened, found, told, hearing, tokenizer, c)
-    sys.exit(1 if any(r["problem"] for rows in found for r in rows) else 0)
+    sys.exit(1 if any(of_one.problems for of_one in found) else 0)
+
+
+class Found:
+    """What inspect tells of a manifest's items: 12 bytes each, and the problems' words."""
+
+    def __init__(self, n):
+        self.seconds, self.rate, self.problems = np.zeros(n), np.zeros(n, np.int32), {}
+
+    def good(self):
+        return np.setdiff1d(np.arange(len(self.seconds)), list(self.problems))
 
 
 def summary(opened, found, hearing, tokenizer):
-    """{what: (values, unit)} of the good items."""
-    good = [(m, i) for m, rows in enumerate(found) for i, r in enumerate(rows) if not r["problem"]]
-    seconds = np.array([found[m][i]["seconds"] for m, i in good])
+    """{what: (values, unit)} of the good items; texts: of about 100,000 of them."""
+    good = [of_one.good() for of_one in found]
+    seconds = np.concatenate([of_one.seconds[rows] for of_one, rows in zip(found, good)])
+    rates = np.concatenate([of_one.rate[rows] for of_one, rows in zip(found, good)])
     length, overlap, most = (hearing[name] for name in HEARING)
     windows = np.clip(1 + np.ceil((seconds - length) / (length - overlap)), 1, most)
-    items = [opened[m].items[i] for m, i in good]
-    texts = [(item["prompt"].lower(), item["output"].lower()) for item in items]
+    shares = [rows[::max(1, len(seconds) // 100_000)] for rows in good]
+    items = (item for manifest, rows in zip(opened, shares) for item in manifest.items.many(rows))
+    texts = [(item["prompt"].strip().lower(), item["output"].strip().lower()) for item in items]
     count = about_tokens(tokenizer, {t for pair in texts for t in pair}).get if tokenizer else len
     unit = " tokens" if tokenizer else " characters"
     return {"duration": (seconds, " s"), "windows a clip": (windows, ""),
             "prompt": (np.array([count(p) for p, _ in texts]), unit),
             "output": (np.array([count(o) for _, o in texts]), unit),
-            "sample rate": (np.array([rate for m, i in good for rate in found[m][i]["rates"]]), " Hz")}
+            "sample rate": (rates, " Hz")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,26 +232,28 @@ STYLE = """<style>.bar { background: #69c; height: 1em; display: inline-block; m
 def write_page(path, opened, found, told, hearing, tokenizer, c):
     from tools.report import PAGE
     body, causes = [STYLE, "<table><tr><th>manifest<th>items<th>good<th>hours"], defaultdict(list)
-    for manifest, rows in zip(opened, found):
-        bad = [(i, r["problem"]) for i, r in enumerate(rows) if r["problem"]]
-        for i, problem in bad:
+    for manifest, of_one in zip(opened, found):
+        for i, problem in sorted(of_one.problems.items()):
             causes[cause_of(problem)].append(f"{manifest.name} {i}: {manifest[i]['path']}: {problem}")
-        hours = sum(r["seconds"] for r in rows if not r["problem"]) / 3600
-        body.append(f"<tr><td>{html.escape(manifest.name)}<td>{len(rows)}<td>{len(rows) - len(bad)}"
-                    f"<td>{hours:.4g}")
+        good = of_one.good()
+        body.append(f"<tr><td>{html.escape(manifest.name)}<td>{len(manifest)}<td>{len(good)}"
+                    f"<td>{of_one.seconds[good].sum() / 3600:.4g}")
     body.append("</table><h2>Causes of failure</h2>" if causes else "</table>")
     for cause, lines in sorted(causes.items(), key=lambda pair: -len(pair[1])):
         shown = "\n".join(map(html.escape, lines[:c.examples]))
         body.append(f"<h3>{html.escape(cause)}: {len(lines)}</h3><pre>{shown}</pre>")
     for what, (values, unit) in told.items():
         body.append(f"<h2>{what}</h2><p>{describe(values, unit)}</p>{bars(values, unit)}")
-    good = [(m, i) for m, rows in enumerate(found) for i, r in enumerate(rows) if not r["problem"]]
+    good = [of_one.good() for of_one in found]
+    ends = np.cumsum([len(rows) for rows in good])
     body.append('<h2>As the model sees them</h2><p><span class="learnt">learnt</span> '
                 '<span class="given">given</span></p>')
-    for k in np.linspace(0, len(good) - 1, min(5, len(good))).astype(int):
-        m, i = good[k]
+    for k in np.linspace(0, ends[-1] - 1, min(5, ends[-1])).astype(int):
+        m = np.searchsorted(ends, k, "right")
+        i = int(good[m][k - ends[m]])  # from its end
         told = seen(opened[m], i, hearing, tokenizer, c.max_tokens)
         body.append(f'<div class="item"><h3>{html.escape(opened[m].name)} {i}</h3>{told}</div>')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".tmp", "w") as f:
         f.write(PAGE.format(title="Data", body="\n".join(body)))
     os.replace(path + ".tmp", path)

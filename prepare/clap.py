@@ -64,7 +64,7 @@ def contrast(similarity, positive, own):
     """similarity (B, K); positive (B, K): captions of each clip; own (B, K): captions a clip is contrasted
     with. -> mean over pairs and both directions of -log(e^s / (e^s + sum over negatives)): every positive has
     to stand out from the negatives, and none competes with another."""
-    negative = similarity.masked_fill(positive | ~own, -math.inf)
+    negative = similarity.masked_fill(positive | ~own, -1e9)  # not -inf: some may have no negative at all
     loss = lambda dim: F.softplus(negative.logsumexp(dim, keepdim=True) - similarity)[positive].mean()
     return (loss(0) + loss(1)) / 2
 
@@ -107,10 +107,33 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=size * group["lr"])
 
 
+def captioned(manifests):
+    """ValueError if there are no items, or one has no caption."""
+    for m in manifests:
+        if not len(m):
+            raise ValueError(f"{m.file}: total_num = 0, expected captioned clips")
+        for j in range(len(m)):
+            item = m.items[j]
+            for field in ("output", "positives", "negatives"):
+                texts = [item[field]] if field == "output" else item.get(field, [])
+                if type(texts) is not list or not all(type(t) is str and t.strip() for t in texts):
+                    raise ValueError(f"{m.file}: data['{j}'] {field} = {item[field]!r}, expected a caption"
+                                     f"{'' if field == 'output' else 's in a list'}, not empty")
+    return manifests
+
+
 def main(c):
     start = time.time()
     if not c.clap_config:
         raise ValueError("clap_config is empty: name the manifests whose outputs are captions")
+    out = settings.place(c.clap_out)
+    settings.need_room(os.path.dirname(out))
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    manifests = captioned(list(open_manifests(c, c.clap_config).values()))
+    check = captioned(list(open_manifests(c, c.clap_valid_config).values()))
+    if len({m.items[j]["output"].strip().lower() for m in manifests for j in range(len(m))}) < 2:
+        raise ValueError(f"clap_config: all captions of {manifests[0].file} are alike, expected some to tell "
+                         f"apart")
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
     torch.manual_seed(c.seed)
@@ -123,7 +146,6 @@ def main(c):
         if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not 32
             nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
 
-    manifests = list(open_manifests(c, c.clap_config).values())
     hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": clap.sample_rate}
     clips, texts, index = Clips(manifests, None, hearing), [], {}
 
@@ -167,27 +189,34 @@ def main(c):
 
     def log_mels(rows):
         """The log-mels of some clips and whose each is; cache_audio keeps them: a third of a step's time."""
-        found, unread = [], []
+        found = []
         for i in rows:
-            clip = {} if i in mel_cache else clips[i]
+            clip = {} if i in mel_cache or i in unread else clips[i]
             if clip.get("error"):
-                unread.append(clip["error"])
+                unread[i] = clip["error"]
+                tqdm.write(f"skipped: {unread[i]}", file=sys.stderr)
+                if len(unread) > max(1, c.max_bad_fraction * len(clips)):
+                    raise ValueError(f"{len(unread)} of {len(clips)} clips could not be used (more than "
+                                     f"max_bad_fraction = {c.max_bad_fraction}); last: {unread[i]}")
+            if i in unread:
                 continue
             mel = mel_cache[i] if i in mel_cache else log_mel(to_float(clip["windows"].to(device)))
             found.append((i, mel))
         if not found:
-            raise ValueError(f"none of {len(rows)} clips could be read, e.g. {unread[0]}")
+            return None, None, []
         mel_cache.update(found if c.cache_audio else ())
         clip_of = [b for b, (_, mel) in enumerate(found) for _ in mel]
         mels = torch.cat([mel for _, mel in found])
         return mels, torch.tensor(clip_of, device=device), [i for i, _ in found]
 
-    mel_cache = {}
+    mel_cache, unread = {}, {}  # by clip: log-mels, and why it cannot be read
     clap.train()
     bar, step, epoch, losses = tqdm(total=c.clap_steps, desc="clap", disable=None), 0, 0, []
     while step < c.clap_steps:
-        for rows in Batches(np.zeros((len(clips), 2)), c.clap_batch_size, [c.seed, epoch]):
+        for rows in Batches(np.zeros((len(clips), 2), np.int64), c.clap_batch_size, [c.seed, epoch]):
             mels, clip_of, rows = log_mels(rows)
+            if not rows:
+                continue
             own_texts = {t for i in rows for t in positives[i] + negatives[i]}
             bank = sorted(own_texts | set(shared))
             place = {t: k for k, t in enumerate(bank)}
@@ -205,7 +234,11 @@ def main(c):
             t = F.normalize(text_projection(states[bank]), dim=-1)
             loss = contrast(logit_scale.exp() * a @ t.T, positive.to(device), own.to(device))
             loss.backward()
-            nn.utils.clip_grad_norm_(trained + [logit_scale], 1.0)
+            norm = nn.utils.clip_grad_norm_(trained + [logit_scale], 1.0)
+            if not (loss + norm).isfinite():
+                paths = ", ".join(clips.item(i)["path"] for i in rows)
+                raise ValueError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()} ("
+                                 f"clap_peak_lr = {c.clap_peak_lr}); nothing is written. Its clips: {paths}")
             for optimizer, schedule in zip(optimizers, schedules):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -222,29 +255,35 @@ def main(c):
         epoch += 1
     bar.close()
 
-    clap.eval()
-    if c.clap_valid_config:
-        check = Clips(list(open_manifests(c, c.clap_valid_config).values()), None, hearing)
-        truth = [check.manifests[m].items[j]["output"].strip().lower() for m, j in check.rows]
-        names = sorted(set(truth))
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            asked = text_states(lm, tokenizer, names, device, c.clap_text_layers)
-            t = F.normalize(text_projection((asked - mean) / std).float(), dim=-1)
-            listen = lambda clip: clap(to_float(clip["windows"].to(device)))
-            a = [listen(check[i]).float().mean((0, 1)) for i in range(len(check))]
-            best = (F.normalize(audio_projection(torch.stack(a)).float(), dim=-1) @ t.T).argmax(1)
-        right = np.mean([names[b] == text for b, text in zip(best.tolist(), truth)])
-        print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions "
-              f"(chance {1 / len(names):.1%})")
-
     parts = dict(audio_branch=clap.htsat, audio_projection=audio_projection, text_projection=text_projection)
     weights = [(f"{part}.{n}", t) for part, module in parts.items() for n, t in module.state_dict().items()]
     state = {f"module.{name}": t.cpu() for name, t in weights}
     state["module.logit_scale_a"] = logit_scale.detach().cpu()
-    out = settings.place(c.clap_out)
-    os.makedirs(os.path.dirname(out), exist_ok=True)
+    if broken := [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise ValueError(f"{broken[0]} is not finite after step {step} (clap_peak_lr = {c.clap_peak_lr}); "
+                         f"nothing is written")
     save_atomically({"epoch": epoch, "name": "clap", "state_dict": state}, out)
     print(f"wrote {c.clap_out} | {time.time() - start:.0f} s")
+
+    clap.eval()
+    if check:
+        heard, truth = [], []
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            for clip in map(Clips(check, None, hearing).__getitem__, range(sum(map(len, check)))):
+                if clip["windows"] is None:
+                    print(f"skipped: {clip['error']}", file=sys.stderr)
+                    continue
+                heard.append(clap(to_float(clip["windows"].to(device))).float().mean((0, 1)))
+                truth.append(clip["output"].strip().lower())
+            if not heard:
+                raise ValueError("clap_valid_config: none of its clips could be read; the encoder is written")
+            names = sorted(set(truth))
+            asked = text_states(lm, tokenizer, names, device, c.clap_text_layers)
+            t = F.normalize(text_projection((asked - mean) / std).float(), dim=-1)
+            best = (F.normalize(audio_projection(torch.stack(heard)).float(), dim=-1) @ t.T).argmax(1)
+        right = np.mean([names[b] == text for b, text in zip(best.tolist(), truth)])
+        print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions "
+              f"(chance {1 / len(names):.1%})")
 
 
 if __name__ == "__main__":

@@ -217,7 +217,8 @@ def test_sizes_of_the_encoder_come_from_its_weights(tiny_settings, tmp_path):
     (256, [2, 1, 1, 1], False), (128, [1, 1, 1, 1], True), (128, [0, 2, 1, 1], False)])
 def test_what_htsat_weights_tell(spec_size, depths, position):
     from model import ClapEncoder
-    told = ClapEncoder.sizes(ClapEncoder(8, depths, [1, 2, 2, 4], spec_size, position).htsat.state_dict())
+    from tools.htsat import sizes_told
+    told = sizes_told(ClapEncoder(8, depths, [1, 2, 2, 4], spec_size, position).htsat.state_dict())
     assert told["clap_embed_dim"] == 8 and told["clap_depths"] == depths
     assert told["clap_num_heads"][1:] == [2, 2, 4] and told.get("clap_spec_size", spec_size) == spec_size
     assert told.get("position", False) == position

@@ -1,11 +1,13 @@
 """Settings: what a newcomer types is understood, or refused in one line that helps."""
 import glob
 import re
+from dataclasses import fields
 
 import pytest
 
 import config
 from tests.helpers import run
+from tools.decoding import Sampling
 
 
 def load(*argv):
@@ -41,7 +43,8 @@ def test_values():
     ("--bach_size=3", "batch_size"), ("--batch_size=big", "expected int"),
     ("--batch_size=1.5", "expected int"), ("--clap_finetune=1", "expected bool"),
     ("--learning_rate=fast", "expected float"), ("nowhere.py", "nowhere.py"),
-    ("--seed", "no value"), ("config/defaults.txt", "config file")])
+    ("--seed", "no value"), ("config/defaults.txt", "config file"), ("--learning_rate=1e999", "finite"),
+    ("--window_length=-1", "window_length = -1, expected .*more than 0"), ("--run_name= ", "run_name = ' '")])
 def test_refusals(argument, message):
     with pytest.raises(ValueError, match=message):
         load(argument)
@@ -52,6 +55,42 @@ def test_config_file_errors_name_the_file(tmp_path):
     file.write_text("bach_size = 4\n")
     with pytest.raises(ValueError, match=r"c\.py: unknown setting 'bach_size'; nearest: batch_size"):
         load(str(file))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("batch_size = 4\nlearning_rate == 3\n", r"c\.py line 2: NameError: name 'learning_rate' is not defined"),
+    ("batch_size = 4\nseed = = 3\n", r"c\.py line 2: SyntaxError: invalid syntax"),
+    ("def f():\n    return 1 / 0\nseed = f()\n", r"c\.py line 2: ZeroDivisionError"),
+    ("open('nowhere')\n", r"c\.py line 1: FileNotFoundError"),
+    ("batch_size = 0\n", r"c\.py: batch_size = 0, expected a finite number, 1 or more"),
+    ("batch_size = True\n", r"c\.py: batch_size = True is a bool, expected int"),
+    ("dataset_blending_config = {'a/train': '1'}\n", r"c\.py: dataset_blending_config: a/train = '1'")])
+def test_slips_in_a_config_file_name_the_line(tmp_path, text, message):
+    file = tmp_path / "c.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(str(file))
+
+
+def test_a_config_file_may_compute(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("import os\nclass Sizes:\n    batch = 3\ndef twice(n):\n    return 2 * n\n"
+                    "run_name = os.path.basename(__file__)\nbatch_size = twice(Sizes.batch)\n")
+    c = load(str(file))
+    assert (c.run_name, c.batch_size) == ("c.py", 6)
+
+
+@pytest.mark.parametrize("name", config.LEAST)
+def test_counts_have_a_least_value(name):
+    """Of every script that has the setting: the least is taken, less is refused in one line."""
+    scripts = ("train.py", "prepare/clap.py", "eval.py")
+    shared = config.settings_of("config/defaults.py")
+    script = next(s for s in scripts if name in config.settings_of(s) | shared)
+    least = config.LEAST[name]
+    assert getattr(config.load([f"--{name}={least}"], script), name) == least
+    for wrong in (least - 1, -5):
+        with pytest.raises(ValueError, match=f"{name} = {wrong}.*{least} or more"):
+            config.load([f"--{name}={wrong}"], script)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "long", "demo", "sft_24gb", "reason"])
@@ -84,7 +123,8 @@ def test_help_lists_what_a_script_reads_its_own_first(script, own, shared, other
     source = "".join(open(file).read() for file in files)
     # each is read: by the script, or by what loads its model
     for name in re.findall(r"^  --(\w+)=", text, re.M):
-        assert re.search(rf"\bc\.{name}\b|\"{name}\"", source) or name in config.LOADING, name
+        handed_on = (*config.LOADING, *(field.name for field in fields(Sampling)))
+        assert re.search(rf"\bc\.{name}\b|\"{name}\"", source) or name in handed_on, name
 
 
 def test_what_shapes_a_model_is_a_list_of_settings():

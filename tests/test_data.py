@@ -1,17 +1,21 @@
 """Audio loading, manifests, blending, batches: on real files."""
+import io
 import json
 import os
-import subprocess
-import sys
+import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+import config
 import data
-from data import Batches, Clips, Collate, Manifest, make_labels
-from tests.helpers import GOLDEN_SPEC, ROOT, write_manifest
+from data import Batches, Clips, Collate, Manifest, make_labels, open_manifests, train_loader
+from tests.helpers import GOLDEN_SPEC, fails_with_one_line, run, write_manifest
+from tools import sizes as costs
+from tools import sound
 
 rng = np.random.default_rng(0)
 HEARING = dict(window_length=10.0, window_overlap=0.0, max_num_window=12)
@@ -164,22 +168,6 @@ def test_cut_and_unreadable_samples_are_counted(tmp_path, tokenizer):
     assert (nothing["labels"] == -100).all() and not nothing["windows"].any()
 
 
-def test_check_command(tmp_path):
-    soundfile.write(tmp_path / "good.wav", tone(2, 16000), 16000)
-    soundfile.write(tmp_path / "silent.wav", np.zeros(32000), 16000)
-    open(tmp_path / "broken.wav", "w").write("x")
-    files = ("good.wav", "silent.wav", "broken.wav", "gone.wav")
-    path = write_manifest(tmp_path, "a-AQA/test", [(f, "p", "o") for f in files])
-    before = open(path).read()
-    command = [sys.executable, f"{ROOT}/data.py", "check", path]
-    options = [f"--data_root={tmp_path}", f"--write={tmp_path}/clean"]
-    result = subprocess.run(command + options, capture_output=True, text=True)
-    assert result.returncode == 1 and "4 items, 1 good" in result.stdout, result
-    assert open(path).read() == before
-    clean = Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path))
-    assert [item["name"] for item in clean.items] == ["good.wav"]
-
-
 def test_windows_stay_int16_until_the_model(tmp_path):
     """One conversion: the published rule x 32767, truncated, and the model's first line undoes it."""
     from model import to_float
@@ -188,3 +176,285 @@ def test_windows_stay_int16_until_the_model(tmp_path):
     x = load_audio(str(tmp_path / "x.wav"))
     assert np.array_equal(x[0, :20000], (sound / np.abs(sound).max() * 32767).astype(np.int16))
     assert torch.equal(to_float(torch.from_numpy(x)), torch.from_numpy(x.astype(np.float32)) / 32767)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What decoders miss and get wrong
+
+
+@pytest.mark.parametrize("name, subtype", [("a.wav", "PCM_16"), ("a.flac", "PCM_16"), ("a.wav", "PCM_24"),
+                                           ("a.wav", "FLOAT"), ("a.ogg", None)])
+@pytest.mark.parametrize("channels, rate", [(1, 16000), (3, 16000), (2, 44100)])
+def test_windows_are_those_of_the_plain_rule(tmp_path, name, subtype, channels, rate):
+    import soxr
+    path = str(tmp_path / name)
+    soundfile.write(path, rng.standard_normal((rate * 12, channels)) * 0.03, rate, subtype=subtype)
+    for start in (0.0, 1.37):
+        x = soundfile.read(path, dtype="float32", always_2d=True, start=int(start * rate))[0][:, 0]
+        x = soxr.resample(x, rate, 16000) if rate != 16000 else x
+        x = (np.clip(x / np.abs(x).max(), -1, 1) * 32767).astype(np.int16)
+        assert np.array_equal(load_audio(path, start).flatten()[:len(x)], x)
+
+
+def mp3_without_header(loud_first):
+    """30 s whose first frames are much louder, or softer, than the rest: bytes of frames alone."""
+    parts = [rng.standard_normal(5 * 44100) * 0.3, np.zeros(25 * 44100)]
+    whole = io.BytesIO()
+    soundfile.write(whole, np.concatenate(parts[::1 if loud_first else -1]), 44100, format="MP3",
+                    bitrate_mode="VARIABLE", compression_level=0.5)
+    raw, kbits = whole.getvalue(), (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+    first = 144000 * kbits[raw[2] >> 4] // 44100 + (raw[2] >> 1 & 1)  # its length: the frame of the header
+    assert b"Xing" in raw[:first] and raw[first] == 255
+    return raw, raw[first:]
+
+
+@pytest.mark.parametrize("loud_first", [True, False])
+@pytest.mark.parametrize("tags", [(b"", b""), (b"ID3\4\0\0\0\0\2\0" + bytes(256), b"TAG" + b"x" * 125)])
+def test_mp3s_are_heard_whole(tmp_path, loud_first, tags):
+    raw, bare = mp3_without_header(loud_first)
+    files = {"headed": raw, "bare": tags[0] + bare + tags[1], "twice": tags[0] + raw + raw + tags[1]}
+    for name, frames in files.items():
+        (tmp_path / f"{name}.mp3").write_bytes(frames)
+        x, rate, frames = sound.decode(str(tmp_path / f"{name}.mp3"), 0.0, 120.0, count=True)
+        assert len(x) == frames and abs(len(x) / rate - (60 if name == "twice" else 30)) < 0.2
+        later, _, _ = sound.decode(str(tmp_path / f"{name}.mp3"), 21.0, 2.0)
+        assert len(later) == 2 * rate and np.abs(later - x[21 * rate:23 * rate]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
+def test_the_loudest_channel_is_heard_where_the_first_is_silent(tmp_path, name, capfd):
+    path, channels = str(tmp_path / name), 2 if name == "a.mp3" else 5
+    x = tone(3, 44100, channels) * np.linspace(0.01, 1, channels)
+    x[:, 0] = 0
+    soundfile.write(path, x, 44100)
+    sound.said[0] = 0
+    for _ in range(3):
+        windows = load_audio(path)
+    spectrum = np.abs(np.fft.rfft(windows[0, 8000:40000]))
+    assert abs(spectrum.argmax() / 2 - (440 + 100 * (channels - 1))) < 2
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and f"{path}: its first channel is silent, channel {channels}" in told
+    soundfile.write(path, x * 0, 44100)
+    assert np.abs(load_audio(path)).max() <= 32767 and not capfd.readouterr().err  # all are silent
+
+
+def test_decoders_write_nothing_to_stderr(tmp_path, capfd):
+    path, raw = tmp_path / "a.mp3", bytearray(mp3_without_header(True)[0])
+    for at in rng.integers(3000, len(raw), 400):
+        raw[at] ^= 255
+    path.write_bytes(raw)
+    soundfile.read(path, frames=44100 * 20)
+    assert capfd.readouterr().err  # libmpg123's lines
+    load_audio(str(path))
+    with sound.quiet(), sound.quiet():
+        os.write(2, b"unheard")
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+FORMS = [("wav", subtype) for subtype in ("PCM_16", "FLOAT", "ULAW", "IMA_ADPCM")]
+FORMS += [(form, None) for form in ("flac", "ogg", "mp3", "aiff", "au", "w64", "caf", "rf64")]
+
+
+def mutated_file(folder, i):
+    """One of many kinds of broken, odd and whole files; -> its path."""
+    form, subtype = FORMS[rng.integers(len(FORMS))]
+    rate, channels = int(rng.choice([8000, 22050, 44100])), int(rng.choice([1, 2]))
+    x, kind = rng.standard_normal((int(rng.integers(1, rate)), channels)) * 0.1, rng.integers(9)
+    if kind == 0:  # samples that are none
+        form, subtype = "wav", "FLOAT"
+        x[rng.integers(len(x), size=3)] = rng.choice([np.nan, np.inf, 1e38])
+    if kind == 1:
+        form, subtype, x = "wav", "PCM_16", rng.standard_normal((500, int(rng.choice([32, 255, 1024]))))
+    soundfile.write(f"{folder}/whole", x, rate, format=form.upper(), subtype=subtype)
+    raw = bytearray(open(f"{folder}/whole", "rb").read())
+    path = f"{folder}/{i}.{form}"
+    if kind == 2:
+        raw = raw[:rng.integers(len(raw))]
+    elif kind == 3:
+        for at in rng.integers(len(raw), size=rng.integers(1, 30)):
+            raw[at] ^= 1 << rng.integers(8)
+    elif kind == 4:
+        raw = raw[:0]
+    elif kind == 5:  # sizes, rates, channels that are not so
+        at = int(rng.integers(4, 44))
+        raw[at:at + 4] = struct.pack("<I", int(rng.choice([0, 1, 1023, 65535, 2 ** 31 - 1, 2 ** 32 - 1])))
+    elif kind == 6:
+        path = f"{folder}/{i}.{rng.choice(['wav', 'mp3', 'raw', 'txt', 'vox', 'm4a', 'sd2'])}"
+    elif kind == 7:
+        os.makedirs(path)
+        return path
+    else:
+        raw += rng.integers(0, 256, rng.integers(5000), dtype=np.uint8).tobytes()
+    open(path, "wb").write(raw)
+    return path
+
+
+def test_whatever_a_file_is_it_is_windows_or_one_line(tmp_path, capfd):
+    outcomes = {"windows": 0, "error": 0}
+    for i in range(300):
+        path = mutated_file(tmp_path, i)
+        try:
+            windows = load_audio(path)
+            assert windows.dtype == np.int16 and windows.shape[1] == 160000 and 1 <= len(windows) <= 12
+            outcomes["windows"] += 1
+        except (ValueError, FileNotFoundError) as error:
+            assert str(error).startswith(path + ": ") and "\n" not in str(error)
+            outcomes["error"] += 1
+    assert min(outcomes.values()) > 60, outcomes
+    assert not capfd.readouterr().err.replace("note: ", "", 1).count("note: ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Durations and batches
+
+
+def test_one_meaning_of_duration(tmp_path):
+    """The seconds from audio_start on that the item hears: planned windows are those that are read."""
+    soundfile.write(tmp_path / "x.wav", tone(70, 16000), 16000)
+    soundfile.write(tmp_path / "y.wav", tone(12, 16000), 16000)
+    items = [("x.wav", 0, 70), ("x.wav", 30, 40), ("x.wav", 30, 40.0), ("x.wav", 5, 10), ("x.wav", 5, 10.5),
+             ("x.wav", 61.25, 8.75), ("y.wav", 0, 12), ("x.wav", 0, 0.5), (["x.wav", "y.wav"], 0, 82)]
+    path = write_manifest(tmp_path, "a-AQA/train", [(name, "p", "o", d) for name, _, d in items])
+    content = json.load(open(path))
+    for i, (_, start, _) in enumerate(items):
+        content["data"][str(i)] |= {"audio_start": start} if start else {}
+    json.dump(content, open(path, "w"))
+    for overlap, most in ((0.0, 12), (0.0, 3), (4.0, 30)):
+        hearing = HEARING | {"window_overlap": overlap, "max_num_window": most}
+        clips = Clips([Manifest(path, str(tmp_path))], None, hearing)
+        read = [clips[i] for i in range(len(items))]
+        assert clips.sizes()[:-1, 0].tolist() == [sum(clip["n_windows"]) for clip in read[:-1]]
+        assert clips.sizes()[-1, 0] >= max(read[-1]["n_windows"])
+    part = Clips([Manifest(path, str(tmp_path))], None, HEARING)[3]
+    assert part["unheard"] == 0 and np.array_equal(part["windows"].numpy(),
+                                                   load_audio(str(tmp_path / "x.wav"), 5, max_num_window=1))
+
+
+def cost_plan(sizes, world, seed=(1, 0), **options):
+    options = {"max_windows": 48, "pool": 256} | options
+    return [Batches(sizes, 16, list(seed), rank, world, **options).mine for rank in range(world)]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 3001])
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_batches_by_cost_have_every_item_once(n, world):
+    sizes = np.stack([rng.integers(1, 31, n), rng.integers(5, 300, n)], 1)
+    for options in ({}, {"max_windows": None}, {"pool": 1}, {"pool": 2}):
+        plan = cost_plan(sizes, world, **options)
+        assert sorted(i for rank in plan for batch in rank for i in batch) == list(range(n))
+        assert len({len(rank) for rank in plan}) == 1  # as many micro-steps for all: none waits for ever
+        most = options.get("max_windows", 48)
+        for batch in (batch for rank in plan for batch in rank if batch):
+            assert len(batch) <= 16 and (not most or len(batch) * sizes[batch, 0].max() <= most)
+        assert plan == cost_plan(sizes, world, **options)
+        assert cost_plan(sizes, world, start=3, **options) == [rank[3:] for rank in plan]
+    assert n < 1000 or plan != cost_plan(sizes, world, (1, 1), pool=2)
+
+
+def test_padding_and_the_ranks_shares():
+    """Clips of 1-30 s and 30-300 s mixed, 8 ranks: naive sums over the plan, and what it promises."""
+    n = 20_000
+    seconds = np.where(rng.random(n) < 0.5, rng.uniform(1, 30, n), rng.uniform(30, 300, n))
+    sizes = np.stack([np.ceil(seconds / 10).astype(int), rng.lognormal(3.5, 0.6, n).astype(int) + 5], 1)
+    plan = cost_plan(sizes, 8)
+    real, slots, most, mean = np.zeros(2), np.zeros(2), 0, 0
+    for step in zip(*plan):
+        work = []
+        for batch in step:
+            longest = [max((sizes[i, k] for i in batch), default=0) for k in (0, 1)]
+            real += [sum(sizes[i, k] for i in batch) for k in (0, 1)]
+            slots += [len(batch) * longest[0], len(batch) * longest[1]]
+            work.append(10 * sum(sizes[i, 0] for i in batch) + len(batch) * longest[1])
+        most, mean = most + max(work), mean + sum(work) / 8
+    told = Batches(sizes, 16, [1, 0], 3, 8, max_windows=48, pool=256).stats
+    assert told["window_padding"] == pytest.approx(1 - real[0] / slots[0])
+    assert told["token_padding"] == pytest.approx(1 - real[1] / slots[1])
+    assert told["rank_imbalance"] == pytest.approx(most / mean - 1)
+    assert told["window_padding"] <= 0.03 and told["token_padding"] <= 0.10 and told["rank_imbalance"] <= 0.05
+
+
+def test_token_estimate(tokenizer):
+    texts = ["", " ", "a dog barks, twice.", "a\0b", "Ünï 3.5 dB -- (x)", "音楽", "a" * 300, "tab\t\n new"]
+    told = costs.about_tokens(tokenizer, texts)
+    for text in texts:
+        assert abs(told[text] - len(tokenizer(text, add_special_tokens=False)["input_ids"])) <= 1
+    assert costs.about_tokens(tokenizer, []) == {}
+
+
+def loader_config(folder, **options):
+    names = {"dataset_file_root": folder, "data_root": folder, "batch_size": 2, "num_workers": 2,
+             "dataset_blending_config": {"toy-AQA/train": 1.0}, "dataset_blending_global_weight": 0.7}
+    return SimpleNamespace(**(config.defaults() | names | options))
+
+
+def test_workers_live_through_epochs(tiny_data, tokenizer, monkeypatch):
+    """The loader that goes on gives what a new one does, by the same processes."""
+    collate = Collate.__call__
+    monkeypatch.setattr(Collate, "__call__", lambda self, items: collate(self, items) | {"pid": os.getpid()})
+    c, hearing = loader_config(tiny_data), HEARING | {"sample_rate": 16000}
+    manifests, loader, pids = open_manifests(c, c.dataset_blending_config), None, set()
+    for epoch in range(4):
+        start = 1 if epoch == 2 else 0
+        arguments = manifests, c, tokenizer, hearing, epoch, 0, 1, start
+        loader, record = train_loader(*arguments, loader)
+        fresh, other = train_loader(*arguments[:1], loader_config(tiny_data, num_workers=0), *arguments[2:])
+        batches, naive = list(loader), list(fresh)
+        assert record == other and loader.stats == fresh.stats
+        assert len(batches) == len(naive) == loader.steps - start
+        for a, b in zip(batches, naive):
+            assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["windows"], b["windows"])
+        pids |= {batch["pid"] for batch in batches}
+    assert len(pids) == 2
+
+
+def test_a_rank_without_an_item_takes_part(tiny_data, tokenizer):
+    c = loader_config(tiny_data, dataset_blending_global_weight=0.125)
+    hearing = HEARING | {"sample_rate": 16000}
+    manifests = open_manifests(c, c.dataset_blending_config)
+    ranks = [list(train_loader(manifests, c, tokenizer, hearing, 0, rank, 3)[0]) for rank in range(3)]
+    learnt = [int((batch["labels"] != -100).sum()) for (batch,) in ranks]
+    assert sorted(map(bool, learnt)) == [False, False, True]
+
+
+def test_max_windows_per_batch_below_a_clip_is_refused(tiny_config, tmp_path):
+    fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", "--max_windows_per_batch=1",
+                        saying=["max_windows_per_batch = 1", "max_num_window = 2"])
+
+
+def test_training_by_windows_logs_its_padding(tiny_config, tmp_path):
+    run("train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=w", "--max_windows_per_batch=2",
+        "--batch_size=4", "--num_workers=1", "--dataset_blending_global_weight=1.0")
+    lines = [json.loads(line) for line in open(tmp_path / "w/log.jsonl")]
+    padding = [line["window_padding"] for line in lines if "window_padding" in line]
+    assert len(padding) == 2 and all(0 <= share < 0.5 for share in padding)
+    assert [line["items"] for line in lines if "loss" in line][-1] == 16  # 8 clips, two epochs, each once
+
+
+def test_a_killed_worker_is_one_line(tiny_config, tmp_path):
+    killer = tmp_path / "killer.py"
+    killer.write_text("import sys; sys.path.insert(0, '.')\n"
+                      "import os, data, train, config\n"
+                      "data.Clips.__getitem__ = lambda self, i: os.kill(os.getpid(), 9)\n"
+                      "config.run(train.main, 'train.py')\n")
+    fails_with_one_line(killer, tiny_config, f"--expdir={tmp_path}", "--num_workers=1",
+                        saying=["DataLoader worker", "ended by the system"])
+
+
+def test_a_disk_that_fills_up_is_one_line(tiny_config, tmp_path):
+    limited = tmp_path / "limited.py"
+    limited.write_text("import sys; sys.path.insert(0, '.')\n"
+                       "import resource, train, config\n"
+                       "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+                       "config.run(train.main, 'train.py')\n")
+    fails_with_one_line(limited, tiny_config, f"--expdir={tmp_path}", "--run_name=full",
+                        saying=["checkpoint_1.pt: could not be written", "disk full"])
+    assert os.listdir(tmp_path / "full") == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("setting", ["--expdir=/dev/null/runs",
+                                     "--dataset_blending_output=/dev/null/x/b.jsonl"])
+def test_an_unwritable_place_is_told_before_the_work(tiny_config, tmp_path, setting):
+    result = fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", setting,
+                                 saying=["/dev/null", "cannot be written to"])
+    assert "trainable" not in result.stdout

@@ -108,18 +108,18 @@ def test_an_answer_goes_on_from_given_words(model):
 
 
 def test_a_reasoning_answer_without_conclusion_is_asked_for_it(model, monkeypatch):
-    import sample
+    from tools import asking
     asked = []
 
     def said(model, items, slots, answer_prefix="", **how):
         asked.append(answer_prefix)
         return iter([(0, answer_prefix + " a dog")])
 
-    monkeypatch.setattr(sample, "answer", said)
+    monkeypatch.setattr(asking, "answer", said)
     whole = "<summary> s. <conclusion> a cat"
-    assert sample.concluded(model, None, whole, {}) == whole and not asked
+    assert asking.concluded(model, None, whole, {}) == whole and not asked
     cut = "<summary> one. <reasoning> it barks. it may be 3.5 khz hi"
-    assert sample.concluded(model, None, cut, {}) == "<summary> one. <reasoning> it barks. <conclusion> a dog"
+    assert asking.concluded(model, None, cut, {}) == "<summary> one. <reasoning> it barks. <conclusion> a dog"
     assert asked == ["<summary> one. <reasoning> it barks. <conclusion>"]
 
 

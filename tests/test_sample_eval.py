@@ -141,7 +141,7 @@ def test_other_bad_input_is_one_line(trained, tiny_data, tmp_path):
     model, clip = f"--init_from={trained}/tiny", f"{tiny_data}/0.wav"
     fails_with_one_line("sample.py", model, "--audio", tmp_path / "empty.wav", saying="no audio")
     fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}/none", saying="none")
-    fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}", saying="neither checkpoint")
+    fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}", saying="no checkpoint_<ep")
     fails_with_one_line("sample.py", saying="--audio")
     (tmp_path / "bad.pt").write_text("x")
     fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}/bad.pt", saying="bad.pt")

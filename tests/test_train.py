@@ -1,7 +1,13 @@
 """train.py as a user runs it: one process, two (gloo), resumed, from a checkpoint, with bad files."""
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +17,7 @@ import checkpoint
 import config
 from checkpoint import load_pickle
 from model import AudioFlamingo
-from tests.helpers import fails_with_one_line, run, write_manifest
+from tests.helpers import ROOT, fails_with_one_line, run, write_manifest
 
 EXACT = ("--precision=fp32",)  # on a CPU's bf16 units amp_bf16 rounds a batch and its halves differently
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -21,8 +27,18 @@ def train(config, out, name, *options, launcher=()):
     return run(*launcher, "train.py", config, f"--expdir={out}", f"--run_name={name}", *options)
 
 
+def here(config_file, out, name, *options):
+    """train.py in this process: what is wrong is a ValueError."""
+    import train as script
+    torch.backends.cuda.enable_flash_sdp(True)  # a run in bf16 turns it off, for its process
+    arguments = [str(config_file), f"--expdir={out}", f"--run_name={name}", *options]
+    return script.main(config.load(arguments, "train.py"))
+
+
 def log(out, name, key="loss"):
-    return [entry[key] for line in open(f"{out}/{name}/log.jsonl") if key in (entry := json.loads(line))]
+    """Of the logged steps, or of the validations."""
+    rows = [json.loads(line) for line in open(f"{out}/{name}/log.jsonl")]
+    return [row[key] for row in rows if ("valid" if key == "valid" else "loss") in row]
 
 
 def weights(out, name, epoch=1):
@@ -65,36 +81,394 @@ def test_two_ranks_equal_one_with_twice_the_batch(straight, tiny_config):
     assert close(weights(out, "two"), weights(out, "straight"), 1e-4)
 
 
-def test_accumulation_equals_a_larger_batch(straight, tiny_config):
+def test_accumulation_equals_a_larger_batch(ten_steps, tiny_config):
+    out, options = ten_steps
+    here(tiny_config, out, "accumulated", *options, "--batch_size=1", "--gradient_accumulation_steps=2")
+    assert log(out, "accumulated") == pytest.approx(log(out, "whole"), abs=1e-5)
+    assert close(weights(out, "accumulated", 4), weights(out, "whole", 4), 1e-4)
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tiny_config, tmp_path_factory):
+    """A run of 10 steps, of 5 epochs, and its options."""
+    out = tmp_path_factory.mktemp("ten")
+    options = ["--num_epochs=5", "--lr_scheduler=cosine", "--valid_dataset_config={}", *EXACT]
+    here(tiny_config, out, "whole", *options)
+    return out, options
+
+
+def same(a, b):
+    assert set(a) == set(b)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start(*command):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(out, name, n):
+    for _ in range(1200):
+        if os.path.exists(f"{out}/{name}/log.jsonl") and len(log(out, name)) >= n:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{name}: no {n} steps within a minute")
+
+
+def test_signals_save_and_a_resumed_run_is_the_straight_one_bit_for_bit(ten_steps, tiny_config):
+    out, options = ten_steps
+    command = ("train.py", tiny_config, f"--expdir={out}", "--run_name=stopped", *options)
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        done = len(log(out, "stopped")) if os.path.exists(f"{out}/stopped/log.jsonl") else 0
+        process = start(*command)
+        wait_for_steps(out, "stopped", done + 1)
+        process.send_signal(number)
+        stdout, stderr = process.communicate()
+        assert process.returncode == code and number.name in stdout and "Traceback" not in stderr, stderr
+        assert os.path.exists(f"{out}/stopped/checkpoint_interim.pt") or "checkpoint_" in stdout
+    run(*command)
+    assert log(out, "stopped", "step") == list(range(1, 11)) == log(out, "whole", "step")
+    assert log(out, "stopped") == log(out, "whole") and log(out, "stopped", "lr") == log(out, "whole", "lr")
+    assert same(weights(out, "stopped", 4), weights(out, "whole", 4))
+    states = [load_pickle(f"{out}/{name}/checkpoint_4.pt")["optimizer_state_dict"]["state"]
+              for name in ("stopped", "whole")]
+    assert all(same(a, b) for a, b in zip(*(state.values() for state in states)))
+
+
+def test_max_steps_stops_and_without_it_a_run_goes_on(ten_steps, tiny_config, capsys):
+    out, options = ten_steps
+    for most in (3, 4):
+        here(tiny_config, out, "part", *options, "--lr_scheduler=constant", f"--max_steps={most}")
+        assert "not finished" in capsys.readouterr().out
+    here(tiny_config, out, "part", *options, "--lr_scheduler=constant")
+    here(tiny_config, out, "constant", *options, "--lr_scheduler=constant")
+    assert log(out, "part") == log(out, "constant")
+    assert same(weights(out, "part", 4), weights(out, "constant", 4))
+    assert "10 steps done" in capsys.readouterr().out
+
+
+def test_resumed_with_another_division_of_the_same_step(ten_steps, tiny_config, capsys):
+    """Batches of 2, then of 1, two a step: the same items a step, the same run within rounding."""
+    out, options = ten_steps
+    here(tiny_config, out, "divided", *options, "--max_steps=5", "--lr_scheduler=constant")
+    here(tiny_config, out, "divided", *options, "--batch_size=1", "--gradient_accumulation_steps=2",
+         "--lr_scheduler=constant")
+    text = capsys.readouterr().out
+    assert "batch_size 2 -> 1" in text and "divided anew" not in text
+    here(tiny_config, out, "divided0", *options, "--lr_scheduler=constant")
+    assert log(out, "divided") == pytest.approx(log(out, "divided0"), abs=1e-5)
+    assert close(weights(out, "divided", 4), weights(out, "divided0", 4), 1e-4)
+
+
+@pytest.mark.parametrize("first, then", [(1, 8), (3, 1)])
+def test_resumed_with_another_batch_every_item_is_trained_once(tiny_config, tmp_path, first, then, capsys,
+                                                               monkeypatch):
+    options = ["--dataset_blending_global_weight=1.0", "--num_epochs=4", "--valid_dataset_config={}"]
+    import train as script
+    seen, on_device = [], script.on_device
+
+    def count(batch, device):
+        seen.extend(batch["paths"] * torch.is_grad_enabled())
+        return on_device(batch, device)
+
+    monkeypatch.setattr(script, "on_device", count)
+    stop = -(-8 // first) + 1  # in the middle of the second epoch
+    here(tiny_config, tmp_path, "run", *options, f"--batch_size={first}", f"--max_steps={stop}")
+    here(tiny_config, tmp_path, "run", *options, "--batch_size=2", f"--max_steps={stop + 1}")  # and again
+    here(tiny_config, tmp_path, "run", *options, f"--batch_size={then}")
+    assert "divided anew" in capsys.readouterr().out
+    assert sorted(map(seen.count, set(seen))) == [4] * 8
+    assert sorted(set(seen[8:16])) == sorted(set(seen))  # an epoch has each once
+    assert log(tmp_path, "run", "items_done")[-1] == 32 and os.path.exists(tmp_path / "run/checkpoint_3.pt")
+
+
+def test_every_epoch_is_trained_whole(tiny_config, tmp_path):
+    """2.4 items an epoch: 2 or 3. Steps are rounded up in each; the last checkpoint has the promised name."""
+    here(tiny_config, tmp_path, "run", "--num_epochs=8", "--dataset_blending_global_weight=0.3",
+         "--valid_dataset_config={}", "--save_epochs=3", "--keep_last=2")
+    assert log(tmp_path, "run", "items_done")[-1] == int(8 * 0.3 * 8) == 19
+    kept = sorted(name for name in os.listdir(tmp_path / "run") if name.endswith(".pt"))
+    assert kept == ["checkpoint_5.pt", "checkpoint_7.pt"]
+    assert set(log(tmp_path, "run", "epoch")) == set(range(8))
+
+
+def test_rates_and_decay_of_a_resumed_run_are_the_new_ones(tiny_config, tmp_path, capsys):
+    options = ["--valid_dataset_config={}", "--warmup_steps=0"]
+    here(tiny_config, tmp_path, "run", *options, "--max_steps=2")
+    here(tiny_config, tmp_path, "run", *options, "--learning_rate=5e-4", "--weight_decay=0.3",
+         "--gate_learning_rate=0.02")
+    text = capsys.readouterr().out
+    for change in ("learning_rate 0.001 -> 0.0005", "weight_decay 0.1 -> 0.3",
+                   "gate_learning_rate None -> 0.02"):
+        assert change in text
+    saved = load_pickle(tmp_path / "run/checkpoint_1.pt")
+    groups = saved["optimizer_state_dict"]["param_groups"]
+    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(5e-4, 0.3), (5e-4, 0.0), (0.02, 0.0)}
+    names = saved["optimizer_names"]
+    assert {names[i] for g in groups if g["lr"] == 0.02 for i in g["params"]} == {
+        n for n in names if n.endswith("_gate")}
+    assert all(float(s["step"]) == 4 for s in saved["optimizer_state_dict"]["state"].values())
+
+
+def test_another_blend_is_refused(straight, tiny_config):
     out, _ = straight
-    train(tiny_config, out, "accumulated", "--batch_size=2", "--gradient_accumulation_steps=2", *EXACT)
-    assert log(out, "accumulated") == pytest.approx(log(out, "straight"), abs=1e-5)
-    assert close(weights(out, "accumulated"), weights(out, "straight"), 1e-4)
+    with pytest.raises(ValueError, match="the blend is not what it was"):
+        here(tiny_config, out, "straight", '--dataset_blending_config={"toy-AQA/train": 2.0}')
 
 
-@pytest.mark.parametrize("launcher", [(), TORCHRUN])
-def test_resume_equals_a_straight_run(tiny_config, tmp_path, launcher):
-    options = ["--batch_size=1", "--save_steps=1", "--clap_finetune=False"]
-    train(tiny_config, tmp_path, "whole", *options, launcher=launcher)
-    steps = len(log(tmp_path, "whole"))
-    # stop in the middle of an epoch as a kill would: the interim checkpoint of step 1 is what is left
-    script = ("import train, sys, os, config\n"
-              "save = train.save_atomically\n"
-              "def stop(content, path):\n"
-              "    save(content, path)\n"
-              "    if content['step'] == 1: os._exit(9)\n"
-              "train.save_atomically = stop\n"
-              "train.main(config.load(sys.argv[1:], 'train.py'))\n")
-    stopper = tmp_path / "stop.py"
-    stopper.write_text("import sys; sys.path.insert(0, '.')\n" + script)
-    command = (*launcher, stopper, tiny_config, f"--expdir={tmp_path}", "--run_name=part", *options)
-    assert run(*command, ok=False).returncode != 0
-    assert os.listdir(tmp_path / "part").count("checkpoint_interim.pt") == 1
-    result = train(tiny_config, tmp_path, "part", *options, launcher=launcher)
-    assert "resumed" in result.stdout
-    assert log(tmp_path, "part", "step")[-1] == log(tmp_path, "whole", "step")[-1] == steps
-    assert close(weights(tmp_path, "part"), weights(tmp_path, "whole"), 1e-6)
-    assert not os.path.exists(tmp_path / "part/checkpoint_interim.pt")
+def test_a_damaged_checkpoint_is_not_used(ten_steps, tiny_config, capsys):
+    out, options = ten_steps
+    shutil.copytree(f"{out}/whole", f"{out}/damaged")
+    with open(f"{out}/damaged/checkpoint_4.pt", "r+b") as f:  # cut
+        f.truncate(os.path.getsize(f.name) // 2)
+    with open(f"{out}/damaged/checkpoint_3.pt", "r+b") as f:  # one bit of a weight
+        f.seek(os.path.getsize(f.name) // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, 1)
+        f.write(bytes([byte ^ 1]))
+    here(tiny_config, out, "damaged", *options)
+    text = capsys.readouterr().out
+    assert text.count("is damaged") == 2 and "resumed" in text and "checkpoint_2.pt: epoch 3, step 6" in text
+    assert same(weights(out, "damaged", 4), weights(out, "whole", 4))
+    assert log(out, "damaged") == log(out, "whole")  # no step twice
+
+
+def test_what_is_not_finite_is_skipped_named_and_bounded(tiny_config, tmp_path, monkeypatch, capsys):
+    import train as script
+    on_device, broken = script.on_device, {"3.wav"}
+
+    def with_a_broken_clip(batch, device):
+        ids, windows, *rest = on_device(batch, device)
+        if any(os.path.basename(path) in broken for path in batch["paths"]):
+            windows = torch.full(windows.shape, float("nan"))
+        return ids, windows, *rest
+
+    monkeypatch.setattr(script, "on_device", with_a_broken_clip)
+    options = ["--valid_dataset_config={}", "--dataset_blending_global_weight=1.0", "--batch_size=1"]
+    here(tiny_config, tmp_path, "one", *options, "--logging_steps=4")
+    result = capsys.readouterr()
+    assert result.err.count("not finite, no update; its items: ") == 2 and "3.wav" in result.err
+    assert "16 steps done, 2 of them without an update" in result.out
+    rows = [json.loads(line) for line in open(tmp_path / "one/log.jsonl")]
+    named = [path for row in rows if "no_update" in row for path in row["items"]]
+    assert [os.path.basename(path) for path in named] == ["3.wav", "3.wav"]
+    assert all(t.isfinite().all() for t in weights(tmp_path, "one").values() if t.is_floating_point())
+    broken |= {f"{i}.wav" for i in range(8)}
+    before = open(tmp_path / "one/checkpoint_1.pt", "rb").read()
+    with pytest.raises(ValueError, match="4 steps in a row made no update .*_steps = 3.*checkpoint_1.pt"):
+        here(tiny_config, tmp_path, "one", *options, "--num_epochs=4", "--max_bad_steps=3")
+    assert open(tmp_path / "one/checkpoint_1.pt", "rb").read() == before
+    assert sorted(os.listdir(tmp_path / "one")) == ["checkpoint_0.pt", "checkpoint_1.pt", "log.jsonl"]
+
+
+@pytest.mark.parametrize("options", [[], ["--max_steps=1"]])
+def test_weights_that_blew_up_are_not_saved(tiny_config, tmp_path, options):
+    with pytest.raises(ValueError, match="learning_rate = 1e\\+30"):
+        here(tiny_config, tmp_path, "run", "--learning_rate=1e30", "--valid_dataset_config={}", *options)
+    assert os.listdir(tmp_path / "run") == ["log.jsonl"]
+
+
+def test_nothing_labelled_is_an_error(tiny_config, tiny_data, tmp_path, monkeypatch):
+    for options in (["--max_steps=1"], ["--logging_steps=100"], ["--max_bad_steps=1", "--num_epochs=9"]):
+        with pytest.raises(ValueError, match="no labelled token; .* cut off by max_tokens = 9"):
+            here(tiny_config, tmp_path, "train", "--max_tokens=9", "--valid_dataset_config={}", *options)
+        assert os.listdir(tmp_path / "train") == ["log.jsonl"]
+    write_manifest(tmp_path / "m", "toy-AQA/train", [(f"{i}.wav", "Tone?", "tone") for i in range(8)])
+    write_manifest(tmp_path / "m", "long-AQA/val", [("1.wav", "Is it a tone or not? " * 9, "tone")])
+    options = [f"--dataset_file_root={tmp_path}/m", "--max_tokens=40"]
+    with pytest.raises(ValueError, match="long-AQA/val: no labelled token in 1 items: 1 answers cut off"):
+        here(tiny_config, tmp_path, "valid", *options, '--valid_dataset_config={"long-AQA/val": 1.0}')
+    assert os.path.exists(tmp_path / "valid/checkpoint_0.pt")  # written before the validation
+    write_manifest(tmp_path / "m", "gone-AQA/val", [("gone.wav", "Tone?", "tone")])
+    with pytest.raises(ValueError, match="1 clips not read, e.g. .*gone.wav"):
+        here(tiny_config, tmp_path, "gone", *options, '--valid_dataset_config={"gone-AQA/val": 1.0}')
+
+
+def test_grad_clip_0_is_off(tiny_config, tmp_path):
+    for name, value in (("off", 0), ("large", 1e9)):
+        here(tiny_config, tmp_path, name, f"--grad_clip={value}", "--valid_dataset_config={}")
+    assert same(weights(tmp_path, "off"), weights(tmp_path, "large")) and log(tmp_path, "off", "gnorm")[0] > 0
+
+
+def test_a_frozen_table_stays_frozen_where_the_language_model_trains(tiny_settings):
+    base = config.defaults() | tiny_settings | {"unfreeze_full_lm": True}
+    model = checkpoint.new(SimpleNamespace(**base))
+    for table, trains in ((True, set()), (False, {"weight", "added"}), ("added", {"added"})):
+        model.set_trainable(SimpleNamespace(**(base | {"freeze_lm_embeddings": table})))
+        assert {n for n, p in model.lm.embed_tokens.named_parameters() if p.requires_grad} == trains
+        assert all(p.requires_grad for p in model.lm.layers.parameters())
+
+
+def test_one_folder_is_of_one_process(straight, tiny_config):
+    from tools.runs import Run
+    out, _ = straight
+    c = config.load([str(tiny_config), f"--expdir={out}", "--run_name=straight"], "train.py")
+    before = sorted(os.listdir(f"{out}/straight"))
+    held = Run(c, 0)
+    fails_with_one_line("train.py", tiny_config, f"--expdir={out}", "--run_name=straight",
+                        saying="another process trains in this folder")
+    held.end()
+    assert sorted(os.listdir(f"{out}/straight")) == before
+
+
+def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
+    """Files may not grow beyond 100 kB: the log fits, a checkpoint doesn't, as on a full disk."""
+    here(tiny_config, tmp_path, "run", "--max_steps=2", "--valid_dataset_config={}")
+    before = open(tmp_path / "run/checkpoint_0.pt", "rb").read()
+    script = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+              "sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
+              "runpy.run_path('train.py', run_name='__main__')")
+    result = run("-c", script, "train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=run",
+                 "--valid_dataset_config={}", "--save_steps=1", "--num_epochs=3", ok=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "checkpoint_2.pt: could not be written, is the disk full?" in result.stderr.splitlines()[-1]
+    assert result.stderr.count("training goes on") == 5 and log(tmp_path, "run", "step")[-1] == 6
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint_0.pt", "log.jsonl"]
+    assert open(tmp_path / "run/checkpoint_0.pt", "rb").read() == before
+
+
+def test_an_unwritable_folder_is_found_first(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    for setting in ("expdir", "dataset_blending_output"):
+        with pytest.raises(ValueError, match=f"{tmp_path}/file.*cannot be written to"):
+            here(tiny_config, tmp_path, "x", f"--{setting}={tmp_path}/file/x/y", "--lang_encoder_path=no")
+
+
+@pytest.mark.parametrize("environment, saying", [
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE = ''"), ({"WORLD_SIZE": "2"}, "RANK = None"),
+    ({"SLURM_NTASKS": "8"}, "SLURM_NTASKS = 8")])
+def test_environments_that_are_not_torchruns(tiny_config, tmp_path, monkeypatch, environment, saying):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=saying):
+        here(tiny_config, tmp_path, "x")
+
+
+def test_killed_ranks_restart_from_the_last_checkpoint(tiny_config, tmp_path):
+    """Two ranks, one of them killed at random moments: torchrun starts both again, to the same weights."""
+    options = ["--batch_size=1", "--num_epochs=8", "--save_steps=1", "--valid_dataset_config={}",
+               "--shard_optimizer=true", *EXACT]
+    train(tiny_config, tmp_path, "whole", *options, launcher=TORCHRUN)
+    process = start(*TORCHRUN, "--max-restarts=3", "--monitor-interval=0.2", "train.py", tiny_config,
+                    f"--expdir={tmp_path}", "--run_name=killed", *options)
+    rng = random.Random(0)
+    for steps in (1, rng.randint(3, 6), rng.randint(8, 11)):
+        wait_for_steps(tmp_path, "killed", steps)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(rng.choice(children.stdout.split())), signal.SIGKILL)
+        time.sleep(1)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr[-3000:]
+    assert log(tmp_path, "killed") == log(tmp_path, "whole") and len(log(tmp_path, "whole")) == 16
+    assert same(weights(tmp_path, "killed", 7), weights(tmp_path, "whole", 7))
+    here(tiny_config, tmp_path, "one", *options, "--batch_size=2", "--num_epochs=8")  # one rank, not sharded
+    assert close(weights(tmp_path, "one", 7), weights(tmp_path, "whole", 7), 1e-4)
+
+
+@pytest.mark.parametrize("workers, most", [(0, 1), (2, 2)])
+def test_cached_clips_are_decoded_once_by_each_worker(tiny_config, tmp_path, monkeypatch, workers, most):
+    import data
+    read_clip = data.read_clip
+
+    def counted(path, **how):
+        with open(tmp_path / "read", "a") as f:
+            f.write(path + "\n")
+        return read_clip(path, **how)
+
+    monkeypatch.setattr(data, "read_clip", counted)
+    here(tiny_config, tmp_path, "run", "--cache_audio", f"--num_workers={workers}", "--num_epochs=4",
+         "--dataset_blending_global_weight=1.0")
+    read = Counter(open(tmp_path / "read").read().split())
+    assert len(read) == 8 and max(read.values()) <= 2 * most  # of training and of validation
+
+
+def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from tools import plot
+    out, _ = straight
+    here(tiny_config, tmp_path, "run", "--profile", "--num_epochs=4", "--dataset_blending_global_weight=0.5")
+    assert "Self CPU" in capsys.readouterr().out
+    assert json.load(open(tmp_path / "run/trace.json"))["traceEvents"]
+    assert {len(row) for key in ("gates", "ff_gates") for row in log(tmp_path, "run", key)} == {3}  # layers
+    c = config.load([f"--output={tmp_path}/both.png"], "tools/plot.py")
+    plot.main(c, [f"{out}/straight", f"{tmp_path}/run"])
+    assert open(tmp_path / "both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(FileNotFoundError, match="no log.jsonl"):
+        plot.main(c, [f"{tmp_path}"])
+
+
+def test_a_run_whose_name_has_a_slash_is_the_newest(tiny_config, tmp_path):
+    from sample import newest_run
+    here(tiny_config, tmp_path, "old", "--max_steps=1", "--valid_dataset_config={}")
+    here(tiny_config, tmp_path, "group/new", "--max_steps=1", "--valid_dataset_config={}")
+    assert newest_run([str(tmp_path)]) == f"{tmp_path}/group/new"
+
+
+def test_compiled_blocks_train_alike_and_are_not_compiled_again(ten_steps, tiny_config, monkeypatch):
+    """With dynamo's own backend, which is fast to compile: what is traced, and how often, is the same."""
+    from torch._dynamo.utils import counters
+    out, options = ten_steps
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled(block, backend="eager"))
+    counters.clear()
+    here(tiny_config, out, "compiled", *options, "--compile", "--max_steps=4")
+    graphs = counters["stats"]["unique_graphs"]
+    here(tiny_config, out, "eager", *options, "--max_steps=4")
+    assert graphs > 0 and log(out, "compiled") == pytest.approx(log(out, "eager"), abs=1e-4)
+    counters.clear()
+    here(tiny_config, out, "longer", *options, "--compile", "--num_epochs=10", "--learning_rate=1e-4")
+    assert counters["stats"]["unique_graphs"] <= graphs and len(log(out, "longer")) == 20
+
+
+def test_accumulated_micro_steps_cast_once(tiny_config, tmp_path):
+    """In bf16 (emulated where there are no units): two micro-steps of a step share their cast weights."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            if f.overloadpacket.__name__ == "_to_copy" and (kwargs or {}).get("dtype") == torch.bfloat16:
+                self.n += isinstance(args[0], torch.nn.Parameter)
+            return f(*args, **(kwargs or {}))
+
+    counted = []
+    import checkpoint as files
+    for accumulation in (1, 4):
+        with pytest.MonkeyPatch.context() as patch, Casts() as casts:
+            patch.setattr(files, "pick_precision", lambda *_: (torch.bfloat16, "to be counted"))
+            here(tiny_config, tmp_path, f"a{accumulation}", "--batch_size=1", "--max_steps=1",
+                 f"--gradient_accumulation_steps={accumulation}", "--valid_dataset_config={}")
+        counted.append(casts.n)
+    assert counted[0] == counted[1] > 0
+
+
+def test_a_step_waits_for_nothing(tiny_config, tmp_path):
+    """What makes a host wait for a device, counted: as many in a run of 8 steps as in one of 2."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.counted = Counter()
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            name = f.overloadpacket.__name__
+            indices = [i for i in args[1] if i is not None] if name in ("index", "index_put_") else []
+            if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal") or any(
+                    i.dtype == torch.bool for i in indices):
+                self.counted[name] += 1
+            return f(*args, **(kwargs or {}))
+
+    counted = []
+    for steps in (2, 8):
+        with Waits() as waits:
+            here(tiny_config, tmp_path, f"run{steps}", "--batch_size=1", "--num_epochs=1",
+                 "--logging_steps=100", "--valid_dataset_config={}", f"--max_steps={steps}",
+                 "--dataset_blending_global_weight=1.0")
+        counted.append(waits.counted)
+    assert counted[0] == counted[1] and sum(counted[0].values()) > 0, counted
 
 
 def test_fine_tuning_starts_from_a_run(straight, tiny_config):
@@ -127,33 +501,56 @@ def test_unreadable_clips_are_skipped_counted_and_bounded(tiny_config, tiny_data
     write_manifest(tmp_path / "m", "toy-AQA/train", [*items, ("gone.wav", "Tone?", "noise")])
     options = [f"--dataset_file_root={tmp_path}/m", "--valid_dataset_config={}",
                "--dataset_blending_global_weight=1.0"]
-    result = train(tiny_config, tmp_path, "some", *options, "--num_epochs=1", "--max_bad_fraction=0.5")
+    result = train(tiny_config, tmp_path, "some", *options, "--num_epochs=1", "--max_bad_fraction=0.5",
+                   "--batch_size=1", launcher=TORCHRUN)  # whichever rank has it
     assert "gone.wav" in result.stderr and "bad 1" in result.stdout
     assert "gone.wav" in open(f"{tmp_path}/some/log.jsonl").read()
     fails_with_one_line("train.py", tiny_config, *options, f"--expdir={tmp_path}", "--run_name=none",
-                        "--max_bad_fraction=0.0", saying=["max_bad_fraction", "gone.wav"])
+                        "--max_bad_fraction=0", saying=["max_bad_fraction", "gone.wav"])
 
 
 def test_blending_record(tiny_config, tmp_path):
-    train(tiny_config, tmp_path, "blend",
-          f"--dataset_blending_output={tmp_path}/blend.jsonl", "--valid_dataset_config={}")
+    options = [f"--dataset_blending_output={tmp_path}/blend.jsonl", "--valid_dataset_config={}"]
+    here(tiny_config, tmp_path, "blend", *options, "--max_steps=1")
+    here(tiny_config, tmp_path, "blend", *options)
     rows = [json.loads(line) for line in open(f"{tmp_path}/blend.jsonl")]
     assert [(row["epoch"], row["first"], row["stop"]) for row in rows] == [(0, 0, 4), (1, 4, 8)]
 
 
 @pytest.mark.parametrize("options, saying", [
-    (["--bach_size=3"], ["bach_size", "batch_size"]),
-    (["--batch_size=x"], ["batch_size", "int"]),
+    (["--bach_size=3"], "bach_size.*batch_size"),
+    (["--batch_size=x"], "batch_size.*int"),
+    (["--batch_size=0"], "batch_size = 0, expected.* 1 or more"),
+    (["--gradient_accumulation_steps=-2"], "gradient_accumulation_steps = -2"),
+    (["--num_epochs=0"], "num_epochs = 0"), (["--logging_steps=0"], "logging_steps = 0"),
+    (["--max_steps=-1"], "max_steps = -1"), (["--max_tokens=0"], "max_tokens = 0"),
+    (["--bucket_batches=0"], "bucket_batches = 0"), (["--seed=-1"], "seed = -1"),
+    (["--cross_attn_every_n_layers=0"], "cross_attn_every_n_layers = 0"),
+    (["--learning_rate=-1"], "learning_rate = -1"), (["--learning_rate=1e999"], "learning_rate = inf"),
+    (["--window_length=0"], "window_length = 0"), (["--run_name="], "run_name = ''"),
+    (["--dataset_blending_global_weight=0"], "dataset_blending_global_weight = 0"),
+    (["--dataset_blending_global_weight=0.001"], "dataset_blending_global_weight = 0.001: .* select no item"),
+    (['--dataset_blending_config={"toy-AQA/train": 0}'], "dataset_blending_config: toy-AQA/train = 0"),
+    (['--dataset_blending_config={"toy-AQA/train": -1.0}'], "toy-AQA/train = -1.0"),
     (['--dataset_blending_config={"no-AQA/train": 1.0}'], "no-AQA/train.json: no such manifest"),
+    (['--dataset_blending_config={"none-AQA/train": 1.0}'], "none-AQA/train.json: total_num = 0"),
     (["--lang_encoder_path=nowhere"], "nowhere"),
     (["--clap_checkpoint=none.pt"], "none.pt: no such file"),
-    (["--lr_scheduler=step"], ["lr_scheduler", "cosine"]),
+    (["--lr_scheduler=step"], "lr_scheduler.*cosine"),
     (["--device=cuda:9"], "cuda"),
     (["--precision=fp8"], "precision"),
     (["--audio_transformer_n_head=7"], "audio_transformer_n_head"),
     (["--cross_attn_every_n_layers=9"], "cross_attn")])
-def test_bad_input_is_one_line(tiny_config, tmp_path, options, saying):
-    fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", *options, saying=saying)
+def test_bad_input_is_one_line(tiny_config, tiny_data, tmp_path, options, saying):
+    write_manifest(tiny_data, "none-AQA/train", [])
+    with pytest.raises((ValueError, FileNotFoundError), match=saying):
+        here(tiny_config, tmp_path, "x", *options)
+    assert not os.path.exists(tmp_path / "x")
+
+
+def test_bad_input_ends_a_process_with_code_2(tiny_config, tmp_path):
+    fails_with_one_line("train.py", tiny_config, f"--expdir={tmp_path}", "--max_steps=-1",
+                        saying="max_steps = -1")
 
 
 def test_which_parts_each_stage_of_the_recipe_moves(tiny_config, tiny_data, tmp_path):

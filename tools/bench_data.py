@@ -1,12 +1,11 @@
 """tools/bench.py data: what data costs: index, items, plans, padding, decoding.
 
     python tools/bench.py data                       # a million items in 40 manifests, 2 minutes
-    python tools/bench.py data --items=10000000      # as a pretraining blend; 2 GB of JSON, 20 minutes
+    python tools/bench.py data --items=10000000      # as many as a pretraining blend; 3 GB of JSON, minutes
 """
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -56,11 +55,10 @@ def write_manifests(folder, items):
 
 
 def memory(peak=False):
-    """Resident MB of this process, or its most so far."""
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+    """Resident MB of this process, or its most so far; getrusage's includes what its parent had."""
+    with open("/proc/self/status") as f:
+        told = dict(line.split(":", 1) for line in f)
+    return int(told["VmHWM" if peak else "VmRSS"].split()[0]) / 1024
 
 
 def alone(function, *arguments):

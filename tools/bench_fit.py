@@ -34,7 +34,7 @@ import config
 import model as modeling
 from data import MARKS, open_manifests
 from tools.bench_decode import SMOLLM2
-from train import flops_per_step
+from tools.meters import flops_per_step
 
 gpu: float | None = None  # GB of the card, as its maker counts (GiB); None: the config's docstring, else 80
 gpus: int | None = None  # cards; None: the config's docstring, else 1
@@ -271,22 +271,20 @@ def epoch_items(c):
 
 
 def largest(peak, least, B, room):
-    """The largest batch whose peak(batch) bytes are seen to fit in room, 0 if none: by lines through two
-    batches, from B on. least: bytes that are there without a clip."""
+    """The largest batch whose peak(batch) bytes are seen to fit in room, to a tenth; 0 if none. From B on
+    along lines through two batches, and by halves where a peak bends. least: bytes without a clip."""
     known, guess = {0: least}, B
-    for _ in range(4):
+    while guess not in known and len(known) < 10:
         known[guess] = peak(guess)
-        low = [b for b in sorted(known) if known[b] <= room][-2:]
-        high = [b for b in sorted(known) if known[b] > room][:1]
-        if not low:
-            return 0
-        b1, b2 = (low + high)[-2:]
-        slope = (known[b2] - known[b1]) / (b2 - b1)
-        guess = b1 + math.floor((room - known[b1]) / slope) if slope > 0 else 8 * b2
-        guess = min(guess, high[0] - 1 if high else 20 * b2)
-        if guess in known:
+        low = max((b for b, size in known.items() if size <= room), default=None)
+        high = min((b for b, size in known.items() if size > room), default=math.inf)
+        if low is None or high - low <= max(1, low // 10):
             break
-    return low[-1]
+        a, b = sorted(known)[-2:] if high == math.inf else (low, high)
+        slope = (known[b] - known[a]) / (b - a)
+        guess = low + math.floor((room - known[low]) / slope) if slope > 0 else 2 * low
+        guess = min(guess, 20 * low) if high == math.inf else min(max(guess, (low + high) // 2), high - 1)
+    return low or 0
 
 
 def fit(c):

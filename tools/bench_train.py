@@ -15,8 +15,8 @@ import config
 from model import AudioFlamingo, to_float
 from tests import plain
 from tools.bench_decode import HTSAT_TINY, SMOLLM2, Letters, clips, seconds_of
-from train import parameter_groups
-from train import peak_memory as peak
+from tools.meters import peak_memory
+from tools.optimizers import parameter_groups
 
 B, T, ANSWERS = 4, 64, 44
 LENGTHS = {"3 windows": (3, 3, 3, 3), "1, 2, 5, 12": (1, 2, 5, 12)}
@@ -27,7 +27,7 @@ def batch(lengths, device):
     """-> input_ids, windows, n_windows, labels as AudioFlamingo takes them."""
     ids = torch.randint(1000, 40000, (B, T), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(T) < T - ANSWERS, -100, ids)
-    return ids.to(device), clips(sum(lengths))[0].to(device), torch.tensor(lengths), labels.to(device)
+    return ids.to(device), clips(sum(lengths))[0].to(device), torch.tensor(lengths), labels
 
 
 def padded(windows, n_windows):
@@ -57,7 +57,7 @@ def stepper(ours, dtype, device):
             if ours:
                 _, loss = model(ids, windows, n_windows, labels)
             else:
-                loss = plain.loss(model, ids, *padded(windows, n_windows), labels)
+                loss = plain.loss(model, ids, *padded(windows, n_windows), labels.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
         optimizer.step()
@@ -66,13 +66,13 @@ def stepper(ours, dtype, device):
     return step
 
 
-def peak_memory(ours, dtype, lengths):
+def peak(ours, dtype, lengths):
     """GiB, in a process of its own."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = stepper(ours, dtype, device)
     for _ in range(2):
         step(*batch(lengths, device))
-    return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else peak()
+    return peak_memory(device)
 
 
 def train():
@@ -81,8 +81,8 @@ def train():
     memory = {}  # first: a child's peak begins at its parent's size
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as child:
         for name in ("ours", "plain"):
-            memory[name] = child.submit(peak_memory, name == "ours", torch.bfloat16, LENGTHS["1, 2, 5, 12"])
-    memory = {name: round(peak.result(), 2) for name, peak in memory.items()}
+            memory[name] = child.submit(peak, name == "ours", torch.bfloat16, LENGTHS["1, 2, 5, 12"])
+    memory = {name: round(most.result(), 2) for name, most in memory.items()}
     print(f"peak memory, bfloat16, 1, 2, 5, 12 windows: ours {memory['ours']} GiB, plain {memory['plain']}")
     print(f"seconds a step of {B} clips, {T} text tokens, on {device}, torch {torch.__version__}")
     print(f"{'':32}{'ours':>8}{'plain':>8}{'ratio':>8}{'tokens/s':>10}{'windows/s':>10}")

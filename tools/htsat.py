@@ -1,5 +1,6 @@
-"""HTS-AT of the package laion-clap, out of its one file."""
+"""HTS-AT of the package laion-clap, out of its one file; and the sizes that weights of one tell."""
 import importlib.util
+import math
 import os
 import sys
 import types
@@ -36,3 +37,20 @@ def load_htsat_class():
     for n in ("torchlibrosa", "torchlibrosa.stft", "torchlibrosa.augmentation"):
         del sys.modules[n]
     return htsat.HTSAT_Swin_Transformer
+
+
+def sizes_told(state):
+    """The settings that HTS-AT's weights, {name: tensor}, tell by their names and shapes."""
+    if "patch_embed.proj.weight" not in state:
+        return {}
+    heads = [[], [], [], []]  # of every block of every stage
+    for name, tensor in state.items():
+        if name.endswith("relative_position_bias_table"):
+            heads[int(name.split(".")[1])].append(tensor.shape[1])
+    told = {"clap_embed_dim": len(state["patch_embed.proj.weight"]), "clap_depths": list(map(len, heads)),
+            "clap_num_heads": [stage[0] if stage else 1 for stage in heads]}  # 1: of no block, no harm
+    if "absolute_pos_embed" in state:  # of patches of 4 x 4
+        told |= {"position": True, "clap_spec_size": 4 * math.isqrt(state["absolute_pos_embed"].shape[1])}
+    elif "layers.0.blocks.1.attn_mask" in state:  # one for each window of 8 x 8 patches
+        told["clap_spec_size"] = 32 * math.isqrt(len(state["layers.0.blocks.1.attn_mask"]))
+    return told

@@ -9,16 +9,16 @@ import os
 import torch
 
 from data import encode_prompts, encode_text
+from tools.decoding import hear
 
 
 @torch.no_grad()
-def listening(model, ids, windows):
+def listening(model, ids, windows, heard=None):
     """ids [T] of a text about one clip, windows (W, L) -> (T, time steps of all windows): the mean
-    attention over gated blocks, heads and frequency bins; rows sum to 1."""
-    device, bins = model.lm.norm.weight.device, getattr(model.clap, "frequency_bins", 1)
-    ids = torch.tensor([ids], device=device)
-    audio, n_keys = model.listen(windows.to(device), torch.tensor([len(windows)]))
-    kv = model.keys_values(audio)
+    attention over gated blocks, heads and frequency bins; rows sum to 1. heard: see tools.decoding.hear."""
+    bins = getattr(model.clap, "frequency_bins", 1)
+    kv, n_keys = heard or hear(model, windows, torch.tensor([len(windows)]))
+    ids = torch.tensor([ids], device=n_keys.device)
     x, place, weights = model.lm.embed_tokens(ids), model.lm.place(ids), []
     for i, block in enumerate(model.lm.layers):  # AudioFlamingo.hidden, with a look at the weights on the way
         if i in kv:
@@ -37,12 +37,12 @@ def attention_over_time(model, prompt, windows):
     return listening(model, encode_prompts(model.tokenizer, [prompt])[0], windows)[-1]
 
 
-def timeline(model, prompt, answer, windows):
+def timeline(model, prompt, answer, windows, heard=None):
     """-> {"words", "tokens" [first, end) of each, "seconds" [start, end) of each time step, "weights" words x
     steps, ...}: a word's row is the mean over its tokens, each as it was about to be said."""
     before = encode_prompts(model.tokenizer, [prompt])[0]
     (said,) = encode_text(model.tokenizer, [answer])
-    weights = listening(model, before + said, windows)[len(before) - 1:-1]  # what a token was chosen with
+    weights = listening(model, before + said, windows, heard)[len(before) - 1:-1]  # as it was chosen
     words, spans = [], []
     for at in range(len(said)):
         piece = model.tokenizer.decode(said[:at + 1])[len(model.tokenizer.decode(said[:at])):]
@@ -59,29 +59,35 @@ def timeline(model, prompt, answer, windows):
             "weights": [weights[a:b].mean(0).tolist() for a, b in spans]}
 
 
-def write_timeline(base, told, windows):
-    """<base>.json and, with matplotlib, <base>.png: the log-mel, and under it words x seconds."""
+def picture(told, windows, most=60):
+    """-> a matplotlib Figure: the log-mel, and under it the first `most` words x seconds."""
+    from matplotlib.figure import Figure
+
     from model import log_mel, to_float
+    mel, seconds = log_mel(to_float(windows)).flatten(0, 1).T, told["seconds"][-1][1]  # (64, frames)
+    words = [word.replace("$", r"\$") for word in told["words"][:most]]  # no formulas
+    n = len(words)
+    figure = Figure(figsize=(9, 3 + 0.25 * n), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, max(1, 0.25 * n)])
+    axes[0].imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
+    axes[0].set(ylabel="mel band")
+    if n:
+        axes[1].imshow(told["weights"][:n], aspect="auto", extent=(0, seconds, n, 0), cmap="viridis")
+    axes[1].set(xlabel="seconds heard", yticks=[i + 0.5 for i in range(n)], yticklabels=words)
+    return figure
+
+
+def write_timeline(base, told, windows):
+    """<base>.json and, with matplotlib, <base>.png."""
     os.makedirs(os.path.dirname(base) or ".", exist_ok=True)
     with open(base + ".json.tmp", "w") as f:
         json.dump(told, f, ensure_ascii=False)
     os.replace(base + ".json.tmp", base + ".json")
     try:
-        import matplotlib
+        figure = picture(told, windows)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{base}.json is written; the picture needs matplotlib: pip install -r "
                                   f"requirements-eval.txt") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    mel, seconds = log_mel(to_float(windows)).flatten(0, 1).T, told["seconds"][-1][1]  # (64, frames)
-    n = len(told["words"])
-    figure, axes = plt.subplots(2, 1, figsize=(9, 3 + 0.25 * n), layout="constrained", sharex=True,
-                                height_ratios=[2, max(1, 0.25 * n)])
-    axes[0].imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
-    axes[0].set(ylabel="mel band", title=f"“{told['prompt']}” → “{told['answer'].strip()}”")
-    if n:
-        axes[1].imshow(told["weights"], aspect="auto", extent=(0, seconds, n, 0), cmap="viridis")
-    axes[1].set(xlabel="seconds heard", yticks=[i + 0.5 for i in range(n)], yticklabels=told["words"])
+    figure.suptitle(f"“{told['prompt']}” → “{told['answer'].strip()}”".replace("$", r"\$"), wrap=True)
     figure.savefig(base + ".tmp.png", dpi=110)
-    plt.close(figure)
     os.replace(base + ".tmp.png", base + ".png")

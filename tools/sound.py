@@ -13,6 +13,7 @@ import soxr
 
 BLOCK = 2 ** 17  # samples decoded at a time: a header's word for its size or channels costs no memory
 LOUDEST = 1e30  # samples beyond it are none: float32 arithmetic would end
+ENDLESS = 2 ** 50  # frames: no file has them
 SILENT = 1e-4  # peak of a channel that is called silent, -80 dB: lossy codecs leave some noise there
 
 quiet_now, lock = [], threading.Lock()
@@ -88,7 +89,7 @@ def vbr_header(path):
 def open_sound(path):
     """-> soundfile.SoundFile, its length in frames, and whether that is more than an estimate."""
     f = soundfile.SoundFile(path)
-    frames, known = f.frames, f.frames < 2 ** 50  # a FLAC from a pipe tells no length
+    frames, known = f.frames, f.frames < ENDLESS  # a FLAC from a pipe tells no length
     if f.format.startswith("MP") and f.seekable():
         at, whole = vbr_header(path)
         if not whole:
@@ -151,9 +152,9 @@ def decode(path, start, seconds, count=False):
                     x = read_channel(f, first, n, instead)
             if not known:
                 more = len(x) == n
-                rest = sum(map(len, blocks(f, first + n, 2 ** 50))) if count and more else 0
-                exact = count or not more
-                frames = first + len(x) + rest if exact else max(frames % 2 ** 50, first + len(x))
+                rest = sum(map(len, blocks(f, first + n, ENDLESS))) if count and more else 0
+                estimate = 0 if count or not more or frames >= ENDLESS else frames
+                frames = max(estimate, first + len(x) + rest)
     if instead and not said[0]:
         said[0] = 1
         print(f"note: {path}: its first channel is silent, channel {instead + 1} is heard (said once)",

@@ -1,0 +1,170 @@
+"""data.py check and convert, as commands; and the processes they work with."""
+import json
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from data import Clips, Manifest
+from prepare.convert import make_copy
+from tests.helpers import fails_with_one_line, run, write_manifest
+from tools.spread import spread
+
+rng = np.random.default_rng(0)
+HEARING = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 3, "sample_rate": 16000}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve clips of all kinds with three manifests, some items broken, and a config."""
+    folder, items = str(tmp_path_factory.mktemp("clips")), []
+    for i in range(12):
+        seconds, rate = float(rng.uniform(1, 45)), int(rng.choice([16000, 22050, 44100, 48000]))
+        name = f"{i}.{['wav', 'flac', 'mp3', 'ogg'][i % 4]}"
+        sound = rng.standard_normal((int(seconds * rate), 1 + i % 2)) * 0.01
+        soundfile.write(f"{folder}/{name}", sound, rate)
+        items.append((name, "What is it?", f"Noise {i}.", seconds))
+    write_manifest(folder, "good-AQA/train", items)
+    write_manifest(folder, "good-AQA/val", [(["0.wav", "1.flac"], "Two?", "Yes.", items[0][3] + items[1][3])])
+    open(f"{folder}/text.wav", "w").write("no sound")
+    raw = open(f"{folder}/4.wav", "rb").read()
+    open(f"{folder}/half.wav", "wb").write(raw[:len(raw) // 2])
+    bad = [("text.wav", "p", "o"), ("gone.wav", "p", "o"), ("half.wav", "p", "o", items[4][3]),
+           ("0.wav", "p", "o", items[0][3] / 4), ("half.raw", "p", "o")]
+    os.link(f"{folder}/half.wav", f"{folder}/half.raw")
+    path = write_manifest(folder, "bad-AQA/train", bad + items[:3])
+    content = json.load(open(path))
+    content["data"]["5"] |= {"audio_start": 0.5, "duration": 0.25}  # a part of a file is no fault
+    json.dump(content, open(path, "w"))
+    return folder
+
+
+def config_of(folder, lm, *names):
+    path = f"{folder}/config.py"
+    with open(path, "w") as f:
+        f.write(f"dataset_file_root = data_root = {folder!r}\nmax_num_window = 3\n"
+                f"lang_encoder_path = {lm!r}\n"
+                f"dataset_blending_config = {dict.fromkeys(names, 1.0)}\n"
+                f"valid_dataset_config = {{'good-AQA/val': 1.0}}\n")
+    return path
+
+
+def test_check_command(tmp_path):
+    soundfile.write(tmp_path / "good.wav", rng.standard_normal(32000) * 0.1, 16000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(32000), 16000)
+    open(tmp_path / "broken.wav", "w").write("x")
+    files = ("good.wav", "silent.wav", "broken.wav", "gone.wav")
+    path = write_manifest(tmp_path, "a-AQA/test", [(f, "p", "o") for f in files])
+    before = open(path).read()
+    result = run("data.py", "check", path, "--data_root", tmp_path, f"--write={tmp_path}/clean", ok=False)
+    assert result.returncode == 1 and "4 items, 1 good" in result.stdout, result
+    assert open(path).read() == before
+    clean = Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path))
+    assert [item["name"] for item in clean.items] == ["good.wav"]
+
+
+def test_check_of_a_config_with_a_page(folder, tiny_lm, tmp_path):
+    config = config_of(folder, tiny_lm, "good-AQA/train", "bad-AQA/train")
+    options = f"--page={tmp_path}/new/check.html", f"--write={tmp_path}/clean"
+    result = run("data.py", "check", config, *options, ok=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    for word in ("good-AQA/train: 12 items, 12 good", "good-AQA/val: 1 items, 1 good",
+                 "bad-AQA/train: 8 items, 3 good",
+                 "text.wav: not readable as audio", "gone.wav: no such audio file", "half.wav: truncated",
+                 "0.wav: wrong duration", "half.raw: not readable as audio"):
+        assert word in result.stdout, word
+    assert "windows a clip: least 1" in result.stdout and "sample rate: least" in result.stdout
+    page = open(tmp_path / "new/check.html").read()
+    for word in ("Causes of failure", "not readable as audio: 2", "gone.wav", "windows a clip"):
+        assert word in page, word
+    assert len(re.findall('class="item"', page)) == 5 and page.count("<audio") == 5
+    learnt = "".join(re.findall('class="learnt">(.*?)</span>', page, re.S))
+    learnt = learnt.replace(" ", "")
+    assert "noise0.&lt;|endofchunk|&gt;" in learnt and "whatisit" not in learnt
+    clean = Manifest(f"{tmp_path}/clean/bad-AQA/train.json", folder)
+    assert [item["name"] for item in clean.items] == ["0.wav", "1.flac", "2.mp3"]
+    cleaned = [f"{tmp_path}/clean/{name}.json" for name in ("good-AQA/train", "bad-AQA/train")]
+    run("data.py", "check", *cleaned, "--data_root", folder)
+
+
+@pytest.mark.parametrize("options, saying", [
+    ([], "name manifests"), (["nowhere.json"], "nowhere.json: no such manifest"),
+    (["--write=/dev/null/x"], "cannot be written to"), (["--page=/dev/null/x.html"], "cannot be written to"),
+    (["--write={folder}"], "would overwrite"), (["--wirte=x"], "unknown setting 'wirte'; nearest: write")])
+def test_what_check_cannot_do_is_one_line(folder, options, saying):
+    manifest = [f"{folder}/good-AQA/val.json"] if options and options[0].startswith("--") else []
+    options = [option.format(folder=folder) for option in options]
+    fails_with_one_line("data.py", "check", *manifest, *options, saying=saying)
+
+
+def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
+    config = config_of(folder, tiny_lm, "good-AQA/train", "bad-AQA/train")
+    result = run("data.py", "convert", config, f"--to={tmp_path}/to", ok=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("left out") == 3 and "bad-AQA/train: 5 of 8 items" in result.stdout
+    all_kept = {"good-AQA/train": range(12), "good-AQA/val": [0], "bad-AQA/train": [2, 3, 5, 6, 7]}
+    for name, kept in all_kept.items():
+        before = Clips([Manifest(f"{folder}/{name}.json", folder)], None, HEARING)
+        after = Clips([Manifest(f"{tmp_path}/to/{name}.json")], None, HEARING)
+        assert len(after) == len(kept)
+        for i, j in enumerate(kept):
+            a, b = before[j], after[i]
+            assert a["n_windows"] == b["n_windows"] and a["output"] == b["output"]
+            assert np.abs(a["windows"].numpy().astype(int) - b["windows"].numpy()).max() <= 1
+            assert b["unheard"] == 0
+            told, paths = after.manifests[0].items[i], after.item(i)["paths"]
+            seconds = sum(soundfile.info(path).duration for path in paths)
+            assert "audio_start" not in told and abs(told["duration"] - seconds) < 1e-3
+    assert (after.windows() == [sum(after[i]["n_windows"]) for i in range(len(after))]).all()
+    files = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
+    os.remove(min(files))
+    run("data.py", "convert", config, f"--to={tmp_path}/to", ok=False)
+    again = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
+    assert set(again) == set(files) and {p for p in files if again[p] != files[p]} == {min(files)}
+    run("data.py", "check", f"{tmp_path}/to/good-AQA/train.json")
+
+
+def all_files(folder):
+    return [os.path.join(where, file) for where, _, files in os.walk(folder) for file in files]
+
+
+@pytest.mark.parametrize("kind", ["never negative", "hardly negative", "constant", "offset", "silence",
+                                  "one"])
+def test_copies_of_odd_signals(tmp_path, kind):
+    """The peak rule takes what is never negative for another signal: a copy must not become one."""
+    positive = np.abs(rng.standard_normal(20000)) * 0.1
+    x = {"never negative": positive, "hardly negative": np.concatenate([[-1e-6], positive]),
+         "constant": np.full(9000, 0.3), "offset": 0.9 + 0.05 * np.sin(np.arange(20000)),
+         "silence": np.zeros(5000), "one": np.ones(1)}[kind]
+    soundfile.write(tmp_path / "x.wav", x, 16000, subtype="FLOAT")
+    clip = str(tmp_path / "x.wav"), 0.0, None
+    seconds = make_copy(clip, str(tmp_path / "to"), HEARING)  # compares its windows
+    assert seconds == len(x) / 16000 and len(all_files(tmp_path / "to")) == 1
+
+
+def test_convert_without_a_place_is_one_line(folder):
+    manifest = f"{folder}/good-AQA/val.json"
+    fails_with_one_line("data.py", "convert", manifest, "--to=/dev/null/x", saying="cannot be written to")
+    fails_with_one_line("data.py", "convert", manifest, saying="--to=DIR")
+    fails_with_one_line("data.py", "pack", manifest, saying="expected check or convert")
+
+
+def fate(task):
+    if task % 10 == 3:
+        os._exit(11)
+    if task == 17:
+        time.sleep(60)
+    return task * task
+
+
+def test_a_task_that_ends_or_stalls_its_process_is_named():
+    told = {task: (result, why) for task, result, why in spread(fate, range(40), 3, limit=2)}
+    assert set(told) == set(range(40))
+    for task, (result, why) in told.items():
+        if task % 10 == 3 or task == 17:
+            assert result is None and f"code {-9 if task == 17 else 11}" in why
+        else:
+            assert (result, why) == (task * task, None)

@@ -1,0 +1,234 @@
+"""sample.py --serve: the page in a browser, and what visitors do to it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import soundfile
+
+import config
+import sample
+from tests.helpers import ROOT, run
+from tools import page
+
+gradio_client = pytest.importorskip("gradio_client", reason="no gradio: pip install -r requirements-page.txt")
+httpx = pytest.importorskip("httpx", reason="no httpx: pip install -r requirements-page.txt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Clips: a tone, another, two hours of nothing, silence, a text."""
+    folder = tmp_path_factory.mktemp("clips")
+    tone = np.sin(np.arange(40000) / 8) * 0.3
+    soundfile.write(folder / "tone.wav", tone, 16000)
+    soundfile.write(folder / "other.flac", tone[::-1][:20000], 16000)
+    soundfile.write(folder / "silent.wav", np.zeros(16000), 16000)
+    with soundfile.SoundFile(folder / "long.flac", "w", 8000, 1) as f:
+        for _ in range(120):
+            f.write(np.zeros(60 * 8000, np.int16))
+    (folder / "text.wav").write_text("no sound at all\n" * 50)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, tmp_path_factory):
+    """The run of a tiny model."""
+    out = tmp_path_factory.mktemp("exp")
+    run("train.py", tiny_config, f"--expdir={out}", "--run_name=tiny", "--num_epochs=1")
+    return out / "tiny"
+
+
+@pytest.fixture(scope="module")
+def address(trained, tmp_path_factory):
+    """A page of that model, at a free port."""
+    out = tmp_path_factory.mktemp("page")
+    command = [sys.executable, "sample.py", "--serve", "--port=0", f"--init_from={trained}",
+               "--max_new_tokens=40", "--temperature=1", "--upload_mb=20"]
+    with open(out / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
+                                  env=os.environ | {"GRADIO_TEMP_DIR": str(out / "uploads")})
+    address = server.stdout.readline().strip()
+    assert address.startswith("http://127.0.0.1:"), (out / "log").read_text()[-3000:]
+    yield address
+    assert server.poll() is None, (out / "log").read_text()[-3000:]  # whatever was done to it, it is there
+    server.kill()
+
+
+def client(address):
+    return gradio_client.Client(address, verbose=False)
+
+
+def ask(visitor, path, prompt):
+    """-> the chat, as [(role, text)], and the note."""
+    path = path and gradio_client.handle_file(str(path))
+    chat, _, note, _ = visitor.predict(path, prompt, [], api_name="/ask")
+    text = lambda content: content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return [(said["role"], text(said["content"])) for said in chat], note
+
+
+def test_clips_and_questions_of_all_kinds(address, folder):
+    visitor = client(address)
+    for name in ("tone.wav", "silent.wav"):
+        chat, note = ask(visitor, folder / name, "What <b>is</b> it?")
+        assert chat[0] == ("user", "What &lt;b&gt;is&lt;/b&gt; it?")
+        assert chat[1][1] not in ("", "…") and note == ""
+    chat, note = ask(visitor, folder / "long.flac", "¿Qué es? 何?")
+    assert chat[1][1] and "are left out" in note  # two hours, of which some are heard
+    for name, prompt, saying in (("text.wav", "What?", "text.wav: not readable as audio"),
+                                 ("tone.wav", "what " * 20000, "the language model was made for"),
+                                 ("tone.wav", "  ", "Ask a question"), (None, "What?", "drop a file")):
+        path = name and folder / name
+        chat, note = ask(visitor, path, prompt)
+        assert saying in note and "\n" not in note and str(folder) not in note and not chat
+
+
+def test_twenty_at_once(address, folder):
+    def visit(i):
+        return ask(client(address), folder / ("tone.wav" if i % 2 else "text.wav"), f"Question {i}?")
+
+    with ThreadPoolExecutor(20) as pool:
+        results = list(pool.map(visit, range(20)))
+    for i, (chat, note) in enumerate(results):
+        if i % 2:
+            assert chat[0] == ("user", f"Question {i}?") and chat[1][1]
+        else:
+            assert "text.wav" in note and not chat
+
+
+def events(address, path, prompt):
+    """What the server says about a question, as a browser gets it; closing it cuts the connection."""
+    api, session = f"{address.rstrip('/')}/gradio_api", {"session_hash": uuid.uuid4().hex}
+    (place,) = httpx.post(f"{api}/upload", files={"files": open(path, "rb")}).json()
+    functions = httpx.get(f"{address.rstrip('/')}/config").json()["dependencies"]
+    clip = {"path": place, "meta": {"_type": "gradio.FileData"}}
+    (ask,) = [function["id"] for function in functions if function["api_name"] == "ask"]
+    asked = session | {"data": [clip, prompt, [], None], "fn_index": ask}
+    httpx.post(f"{api}/queue/join", json=asked).raise_for_status()
+    with httpx.stream("GET", f"{api}/queue/data", params=session, timeout=60) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data:"):
+                yield json.loads(line[5:])["msg"]
+
+
+def test_the_answer_streams_and_a_cut_connection_frees_the_line(address, folder):
+    whole = []
+    for said in events(address, folder / "tone.wav", "A long one?"):
+        whole.append(said)
+        if said == "process_completed":
+            break
+    assert whole.count("process_generating") > 10  # 40 tokens, as they come
+    for _ in range(3):
+        leaver = events(address, folder / "tone.wav", "A long one?")
+        while next(leaver) != "process_generating":
+            pass
+        assert next(leaver) == "process_generating"  # in the middle of the answer
+        leaver.close()
+    start = time.time()
+    chat, _ = ask(client(address), folder / "other.flac", "And now?")
+    assert chat[1][1] and time.time() - start < 60
+
+
+def test_a_clip_is_heard_once_while_it_is_kept(trained, folder, monkeypatch):
+    heard, hear_clips = [], page.hear_clips
+    monkeypatch.setattr(page, "hear_clips", lambda *clip: heard.append(1) or hear_clips(*clip))
+    c = config.load([f"--init_from={trained}", "--max_new_tokens=3"], "sample.py")
+    blocks = page.build(sample.load_weights(c, *sample.read_model(c)), c)
+    (asks,) = [function.fn for function in blocks.fns.values() if function.api_name == "ask"]
+    clips = [str(shutil.copy(folder / "tone.wav", folder / f"{i}.wav")) for i in range(page.KEPT + 1)]
+    chat, about, *_ = list(asks(clips[0], "What?", [], None))[-1]
+    chat, about, *_ = list(asks(clips[0], "And?", chat, about))[-1]
+    assert len(chat) == 4 and len(heard) == 1
+    for clip in clips:  # one more than are kept: the first goes
+        chat, about, *_ = list(asks(clip, "What?", chat, about))[-1]
+    assert len(chat) == 2 and about == clips[-1] and len(heard) == page.KEPT + 1
+    first = list(asks(clips[0], "What?", [], None))[-1][0]
+    assert first[1]["content"] == chat[1]["content"] and len(heard) == page.KEPT + 2
+
+
+def test_a_file_beyond_the_limit(address, folder, tmp_path):
+    (tmp_path / "large.wav").write_bytes(bytes(21 * 2 ** 20))
+    with pytest.raises(Exception, match="(?i)large|413|size|exceed"):
+        ask(client(address), tmp_path / "large.wav", "What?")
+
+
+def test_what_makes_no_page_is_told_before_the_model_is_loaded(address):
+    taken = address.rstrip("/").split(":")[-1]
+    wrong = ("--port", taken), ("--port", "99999"), ("--upload_mb", "0"), ("--host", "1.2.3.4")
+    for option, saying in wrong:
+        with pytest.raises(ValueError, match=saying):
+            page.check(config.load([option, saying], "sample.py"))
+
+
+MESSAGES = "#answers [data-testid=user], #answers [data-testid=bot]"
+BROWSER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture
+def browser():
+    if None in BROWSER:
+        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(BROWSER[1]))
+    yield driver
+    driver.quit()
+
+
+def test_in_a_browser(address, folder, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+    find = lambda selector: browser.find_elements(By.CSS_SELECTOR, selector)
+    wait = lambda what: WebDriverWait(browser, 60, 0.1).until(lambda _: what())
+    texts = lambda selector: [one.text for one in find(selector)]
+    note = lambda: (find("#note textarea") or [None])[0] and find("#note textarea")[0].get_attribute("value")
+
+    def drop(name):
+        if removal := find("#clip button[aria-label='Clear']"):
+            removal[0].click()
+        wait(lambda: find("#clip input[type=file]"))[0].send_keys(str(folder / name))
+
+    def put(question):
+        field = wait(lambda: find("#question textarea"))[0]
+        field.clear()
+        field.send_keys(question)
+        find("#question button")[-1].click()
+
+    browser.get(address)
+    put("Is anybody there?")
+    wait(lambda: "drop a file" in (note() or ""))
+    drop("tone.wav")
+    wait(lambda: find("#clip button[aria-label='Clear']"))
+    put("A <i>tone</i>?")
+    wait(lambda: any("A <i>tone</i>?" in text for text in texts(MESSAGES)))  # as characters
+    wait(lambda: find("#picture img"))
+    assert len(texts(MESSAGES)) == 2 and all(texts(MESSAGES))
+    first = find("#picture img")[0].get_attribute("src")
+    put("And then?")
+    wait(lambda: len(texts(MESSAGES)) == 4)
+    find("#question textarea")[0].send_keys("Typed meanwhile")
+    wait(lambda: find("#picture img") and find("#picture img")[0].get_attribute("src") != first)
+    assert find("#question textarea")[0].get_attribute("value") == "Typed meanwhile"
+    drop("text.wav")
+    time.sleep(1)  # the player says nothing of what it can't play
+    put("What is this?")
+    wait(lambda: "text.wav: not readable as audio" in (note() or ""))
+    drop("tone.wav")
+    put("Who stays for the answer?")
+    wait(lambda: any("Who stays" in text for text in texts(MESSAGES)))
+    browser.get(address)  # in the middle of it: an empty page that works
+    drop("other.flac")
+    wait(lambda: find("#clip button[aria-label='Clear']"))
+    put("Still there?")
+    wait(lambda: find("#picture img"))
+    assert len(texts(MESSAGES)) == 2
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert asked and all(name.startswith((address, "blob:", "data:")) for name in asked), asked

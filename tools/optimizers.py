@@ -1,0 +1,38 @@
+"""What trains at which rate, and the optimizer's state from checkpoint to checkpoint."""
+import torch
+
+
+def parameter_groups(model, c):
+    """Three learning rates (CLAP, gates, the rest); weight decay on the gated blocks' matrices alone."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = (c.clap_learning_rate if name.startswith("clap.") else
+                    c.gate_learning_rate if name.endswith("_gate") else None)
+            decay = c.weight_decay if name.startswith("xattn.") and p.ndim == 2 else 0.0
+            groups.setdefault((c.learning_rate if rate is None else rate, decay), []).append(p)
+    return [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay}
+            for (rate, decay), p in groups.items()]
+
+
+def make_optimizer(model, c, world):
+    """-> AdamW, and the names of its parameters in its order."""
+    groups, options = parameter_groups(model, c), {"betas": (0.9, 0.999), "fused": True}
+    name_of = {p: name for name, p in model.named_parameters()}
+    names = [name_of[p] for group in groups for p in group["params"]]
+    if c.shard_optimizer and world > 1:  # each rank keeps and updates a share of the state
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options), names
+    return torch.optim.AdamW(groups, **options), names
+
+
+def load_optimizer(optimizer, names, saved):
+    """State by the names of parameters: rates, decay and so the groups may be other ones now."""
+    at = {name: i for i, name in enumerate(names)}
+    state = {at[saved["optimizer_names"][i]]: s for i, s in saved["optimizer_state_dict"]["state"].items()}
+    groups, first = [], 0
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key != "params"}
+        groups.append(options | {"params": list(range(first, first + len(group["params"])))})
+        first += len(group["params"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

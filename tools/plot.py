@@ -1,0 +1,86 @@
+"""Pictures of training runs, several over each other: loss, gates per layer, gradient norm, rate, throughput,
+padding.
+
+    python tools/plot.py exp/pretrain                                    # exp/pretrain/plot.png
+    python tools/plot.py exp/pretrain exp/other --output=both.png
+"""
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import config as settings
+
+output: str | None = None  # the PNG to write; None: plot.png in the first run's folder
+
+PANELS = {"loss": "loss (o: validation)", "gates": "tanh of attention gates", "ff_gates": "tanh of ff gates",
+          "gnorm": "gradient norm", "lr": "learning rate", "tok_s": "tokens / s", "pad": "padding (text)",
+          "mem_gb": "memory (GiB)"}
+
+
+def read_log(run):
+    """-> logged steps and validations of a run, a folder with log.jsonl: lists of dicts."""
+    folder = next((f for f in (settings.place(run), run) if os.path.isdir(f)), run)
+    file = os.path.join(folder, "log.jsonl")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{run}: not a run, no log.jsonl in it")
+    try:
+        rows = [json.loads(line) for line in open(file)]
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON lines ({error})") from error
+    steps = [row for row in rows if "gnorm" in row]
+    if not steps:
+        raise ValueError(f"{file}: no step is logged yet")
+    return steps, [row for row in rows if "valid" in row]
+
+
+def draw(runs, path):
+    """One PNG of {name: (steps, validations)}. Gates: a line per layer, light to dark."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(18, 8), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 4).flat, PANELS.items()):
+        for i, (run, (steps, validations)) in enumerate(runs.items()):
+            x, color = [row["step"] for row in steps], f"C{i}"
+            y = [row.get(name) for row in steps]
+            if isinstance(y[-1], list):
+                layers = len(y[-1])
+                for layer in range(layers):
+                    values = [row[layer] if row else None for row in y]
+                    axes.plot(x, to_numbers(values), color=color, alpha=0.25 + 0.75 * (layer + 1) / layers)
+            else:
+                axes.plot(x, to_numbers(y), color=color, label=run)
+            if name == "loss":
+                for k, split in enumerate(sorted({split for row in validations for split in row["valid"]})):
+                    rows = [row for row in validations if split in row["valid"]]
+                    points = [row["step"] for row in rows], [row["valid"][split] for row in rows]
+                    axes.plot(*points, "os^vD"[k % 5] + ":", color=color, markersize=4)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if name == "loss":
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def to_numbers(values):
+    """None, where a run has no such number, is a gap."""
+    return [float("nan") if value is None else value for value in values]
+
+
+def main(c, names):
+    if not names:
+        raise ValueError("usage: python tools/plot.py RUN [RUN ...] [--output=FILE.png]")
+    runs = {name: read_log(name) for name in names}
+    first = next(f for f in (settings.place(names[0]), names[0]) if os.path.isdir(f))
+    path = c.output or os.path.join(first, "plot.png")
+    try:
+        draw(runs, path)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("matplotlib is missing: pip install -r requirements-eval.txt") from error
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    from tools.records import take_files
+    sys.argv, names = take_files(sys.argv)
+    settings.run(lambda c: main(c, names), "tools/plot.py")

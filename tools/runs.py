@@ -1,0 +1,256 @@
+"""A training run around its loop: processes, the folder with its lock, log and checkpoints, signals."""
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import uuid
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
+
+import config as settings
+from checkpoint import checkpoints, save_atomically
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def processes():
+    """-> rank, world size and local rank that torchrun tells; 0, 1, 0 without it."""
+    names, environment = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), os.environ
+    if "WORLD_SIZE" not in environment and int(environment.get("SLURM_NTASKS") or 1) > 1:
+        raise ValueError(f"SLURM_NTASKS = {environment['SLURM_NTASKS']}, but no WORLD_SIZE: every task would "
+                         f"train a run of its own; start one task a node, and torchrun in it")
+    if "WORLD_SIZE" not in environment:
+        return 0, 1, 0
+    for name in ("WORLD_SIZE", *names):
+        if not environment.get(name, "").isdigit():
+            raise ValueError(f"{name} = {environment.get(name)!r} in the environment: expected a number, as "
+                             f"torchrun gives it, or no WORLD_SIZE at all")
+    return [int(environment[name]) for name in names]
+
+
+def join(backend, rank, world):
+    """Start the process group, and one of the hosts, which is returned. torchrun starts again with the store
+    of before, where addresses of dead processes stand: rank 0 gives each of us, by a word that is new, the
+    name under which the new ones do."""
+    store, *_ = next(rendezvous("env://"))
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello {rank}", word)
+        name = store.get(f"name for {word}").decode()
+        store.set(f"{name} {rank}", "heard")
+    else:
+        name = word
+        while not store.check([f"{name} {r}" for r in range(1, world)]):
+            for r in range(1, world):
+                if store.check([f"hello {r}"]):  # may be a dead one's: harmless, and asked again
+                    store.set(f"name for {store.get(f'hello {r}').decode()}", name)
+            time.sleep(0.02)
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world)
+    return dist.new_group(backend="gloo")
+
+
+def gathered(some, control):
+    """The lists of all ranks as one; control: their group on the host, None for one process."""
+    if control is None:
+        return some
+    lists = [None] * dist.get_world_size(control)
+    dist.all_gather_object(lists, some, control)
+    return [x for part in lists for x in part]
+
+
+def agreed(flags, control):
+    """[True where any rank says so] of a list of bools: host to host, no device waits."""
+    flags = torch.tensor(flags, dtype=torch.int32)
+    if control is not None:
+        dist.all_reduce(flags, dist.ReduceOp.MAX, control)
+    return [bool(flag) for flag in flags.numpy()]
+
+
+def catch_signals():
+    """-> a list to which SIGTERM, SIGUSR1 and Ctrl-C are added from now on: the loop saves and ends. A second
+    Ctrl-C interrupts."""
+    came = []
+
+    def note(number, _):
+        if number == signal.SIGINT and came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, note)
+    return came
+
+
+def release_signals():
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def whole(file):
+    """Whether a checkpoint is what was written: torch.save keeps a checksum (CRC-32) of every tensor."""
+    try:
+        with zipfile.ZipFile(file) as f:
+            return f.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def newest_whole(folder, say):
+    """The newest checkpoint of a run that is not damaged; None if there is none."""
+    for file in checkpoints(folder):
+        if whole(file):
+            return file
+        say(f"{file} is damaged (cut, or its checksum differs): not used")
+    return None
+
+
+def cut_from(f, redone):
+    """Cut a file of JSON lines, open for reading and writing, at the first line that will come again."""
+    f.seek(0)
+    end = 0
+    for line in f:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # torn by a crash
+            break
+        if redone(entry):
+            break
+        end += len(line.encode())
+    f.seek(end)
+    f.truncate()
+
+
+class Run:
+    """expdir/run_name/ of one run: log.jsonl, which is also the lock, and checkpoints, which a thread writes.
+    Only rank 0 touches it."""
+
+    def __init__(self, c, rank):
+        self.folder, self.rank = os.path.join(settings.place(c.expdir), c.run_name), rank
+        self.keep = 1 if c.delete_previous_checkpoint else c.keep_last
+        self.keep_every, self.log, self.record_file = c.keep_every, None, None
+        self.thread, self.pending, self.failed = ThreadPoolExecutor(1), None, None
+        if rank:
+            return
+        settings.need_room(self.folder)
+        os.makedirs(self.folder, exist_ok=True)
+        self.log = open(os.path.join(self.folder, "log.jsonl"), "a+")
+        try:  # by process, not by file: what workers inherit does not hold it
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{self.folder}: another process trains in this folder; wait for it, or give "
+                             f"another --run_name") from error
+        for name in os.listdir(self.folder):
+            if name.endswith(".pt.tmp"):  # of a process that was killed while it wrote
+                os.remove(os.path.join(self.folder, name))
+        if c.dataset_blending_output:
+            file = settings.place(c.dataset_blending_output)
+            settings.need_room(os.path.dirname(file))
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            self.record_file = open(file, "a+")
+
+    def begin(self, epoch, step):
+        """What was logged after this step, and selected from this epoch on, will come again."""
+        if self.log:
+            cut_from(self.log, lambda entry: entry.get("step", 0) > step)
+        if self.record_file:
+            cut_from(self.record_file, lambda entry: entry["epoch"] >= epoch)
+
+    def write(self, **entry):
+        if self.log:
+            for name, value in entry.items():
+                if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
+                    entry[name] = None
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+
+    def write_blend(self, entries):
+        if self.record_file:
+            self.record_file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            self.record_file.flush()
+
+    def save(self, name, content):
+        """Write a checkpoint in the background; content belongs to the writer from now on."""
+        self.wait()
+        self.pending = self.thread.submit(self._save, name, content)
+
+    def wait(self):
+        """Until the checkpoint that is being written is. Any error but the disk's is raised here."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+    def _save(self, name, content):
+        path = os.path.join(self.folder, name)
+        try:
+            save_atomically(content, path)
+        except OSError as error:  # a full disk may have room again; a long run goes on
+            self.failed = f"{error}; earlier checkpoints are as they were"
+            tqdm.write(f"WARNING: {self.failed}; training goes on", file=sys.stderr)
+            return
+        self.failed, interim = None, os.path.join(self.folder, "checkpoint_interim.pt")
+        if path == interim:
+            return
+        if os.path.exists(interim):
+            os.remove(interim)
+        for old in checkpoints(self.folder)[self.keep:] if self.keep else ():
+            epoch = int(re.findall(r"\d+", os.path.basename(old))[0])
+            if not self.keep_every or (epoch + 1) % self.keep_every:
+                os.remove(old)
+
+    def close(self):
+        """The last checkpoint is on the disk, or ValueError says why not."""
+        self.wait()
+        if self.failed:
+            raise ValueError(self.failed)
+
+    def end(self):
+        """However a run ends: what is being written is written, what it left empty is removed."""
+        self.wait()
+        self.thread.shutdown()
+        for f in filter(None, (self.log, self.record_file)):
+            f.close()
+            if not os.path.getsize(f.name):
+                os.remove(f.name)
+        if self.log and not os.listdir(self.folder):
+            os.rmdir(self.folder)
+
+
+def on_host(x):
+    """A copy in main memory that later steps do not change, of tensors in dicts and lists."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", copy=True)
+    if isinstance(x, dict):
+        return {key: on_host(value) for key, value in x.items()}
+    return [on_host(value) for value in x] if isinstance(x, (list, tuple)) else x
+
+
+def profiler(folder, device):
+    """Traces two steps after the first two, writes folder/trace.json and prints the operations that took
+    most; its step() is to be called after every step."""
+    from torch.profiler import ProfilerActivity, profile, schedule
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+
+    def ready(p):
+        p.export_chrome_trace(os.path.join(folder, "trace.json"))
+        order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        tqdm.write(p.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+
+    p = profile(activities=activities, schedule=schedule(wait=1, warmup=1, active=2, repeat=1),
+                on_trace_ready=ready)
+    p.start()
+    return p

@@ -1,0 +1,101 @@
+"""Around every script: one line for what is wrong, files that are read and folders that are written to."""
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+import types
+
+
+def commit():
+    """The project's git commit, for logs and headers."""
+    try:
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:  # no git here
+        return "unknown"
+
+
+def need_room(folder):
+    """Write a block where a folder is or will be: what will not work is said before the long work starts."""
+    there = os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    try:
+        with tempfile.TemporaryFile(dir=there) as f:
+            f.write(bytes(2 ** 16))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def read_json(path):
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def parse(text, kind):
+    """A command-line string as a Python value: strings need no quotes; true, false, none are of any case."""
+    if kind is str:
+        return text
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def values_of(path):
+    """{name: value} that a config file assigns; its functions, classes and modules are its own."""
+    scope = {"__file__": os.path.abspath(path), "__name__": "config file"}
+    try:
+        exec(compile(open(path).read(), path, "exec"), scope)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{path} line {line}: {type(error).__name__}: {why}") from error
+    private = (types.ModuleType, types.FunctionType, type)
+    return {n: v for n, v in scope.items() if not n.startswith("_") and not isinstance(v, private)}
+
+
+def print_help(script, known, names):
+    """The docstring of a script, and its settings; then the script ends."""
+    print(ast.get_docstring(ast.parse(open(script).read())) + "\n\nsettings:")
+    for name in names:
+        _, default, reason = known[name]
+        print(f"  --{name}={default!r}".ljust(44), reason)
+    sys.exit(0)
+
+
+def run(main, script, reads=None):
+    """main(config), which may return an exit code; what is wrong with the input is printed in one line, with
+    exit code 2."""
+    from config import load
+    code = 2
+    try:
+        result = main(load(sys.argv[1:], script, reads))
+        code = result if type(result) is int else 0
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted", file=sys.stderr, flush=True)
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        if os.environ.get("TRACEBACK"):
+            traceback.print_exc()
+        if isinstance(error, RuntimeError):  # torch tells that it died, not of what
+            error = f"{error} A process that reads clips was ended by the system: out of memory, most likely"
+        print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        os._exit(code)  # under torchrun the other ranks must not wait for us
+    if code:
+        sys.exit(code)

@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from tests.helpers import fails_with_one_line, run
 
 SMALL = ["--lang_encoder_path=HuggingFaceTB/SmolLM2-135M", "--clap_embed_dim=96", "--clap_depths=[2,2,6,2]"]
 CASES = {  # clips, windows, tokens, answers | settings
-    "nothing recomputed": (2, 2, 64, 30, "--clap_finetune", "--freeze_lm_embeddings=added"),
-    "float32, blocks recomputed": (3, 2, 96, 60, "--precision=fp32", "--gradient_checkpointing",
+    "nothing recomputed": (2, 1, 64, 30, "--clap_finetune", "--freeze_lm_embeddings=added",
+                           "--cross_attn_every_n_layers=2"),
+    "float32, blocks recomputed": (3, 1, 96, 60, "--precision=fp32", "--gradient_checkpointing",
                                    "--freeze_lm_embeddings=true", "--cross_attn_every_n_layers=5")}
 
 
@@ -61,7 +63,7 @@ def test_largest_batch_fits_and_more_do_not(capsys):
     assert f["largest_batch"] > 40 and f["peak_gb"] < f["room_gb"] and f["epoch_items"] == 5
     assert "an epoch: 5 clips" in text and f["all_reduce_gb"] == 0
     for peak in (lambda b: 10 + b, lambda b: max(30, 10 + b), lambda b: 10 + min(b, 5) + b / 2):
-        for room in (9, 29.5, 31, 40, 100):
+        for room in (9, 29.5, 40, 100):
             found = bench_fit.largest(peak, peak(0), 4, room)
             best = max((b for b in range(1000) if b and peak(b) <= room), default=0)
             assert 0.9 * best <= found <= best, (room, found, best)
@@ -85,8 +87,9 @@ def test_hardware_and_language_model_of_a_config(tmp_path, monkeypatch):
 def test_peak_of_a_real_step():
     """Resident memory of a process that takes two steps, above what it had before there was a model."""
     heap = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for case in CASES:
-        measured, estimated = last_line(run("-m", "tests.test_fit", case, **heap))
+    heap |= {"OMP_NUM_THREADS": "1"}  # of each, side by side
+    take = lambda case: last_line(run("-m", "tests.test_fit", case, **heap))
+    for case, (measured, estimated) in zip(CASES, ThreadPoolExecutor().map(take, CASES)):
         print(f"{case}: measured {measured / 1e9:.3f} GB, estimated {estimated / 1e9:.3f} GB")
         assert measured == pytest.approx(estimated, rel=0.1), case
 

@@ -303,7 +303,7 @@ def fit(c):
     def peak(B, tokens=c.tokens, answers=c.answers):
         if (B, tokens, answers) not in ledgers:
             ledger = micro_step(model, B, W, tokens, answers, dtype, accumulation * number > 1)
-            ledger.at_peak[ADAM] = 8 * trained
+            ledger.at_peak[ADAM] = 8 * trained // (number if c.shard_optimizer else 1)
             ledgers[B, tokens, answers] = ledger
         return ledgers[B, tokens, answers].at_peak.total()
 

@@ -30,7 +30,8 @@ def flops_per_step(model, tokens, windows, answers):
     gradient of the input where anything below trains, and again for that of the weight where it trains
     itself. Attention's own products are left out: a few percent."""
     per, first = model.clap.tokens_per_window * windows, min(map(int, model.xattn))
-    lm = 2 * tokens * sum(matrix_sizes(b) * (2 if i >= first else 1) for i, b in enumerate(model.lm.layers))
+    uses = lambda i, block: 1 + (i >= first) + next(block.parameters()).requires_grad
+    lm = 2 * tokens * sum(matrix_sizes(b) * uses(i, b) for i, b in enumerate(model.lm.layers))
     to_kv = sum(x.attn.to_kv.weight.numel() for x in model.xattn.values())
     gated = 2 * 3 * (tokens * (matrix_sizes(model.xattn) - to_kv) + per * to_kv)
     head = 2 * 2 * answers * model.lm.embed_tokens.weight.numel()

@@ -260,8 +260,8 @@ def open_manifests(config, names):
 
 
 class Clips(Dataset):
-    """clips[row] or clips[manifest, item] -> {"prompt", "output", "path", "windows" int16 (n, L), "n_windows" of
-    each clip, "unheard" seconds}; where a file can't be read windows are None and "error" says why."""
+    """clips[row] or clips[manifest, item] -> {"prompt", "output", "path", "windows" int16 (n, L), "n_windows"
+    of each clip, "unheard" seconds}; where a file can't be read windows are None and "error" says why."""
 
     def __init__(self, manifests, rows, hearing, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; hearing: that of the model."""

@@ -467,7 +467,7 @@ def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
     clips = Clips([manifest], None, hearing, config.cache_audio)
     mine = np.arange(rank, len(clips), world)
     batches = np.split(mine, range(config.batch_size, len(mine), config.batch_size))
-    return make_loader(clips, [b.tolist() for b in batches if len(b)], tokenizer, config)
+    return make_loader(clips, [b.tolist() for b in batches if len(b)], tokenizer, config, config.cache_audio)
 
 
 if __name__ == "__main__":

@@ -335,9 +335,10 @@ def train(c, run, rank, world, local_rank):
     skipped = at["skipped_steps"] and f", {at['skipped_steps']} of them without an update (see log.jsonl)"
     say(f"{run.folder}: {at['step']} steps done{skipped or ''}")
     if at["next_epoch"] < c.num_epochs:
-        why = f"stopped by {signal.Signals(came[0]).name}" if came else f"max_steps = {c.max_steps}"
+        number = f"stopped by {signal.Signals(came[0]).name if came else 'a signal to another rank'}"
+        why = number if stop else f"max_steps = {c.max_steps}"
         say(f"{why}: epoch {at['next_epoch']} of {c.num_epochs} is not finished; the same command"
-            f"{'' if came else ' without max_steps'} goes on from {watch.newest}")
+            f"{'' if stop else ' without max_steps'} goes on from {watch.newest}")
     return 130 if came and came[0] == signal.SIGINT else 0
 
 

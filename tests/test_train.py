@@ -81,11 +81,11 @@ def test_two_ranks_equal_one_with_twice_the_batch(straight, tiny_config):
     assert close(weights(out, "two"), weights(out, "straight"), 1e-4)
 
 
-def test_accumulation_equals_a_larger_batch(straight, tiny_config):
-    out, _ = straight
-    train(tiny_config, out, "accumulated", "--batch_size=2", "--gradient_accumulation_steps=2", *EXACT)
-    assert log(out, "accumulated") == pytest.approx(log(out, "straight"), abs=1e-5)
-    assert close(weights(out, "accumulated"), weights(out, "straight"), 1e-4)
+def test_accumulation_equals_a_larger_batch(ten_steps, tiny_config):
+    out, options = ten_steps
+    here(tiny_config, out, "accumulated", *options, "--batch_size=1", "--gradient_accumulation_steps=2")
+    assert log(out, "accumulated") == pytest.approx(log(out, "whole"), abs=1e-5)
+    assert close(weights(out, "accumulated", 4), weights(out, "whole", 4), 1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +366,23 @@ def test_killed_ranks_restart_from_the_last_checkpoint(tiny_config, tmp_path):
     assert close(weights(tmp_path, "one", 7), weights(tmp_path, "whole", 7), 1e-4)
 
 
+@pytest.mark.parametrize("workers, most", [(0, 1), (2, 2)])
+def test_cached_clips_are_decoded_once_by_each_worker(tiny_config, tmp_path, monkeypatch, workers, most):
+    import data
+    read_clip = data.read_clip
+
+    def counted(path, **how):
+        with open(tmp_path / "read", "a") as f:
+            f.write(path + "\n")
+        return read_clip(path, **how)
+
+    monkeypatch.setattr(data, "read_clip", counted)
+    here(tiny_config, tmp_path, "run", "--cache_audio", f"--num_workers={workers}", "--num_epochs=4",
+         "--dataset_blending_global_weight=1.0")
+    read = Counter(open(tmp_path / "read").read().split())
+    assert len(read) == 8 and max(read.values()) <= 2 * most  # of training and of validation
+
+
 def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from tools import plot
@@ -386,6 +403,45 @@ def test_a_run_whose_name_has_a_slash_is_the_newest(tiny_config, tmp_path):
     here(tiny_config, tmp_path, "old", "--max_steps=1", "--valid_dataset_config={}")
     here(tiny_config, tmp_path, "group/new", "--max_steps=1", "--valid_dataset_config={}")
     assert newest_run([str(tmp_path)]) == f"{tmp_path}/group/new"
+
+
+def test_compiled_blocks_train_alike_and_are_not_compiled_again(ten_steps, tiny_config, monkeypatch):
+    """With dynamo's own backend, which is fast to compile: what is traced, and how often, is the same."""
+    from torch._dynamo.utils import counters
+    out, options = ten_steps
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled(block, backend="eager"))
+    counters.clear()
+    here(tiny_config, out, "compiled", *options, "--compile", "--max_steps=4")
+    graphs = counters["stats"]["unique_graphs"]
+    here(tiny_config, out, "eager", *options, "--max_steps=4")
+    assert graphs > 0 and log(out, "compiled") == pytest.approx(log(out, "eager"), abs=1e-4)
+    counters.clear()
+    here(tiny_config, out, "longer", *options, "--compile", "--num_epochs=10", "--learning_rate=1e-4")
+    assert counters["stats"]["unique_graphs"] <= graphs and len(log(out, "longer")) == 20
+
+
+def test_accumulated_micro_steps_cast_once(tiny_config, tmp_path):
+    """In bf16 (emulated where there are no units): two micro-steps of a step share their cast weights."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            if f.overloadpacket.__name__ == "_to_copy" and (kwargs or {}).get("dtype") == torch.bfloat16:
+                self.n += isinstance(args[0], torch.nn.Parameter)
+            return f(*args, **(kwargs or {}))
+
+    counted = []
+    import checkpoint as files
+    for accumulation in (1, 4):
+        with pytest.MonkeyPatch.context() as patch, Casts() as casts:
+            patch.setattr(files, "pick_precision", lambda *_: (torch.bfloat16, "to be counted"))
+            here(tiny_config, tmp_path, f"a{accumulation}", "--batch_size=1", "--max_steps=1",
+                 f"--gradient_accumulation_steps={accumulation}", "--valid_dataset_config={}")
+        counted.append(casts.n)
+    assert counted[0] == counted[1] > 0
 
 
 def test_a_step_waits_for_nothing(tiny_config, tmp_path):

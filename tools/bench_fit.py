@@ -271,22 +271,20 @@ def epoch_items(c):
 
 
 def largest(peak, least, B, room):
-    """The largest batch whose peak(batch) bytes are seen to fit in room, 0 if none: by secants from B on.
-    least: bytes that are there without a clip."""
-    known = {0: least, B: peak(B)}
-    for _ in range(3):
-        low = max((b for b, p in known.items() if p <= room), default=-1)
-        high = min((b for b, p in known.items() if p > room), default=20 * max(known))
-        if low < 0 or 0.95 * room < known[low]:
-            break
-        (b1, p1), (b2, p2) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
-        slope = (p2 - p1) / (b2 - b1)
-        guess = math.floor(b1 + (room - p1) / slope) if slope > 0 else high
-        guess = min(max(guess, low + 1), high - 1)
-        if guess in known:
-            break
+    """The largest batch whose peak(batch) bytes are seen to fit in room, to a tenth; 0 if none. From B on
+    along lines through two batches, and by halves where a peak bends. least: bytes without a clip."""
+    known, guess = {0: least}, B
+    while guess not in known and len(known) < 10:
         known[guess] = peak(guess)
-    return max((b for b, p in known.items() if p <= room), default=0)
+        low = max((b for b, size in known.items() if size <= room), default=None)
+        high = min((b for b, size in known.items() if size > room), default=math.inf)
+        if low is None or high - low <= max(1, low // 10):
+            break
+        a, b = sorted(known)[-2:] if high == math.inf else (low, high)
+        slope = (known[b] - known[a]) / (b - a)
+        guess = low + math.floor((room - known[low]) / slope) if slope > 0 else 2 * low
+        guess = min(guess, 20 * low) if high == math.inf else min(max(guess, (low + high) // 2), high - 1)
+    return low or 0
 
 
 def fit(c):

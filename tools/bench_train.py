@@ -27,7 +27,7 @@ def batch(lengths, device):
     """-> input_ids, windows, n_windows, labels as AudioFlamingo takes them."""
     ids = torch.randint(1000, 40000, (B, T), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(T) < T - ANSWERS, -100, ids)
-    return ids.to(device), clips(sum(lengths))[0].to(device), torch.tensor(lengths), labels.to(device)
+    return ids.to(device), clips(sum(lengths))[0].to(device), torch.tensor(lengths), labels
 
 
 def padded(windows, n_windows):
@@ -57,7 +57,7 @@ def stepper(ours, dtype, device):
             if ours:
                 _, loss = model(ids, windows, n_windows, labels)
             else:
-                loss = plain.loss(model, ids, *padded(windows, n_windows), labels)
+                loss = plain.loss(model, ids, *padded(windows, n_windows), labels.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
         optimizer.step()

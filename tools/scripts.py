@@ -76,14 +76,15 @@ def print_help(script, known, names):
 
 
 def run(main, script, reads=None):
-    """main(config), whose return value is the exit code; what is wrong with the input is printed in one line,
-    with exit code 2."""
+    """main(config), which may return an exit code; what is wrong with the input is printed in one line, with
+    exit code 2."""
     from config import load
     told = sys.unraisablehook  # torch tells of a dead worker in finalizers, too
     sys.unraisablehook = lambda e: None if "DataLoader worker" in str(e.exc_value) else told(e)
     code, at_once = 2, os.environ.get("WORLD_SIZE", "1") != "1"
     try:
-        code = main(load(sys.argv[1:], script, reads)) or 0
+        result = main(load(sys.argv[1:], script, reads))
+        code = result if type(result) is int else 0
     except KeyboardInterrupt:
         code = 130
         print("interrupted", file=sys.stderr, flush=True)
@@ -99,4 +100,5 @@ def run(main, script, reads=None):
     if code and at_once:
         sys.stdout.flush()
         os._exit(code)  # under torchrun the other ranks must not wait for us
-    sys.exit(code)
+    if code:
+        sys.exit(code)

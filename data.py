@@ -260,9 +260,8 @@ def open_manifests(config, names):
 
 
 class Clips(Dataset):
-    """Items as {"prompt", "output", "path", "windows" int16 (n, L), "n_windows" of each clip, "unheard"
-    seconds}; where a file can't be read windows are None and "error" says why. clips[i] is row i,
-    clips[m, j] item j of manifest m."""
+    """clips[row] or clips[manifest, item] -> {"prompt", "output", "path", "windows" int16 (n, L), "n_windows"
+    of each clip, "unheard" seconds}; where a file can't be read windows are None and "error" says why."""
 
     def __init__(self, manifests, rows, hearing, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; hearing: that of the model."""
@@ -331,9 +330,9 @@ class Batches(Sampler):
     The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
     (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
     A rank's batch has at most batch_size items and, if that is given, at most max_windows, padded: then how
-    many it has is for its work to equal the other ranks'. Pool order stays random. `multiple`
-    batches of all ranks are one optimizer step: the same items whatever they are divided into. The epoch's
-    last step may have fewer: then some batches are empty. steps: micro-steps; stats: see tools/sizes.py.
+    many it has is for its work to equal the other ranks'. Pool order stays random. `multiple` batches of all
+    ranks are one optimizer step: the same items whatever they are divided into. The last may have fewer, then
+    some batches are empty. steps: micro-steps; stats: see tools/sizes.py.
     """
 
     def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None,
@@ -473,12 +472,9 @@ def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
 
 if __name__ == "__main__":
     from prepare import check, convert
-    commands = {"check": check.main, "convert": convert.main}
-    word = sys.argv.pop(1) if sys.argv[1:] else "--help"
-    if word not in commands:
-        if word not in ("-h", "--help"):
-            sys.exit(print(f"error: data.py {word}: expected check or convert", file=sys.stderr) or 2)
-        sys.exit(print(__doc__))
-    command = commands[word]
+    word = sys.argv.pop(1) if sys.argv[1:] else ""
+    if word not in ("check", "convert"):
+        sys.exit(print(f"error: data.py {word}: expected check or convert", file=sys.stderr) or 2)
     sys.argv, files = take_files(sys.argv)
-    settings.run(lambda c: command(c, files), f"prepare/{command.__module__.split('.')[1]}.py")
+    command = {"check": check, "convert": convert}[word]
+    settings.run(lambda c: command.main(c, files), f"prepare/{word}.py")

@@ -79,7 +79,9 @@ def run(main, script, reads=None):
     """main(config), which may return an exit code; what is wrong with the input is printed in one line, with
     exit code 2."""
     from config import load
-    code = 2
+    told = sys.unraisablehook  # torch tells of a dead worker in finalizers, too
+    sys.unraisablehook = lambda e: None if "DataLoader worker" in str(e.exc_value) else told(e)
+    code, at_once = 2, os.environ.get("WORLD_SIZE", "1") != "1"
     try:
         result = main(load(sys.argv[1:], script, reads))
         code = result if type(result) is int else 0
@@ -91,10 +93,11 @@ def run(main, script, reads=None):
             raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
-        if isinstance(error, RuntimeError):  # torch tells that it died, not of what
+        if isinstance(error, RuntimeError):  # torch tells that it died, not of what, and again at the end
+            at_once = True
             error = f"{error} A process that reads clips was ended by the system: out of memory, most likely"
         print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
-    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+    if code and at_once:
         sys.stdout.flush()
         os._exit(code)  # under torchrun the other ranks must not wait for us
     if code:

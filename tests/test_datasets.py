@@ -353,7 +353,8 @@ def test_captions_of_an_evaluation_split_are_references_of_one_question(converte
                                      ("clotho", "Clotho-v2-AudioCaptioning/test",
                                       ["one", "two", "three", "four", "five"])):
         assert converted[source][name].items[0]["references"] == references
-    prompts = {item["prompt"] for item in converted["clotho"]["Clotho-v2-AudioCaptioning/train"].items[:5]}
+    items = list(converted["clotho"]["Clotho-v2-AudioCaptioning/train"].items)
+    prompts = {item["prompt"] for item in items[:5]}
     assert len(prompts) == 1  # of one clip, so that eval.py takes them as one there too
 
 
@@ -519,7 +520,7 @@ def mine(tmp_path):
         path = lay_out(tmp_path, {name: content}) + "/" + name
         return table.main([path, f"--data_root={tmp_path}/root", "--split_path=mine",
                            f"--to={tmp_path}/to/{to}.json", *options])
-    make.items = lambda: Manifest(f"{tmp_path}/to/Mine-AQA/train.json", f"{tmp_path}/root").items
+    make.items = lambda: list(Manifest(f"{tmp_path}/to/Mine-AQA/train.json", f"{tmp_path}/root").items)
     make.to = tmp_path / "to"
     return make
 

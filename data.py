@@ -430,8 +430,7 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
                  only=None):
     """Loader of this rank's micro-batches of one epoch (or of `only` some of its rows), and what the blending
     record says of it. The loader of the epoch before, if given, goes on: its workers live, and so does what
-    they cached. loader.plan: rows of each micro-batch of all ranks, loader.stats: its padding and how equal
-    the ranks' work is."""
+    they cached. loader.plan: rows of each micro-batch of all ranks, loader.stats: see tools/sizes.py."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
         w = config.dataset_blending_global_weight * config.dataset_blending_config[name]

@@ -347,6 +347,10 @@ def main(c):
     run = runs.Run(c, rank)  # its folder, found unwritable or taken before anything is loaded
     try:
         return train(c, run, rank, world, local_rank)
+    except RuntimeError as error:  # of whatever talks to the others
+        if world == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
+            raise
+        raise ValueError(f"rank {rank}: another rank ended ({str(error).splitlines()[0][:200]})") from error
     finally:
         runs.release_signals()
         run.end()

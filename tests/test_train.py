@@ -352,14 +352,20 @@ def test_killed_ranks_restart_from_the_last_checkpoint(tiny_config, tmp_path):
     train(tiny_config, tmp_path, "whole", *options, launcher=TORCHRUN)
     process = start(*TORCHRUN, "--max-restarts=3", "--monitor-interval=0.2", "train.py", tiny_config,
                     f"--expdir={tmp_path}", "--run_name=killed", *options)
-    rng = random.Random(0)
-    for steps in (1, rng.randint(3, 6), rng.randint(8, 11)):
-        wait_for_steps(tmp_path, "killed", steps)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        os.kill(int(rng.choice(children.stdout.split())), signal.SIGKILL)
-        time.sleep(1)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr[-3000:]
+    try:
+        rng = random.Random(0)
+        for steps in (1, rng.randint(3, 6), rng.randint(8, 11)):
+            wait_for_steps(tmp_path, "killed", steps)
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+            os.kill(int(rng.choice(children.stdout.split())), signal.SIGKILL)
+            time.sleep(1)
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:  # it ends its ranks, too
+            process.terminate()
+            process.communicate()
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr[-3000:]
+    assert "another rank ended" in stderr
     assert log(tmp_path, "killed") == log(tmp_path, "whole") and len(log(tmp_path, "whole")) == 16
     assert same(weights(tmp_path, "killed", 7), weights(tmp_path, "whole", 7))
     here(tiny_config, tmp_path, "one", *options, "--batch_size=2", "--num_epochs=8")  # one rank, not sharded

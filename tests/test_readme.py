@@ -20,6 +20,7 @@ NOT_HERE = {  # command: why it is not run by this test
     "pip install -r requirements.txt": "needs the registry; the Makefile's setup ran it",
     "pip install --no-deps laion-clap torchlibrosa": "needs the registry; the Makefile's setup ran it",
     "pip install -r requirements-eval.txt": "needs the registry",
+    "python sample.py --serve": "is run by test_page.py",
     "python prepare/datasets.py clotho_aqa --from=/data/clotho_aqa": "is run by test_datasets.py",
     "python prepare/datasets.py --help": "is run by test_datasets.py",
     next(c for c in COMMANDS if c.startswith("python prepare/table.py")): "is run by test_datasets.py",

@@ -75,7 +75,7 @@ def words(command, folder, data):
              ("data/manifests/Mine-AQA", f"{data}/Mine-AQA"),
              ("--data_root=data", f"--data_root={data}"), ("data/gm/audio/test/00000.wav", f"{data}/1.wav"),
              ("out/demo", f"{folder}/exp/mine"), ("=out/", f"={folder}/"),
-             ("--nproc_per_node=8", "--nproc_per_node=2")]
+             ("my-release", f"{folder}/my-release"), ("--nproc_per_node=8", "--nproc_per_node=2")]
     for old, new in swaps:
         command = command.replace(old, new)
     import shlex

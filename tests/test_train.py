@@ -323,7 +323,8 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
                  "--valid_dataset_config={}", "--save_steps=1", "--num_epochs=3", ok=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "checkpoint_2.pt: could not be written, is the disk full?" in result.stderr.splitlines()[-1]
-    assert result.stderr.count("training goes on") == 5 and log(tmp_path, "run", "step")[-1] == 6
+    assert result.stderr.count("training goes on") == 5, result.stderr
+    assert log(tmp_path, "run", "step")[-1] == 6
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint_0.pt", "log.jsonl"]
     assert open(tmp_path / "run/checkpoint_0.pt", "rb").read() == before
 

@@ -143,7 +143,7 @@ class Run:
         self.folder, self.rank = os.path.join(settings.place(c.expdir), c.run_name), rank
         self.keep = 1 if c.delete_previous_checkpoint else c.keep_last
         self.keep_every, self.log, self.record_file = c.keep_every, None, None
-        self.thread, self.pending, self.failed = ThreadPoolExecutor(1), None, None
+        self.thread, self.pending, self.failed, self.news = ThreadPoolExecutor(1), None, None, None
         if rank:
             return
         settings.need_room(self.folder)
@@ -171,6 +171,7 @@ class Run:
             cut_from(self.record_file, lambda entry: entry["epoch"] >= epoch)
 
     def write(self, **entry):
+        self.tell()
         if self.log:
             for name, value in entry.items():
                 if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
@@ -193,14 +194,20 @@ class Run:
         if self.pending:
             self.pending.result()
             self.pending = None
+        self.tell()
+
+    def tell(self):
+        """What the writer has to say, by the loop's thread: decoding, it may have silenced standard error."""
+        if self.news:
+            tqdm.write(f"WARNING: {self.news}; training goes on", file=sys.stderr)
+            self.news = None
 
     def _save(self, name, content):
         path = os.path.join(self.folder, name)
         try:
             save_atomically(content, path)
         except OSError as error:  # a full disk may have room again; a long run goes on
-            self.failed = f"{error}; earlier checkpoints are as they were"
-            tqdm.write(f"WARNING: {self.failed}; training goes on", file=sys.stderr)
+            self.failed = self.news = f"{error}; earlier checkpoints are as they were"
             return
         self.failed, interim = None, os.path.join(self.folder, "checkpoint_interim.pt")
         if path == interim:

@@ -22,13 +22,11 @@ from tqdm import tqdm
 
 import config as settings
 from model import AudioFlamingo, ClapEncoder, LanguageModel
-from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, save_atomically,  # noqa
-                         tensors_in)
+from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in)
 from tools.htsat import sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
 from tools.model_card import about_run, name_of
-from tools.releases import (PUBLISHED, TABLES, UNUSED, from_published, in_two_parts, our_name,  # noqa: F401
-                            release_pieces, rename, save_release)
+from tools.releases import (TABLES, UNUSED, from_published, in_two_parts, release_pieces, save_release)
 
 # ------------------------------------------------------------------------------------------------------------
 # A model without weights, and its state

@@ -29,7 +29,7 @@ from data import open_manifests, train_loader, unheard_note, valid_loader
 from model import pick_backend
 from tools import meters, runs
 from tools.meters import flops_per_step, parameter_table, peak_memory
-from tools.optimizers import load_optimizer, make_optimizer, parameter_groups  # noqa: F401  to import from here
+from tools.optimizers import load_optimizer, make_optimizer
 from tools.progress import changes, check_same_run, epoch_items, plan_of, rest_of_epoch
 from tools.watch import COUNTS, Watch, count, count_tokens
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import config
-from checkpoint import PUBLISHED, TABLES, load, load_pickle, rename
+from checkpoint import load
 from model import AudioFlamingo
 from tests.helpers import ROOT, fails_with_one_line, run
+from tools.files import load_pickle
+from tools.releases import PUBLISHED, TABLES, rename
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import config
-from checkpoint import load_pickle
 from prepare import clap
 from tests.helpers import write_manifest
+from tools.files import load_pickle
 
 CLIPS = [(f"{i}.wav", "", ["a noise", "a tone"][i % 2]) for i in range(8)]
 

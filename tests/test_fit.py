@@ -104,7 +104,8 @@ def measure(B, W, T, A, *given):
 
     import checkpoint
     from tools import bench_fit
-    from train import parameter_groups, peak_memory
+    from tools.meters import peak_memory
+    from tools.optimizers import parameter_groups
     c = settings(*given)
     dtype = torch.float32 if c.precision == "fp32" else torch.bfloat16
     model = bench_fit.build(c)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import our_name
 from data import Collate, encode_prompts, load_audio
 from model import AudioFlamingo, log_mel, rotate, to_float
 from tests.helpers import GOLDEN as FOUND
+from tools.releases import our_name
 
 GOLDEN = FOUND if os.path.isdir(FOUND) else None
 assert GOLDEN or not os.environ.get("CI"), "in CI the golden numbers must be there"

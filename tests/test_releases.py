@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import config
 import data
-from checkpoint import PUBLISHED, load, rename
+from checkpoint import load
 from model import AudioFlamingo
 from tests.helpers import GOLDEN, ROOT, run
 from tests.test_checkpoint import save_lm, settings
+from tools.releases import PUBLISHED, rename
 
 needs_golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason="golden files not found; set SHARED=...")
 

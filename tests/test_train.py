@@ -15,9 +15,9 @@ import torch
 
 import checkpoint
 import config
-from checkpoint import load_pickle
 from model import AudioFlamingo
 from tests.helpers import ROOT, fails_with_one_line, run, write_manifest
+from tools.files import load_pickle
 
 EXACT = ("--precision=fp32",)  # on a CPU's bf16 units amp_bf16 rounds a batch and its halves differently
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -17,7 +17,8 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import checkpoints, save_atomically
+from checkpoint import checkpoints
+from tools.files import save_atomically
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import config as settings
 from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
 from tools import sound
+from tools.scripts import written
 from tools.sizes import about_tokens
 from tools.spread import spread
 
@@ -91,14 +92,13 @@ def describe(values, unit=""):
 def write_manifest(path, head, items):
     """A manifest with the keys of another and these items, whole or not at all; -> their number."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "w") as f:
+    with written(path) as f:
         n = 0
         f.write('{"data": {')
         for n, item in enumerate(items, 1):
             f.write(("," if n > 1 else "") + f'\n"{n - 1}": ' + json.dumps(item))
         head = {key: value for key, value in head.items() if key != "data"} | {"total_num": n}
         f.write("\n},\n" + json.dumps(head)[1:] + "\n")
-    os.replace(path + ".tmp", path)
     return n
 
 
@@ -254,7 +254,6 @@ def write_page(path, opened, found, told, hearing, tokenizer, c):
         told = seen(opened[m], i, hearing, tokenizer, c.max_tokens)
         body.append(f'<div class="item"><h3>{html.escape(opened[m].name)} {i}</h3>{told}</div>')
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".tmp", "w") as f:
+    with written(path) as f:
         f.write(PAGE.format(title="Data", body="\n".join(body)))
-    os.replace(path + ".tmp", path)
     print(f"report: {path}")

@@ -6,7 +6,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import log_mel, naive_attention
+from model import log_mel, naive_attention, to_float
+
+
+def padded(windows, n_windows):
+    """-> windows (B, W, L) float32 and their mask (B, W), as the published loader hands them over."""
+    mask = (torch.arange(int(n_windows.max())) < n_windows[:, None]).to(windows.device)
+    x = windows.new_zeros(*mask.shape, windows.shape[1], dtype=torch.float32)
+    x[mask] = to_float(windows)
+    return x, mask
 
 
 def norm(module, x):

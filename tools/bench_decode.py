@@ -14,6 +14,7 @@ import checkpoint
 import config
 from data import MARKS
 from model import AudioFlamingo, naive_attention
+from tests.plain import norm
 from tools.decoding import Sampling, tokens
 from tools.int8 import quantize
 
@@ -65,11 +66,6 @@ def clips(W, B=1):
 # rotary in pieces, keys and values of the text appended and repeated
 
 
-def plain_norm(norm, x):
-    x32 = x.float()
-    return norm.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
-
-
 def plain_rotate(x, cos, sin):
     return x * cos + torch.cat([-x[..., 32:], x[..., :32]], -1) * sin
 
@@ -101,9 +97,9 @@ def plain_stream(model, windows, n_windows):
             k, v = gated.attn.to_kv(audio).unflatten(-1, (2, 8, 64)).unbind(2)
             x = x + gated.attn.to_out(naive_attention(q, k, v, n_keys, gated.attn_gate).flatten(2))
             x = x + gated.ff(x) * gated.ff_gate.tanh()
-            x = x + plain_attention(block.self_attn, plain_norm(block.input_layernorm, x), cos, sin, past)
-            x = x + block.mlp(plain_norm(block.post_attention_layernorm, x))
-        ids = model.lm.logits(plain_norm(model.lm.norm, x[:, -1:])).argmax(-1)
+            x = x + plain_attention(block.self_attn, norm(block.input_layernorm, x), cos, sin, past)
+            x = x + block.mlp(norm(block.post_attention_layernorm, x))
+        ids = model.lm.logits(norm(model.lm.norm, x[:, -1:])).argmax(-1)
         yield ids
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import config
-from model import AudioFlamingo, to_float
+from model import AudioFlamingo
 from tests import plain
 from tools.bench_decode import HTSAT_TINY, SMOLLM2, Letters, clips, seconds_of
 from tools.meters import peak_memory
@@ -28,15 +28,6 @@ def batch(lengths, device):
     ids = torch.randint(1000, 40000, (B, T), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(T) < T - ANSWERS, -100, ids)
     return ids.to(device), clips(sum(lengths))[0].to(device), torch.tensor(lengths), labels
-
-
-def padded(windows, n_windows):
-    """-> windows (B, W, L) float32 and their mask (B, W), as the published loader hands them over."""
-    mask = torch.arange(int(n_windows.max())) < n_windows[:, None]
-    mask = mask.to(windows.device)
-    x = windows.new_zeros(*mask.shape, windows.shape[1], dtype=torch.float32)
-    x[mask] = to_float(windows)
-    return x, mask
 
 
 def stepper(ours, dtype, device):
@@ -57,7 +48,7 @@ def stepper(ours, dtype, device):
             if ours:
                 _, loss = model(ids, windows, n_windows, labels)
             else:
-                loss = plain.loss(model, ids, *padded(windows, n_windows), labels.to(device))
+                loss = plain.loss(model, ids, *plain.padded(windows, n_windows), labels.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
         optimizer.step()

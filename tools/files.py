@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 import config as settings
+from tools.scripts import written
 
 
 def brief(error):
@@ -141,14 +142,9 @@ def same(a, b):
 def save_atomically(content, path):
     """torch.save that leaves either the old file or the new one, also when the machine dies in between."""
     try:
-        with open(path + ".tmp", "wb") as f:
+        with written(path, "wb") as f:
             torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch tells of a full disk in terms of its zip writer
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
         raise OSError(f"{path}: could not be written, is the disk full? ({error})") from error
 
 

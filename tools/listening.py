@@ -10,6 +10,7 @@ import torch
 
 from data import encode_prompts, encode_text
 from tools.decoding import hear
+from tools.scripts import written
 
 
 @torch.no_grad()
@@ -80,14 +81,13 @@ def picture(told, windows, most=60):
 def write_timeline(base, told, windows):
     """<base>.json and, with matplotlib, <base>.png."""
     os.makedirs(os.path.dirname(base) or ".", exist_ok=True)
-    with open(base + ".json.tmp", "w") as f:
+    with written(base + ".json") as f:
         json.dump(told, f, ensure_ascii=False)
-    os.replace(base + ".json.tmp", base + ".json")
     try:
         figure = picture(told, windows)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{base}.json is written; the picture needs matplotlib: pip install -r "
                                   f"requirements-eval.txt") from error
     figure.suptitle(f"“{told['prompt']}” → “{told['answer'].strip()}”".replace("$", r"\$"), wrap=True)
-    figure.savefig(base + ".tmp.png", dpi=110)
-    os.replace(base + ".tmp.png", base + ".png")
+    with written(base + ".png", "wb") as f:
+        figure.savefig(f, format="png", dpi=110)

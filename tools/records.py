@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 
 import config as settings
 from tools.reading import said
+from tools.scripts import written
 from tools.table import GROUPS
 
 KEPT = ("output", "choices", "references", "audio_start", *GROUPS)  # what a manifest's item tells the rules
@@ -61,9 +62,8 @@ def write_official(path, questions, items):
     for question, item in zip(questions, items):
         row = {key: value for key, value in question.items() if key not in ("name", "prompt", "output")}
         rows.append(row | {"model_output": said(item), "model_prediction": said(item)})
-    with open(path + ".tmp", "w") as f:
+    with written(path) as f:
         json.dump(rows, f, ensure_ascii=False, indent=2)
-    os.replace(path + ".tmp", path)
 
 
 def take_files(argv):
@@ -88,12 +88,11 @@ def read_labels(path):
 
 def write_items(path, items, header=None):
     """A header, if there is one, and a JSON line an item, whole or not at all."""
-    with open(path + ".tmp", "w") as f:
+    with written(path) as f:
         f.write(json.dumps(header) + "\n" if header else "")
         for item in items:
             told = {} if said(item) == (item["answer"] or "").strip() else {"conclusion": said(item)}
             f.write(json.dumps(item | told, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(path + ".tmp", path)
 
 
 def read_answers(path):

@@ -3,7 +3,6 @@ import base64
 import html
 import importlib.util
 import io
-import os
 import sys
 import wave
 from collections import Counter
@@ -11,6 +10,7 @@ from collections import Counter
 import numpy as np
 
 from tools.reading import mark_of, normalise, said
+from tools.scripts import written
 from tools.table import lines_of, shown
 
 WORST, MOST, SECONDS = 4, 40, 15  # items a split, items a report, seconds of sound: 26 MB at most
@@ -113,7 +113,6 @@ def write_report(path, rows, items, load=None, attention=None, title="Scores"):
         body += [bars(row["groups"]) if row["groups"] else "", confusion(items[name]), "<h3>worst items</h3>"]
         for item in sorted(scored.values(), key=lambda item: item["score"])[:worst]:
             body.append(item_of(item, load, attention))
-    with open(path + ".tmp", "w") as f:
+    with written(path) as f:
         f.write(PAGE.format(title=html.escape(title), body="\n".join(body)))
-    os.replace(path + ".tmp", path)
     print(f"report: {path}", file=sys.stderr)

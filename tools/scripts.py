@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 import types
+from contextlib import contextmanager, suppress
 
 
 def commit():
@@ -31,6 +32,21 @@ def need_room(folder):
             os.fsync(f.fileno())
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+@contextmanager
+def written(path, mode="w"):
+    """A file to write to, which then takes the place of the one at `path`: whole, or not at all."""
+    try:
+        with open(path + ".tmp", mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(path + ".tmp")
+        raise
 
 
 def read_json(path):

@@ -6,6 +6,7 @@ import re
 
 from tools.intervals import interval
 from tools.reading import conclusion
+from tools.scripts import written
 
 # Keys of a manifest's items that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
@@ -119,6 +120,5 @@ def add_scores(path, rows):
     """Add the rows to {"tasks": {split: row}} of a JSON file, whole or not at all."""
     kept = json.load(open(path)) if os.path.exists(path) else {}
     kept.setdefault("tasks", {}).update(rows)
-    with open(path + ".tmp", "w") as f:
+    with written(path) as f:
         json.dump(kept, f, indent=1, allow_nan=False)
-    os.replace(path + ".tmp", path)

@@ -151,6 +151,7 @@ FILES = {
     "bytes": (lambda f: open(f"{f}/{LISTING}", "wb").write(b"\xff\xfe\x00"), ["metadata.json: not JSON"]),
     "config a list": (rewritten("config.json", "[]"), ["config.json: a list, expected an object"]),
     "config no JSON": (rewritten("config.json", "max_num_window = 3"), ["config.json: not JSON"]),
+    "config nested": (rewritten("config.json", '{"a": ' + "[" * 100000), ["config.json: not JSON"]),
     "wrong type": (config_with(max_num_window="3"), ["config.json: max_num_window = '3' is a str"]),
     "a truth": (config_with(max_num_window=True), ["config.json: max_num_window = True is a bool"]),
     "zero heads": (config_with(audio_transformer_n_head=0), ["config.json: audio_transformer_n_head = 0"]),

@@ -162,7 +162,7 @@ def build(file, check_item, check_head):
     try:
         head, columns, wrong = parse(raw, check_item)
     except (ValueError, StopIteration, RecursionError) as error:  # told by the library, in its own words
-        content = read_json(file)
+        content = settings.read_json(file)
         check_head(content, len(content.get("data", ())) if isinstance(content, dict) else 0)
         raise ValueError(f"{file}: not read ({error})") from error
     n = len(columns.get("clips", ()))
@@ -174,13 +174,6 @@ def build(file, check_item, check_head):
     start = -(-(64 + len(told)) // 64) * 64
     first = f"{MAGIC}{start}\n".encode().ljust(64)
     return [first, told.ljust(start - 64), *map(np.asarray, columns.values()), raw]
-
-
-def read_json(file):
-    try:
-        return settings.read_json(file)
-    except RecursionError as error:
-        raise ValueError(f"{file}: not JSON that can be read ({error})") from error
 
 
 def digest_of(f):

@@ -53,8 +53,8 @@ def read_json(path):
     try:
         with open(path) as f:
             return json.load(f)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # the second: nested a thousand deep
+        raise ValueError(f"{path}: not JSON that can be read ({error})") from error
 
 
 def parse(text, kind):

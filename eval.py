@@ -289,7 +289,8 @@ def main(c):
     if rank == 0 and c.report:
         attention = lambda item, windows: attention_over_time(model, item["prompt"], torch.as_tensor(windows))
         load = lambda item: load_audio(item["audio"], item["start"], **model.hearing)
-        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load, attention)
+        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load, attention,
+                           rate=model.hearing["sample_rate"])
     wait(world)
 
 

@@ -1,7 +1,7 @@
 """A small model of your own, from start to end: SmolLM2-135M learns to hear and to reason on ReasonAQA.
 
 Hardware: 1 x 24 GB. By tools/bench.py fit (--windows=3 --tokens=128 --answers=50 --items=968071), not
-measured: 11.7 GB, 18.7 GB where all texts are long; 2.8 h a pass at 40 % of an RTX 4090's peak, half of it
+measured: 11.7 GB, 17.5 GB where all texts are long; 2.8 h a pass at 40 % of an RTX 4090's peak, half of it
 the encoder: a long evening for the two passes.
 Data: train.json, val.json and test.json of ReasonAQA (zenodo.org/records/15036628; Mellow, arXiv
 2503.08540), 968,071 questions on 155 h of AudioCaps and Clotho, whose sounds come from those;

@@ -16,7 +16,7 @@ naive_attention spells out, stand last. Nothing here opens a file: checkpoint.py
 import importlib.util
 import math
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -530,9 +530,8 @@ def gated_blocks(every, layers):
     return blocks
 
 
-def recomputed(module, *args):
-    """module(*args), whose insides are computed again in the backward pass instead of being kept."""
-    return checkpoint(module, *args, use_reentrant=False)
+# (module, *args): the insides are computed again in the backward pass instead of being kept
+recomputed = partial(checkpoint, use_reentrant=False)
 
 
 def side_by_side(x, n, rows=None):
@@ -617,9 +616,15 @@ class AudioFlamingo(nn.Module):
             return self.lm.logits(x), None
         targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         at = torch.from_numpy(np.flatnonzero(targets.cpu().numpy() != -100)).to(x.device, non_blocking=True)
-        logits = self.lm.logits(x.flatten(0, 1).index_select(0, at)).float()
         targets = targets.to(x.device, non_blocking=True).index_select(0, at)
-        return None, F.cross_entropy(logits, targets, reduction="sum") / max(len(logits), 1)
+        return None, self.summed_loss(x.flatten(0, 1).index_select(0, at), targets) / max(len(at), 1)
+
+    def summed_loss(self, x, targets, most=1024):
+        """x (n, D) before the head, targets (n,) -> cross-entropy; logits are made of `most` rows at once."""
+        if len(x) > most:
+            parts = zip(x.split(most), targets.split(most))
+            return sum(recomputed(self.summed_loss, *part) for part in parts)
+        return F.cross_entropy(self.lm.logits(x).float(), targets, reduction="sum")
 
     # --- answering: tools/decoding.py
 

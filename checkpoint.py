@@ -110,7 +110,7 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
 
 def start(c, given=(), fresh=True, saved=None, source=None):
     """-> a new model of the settings c, and the state of its pretrained parts, language model and CLAP.
-    saved: the content of a training checkpoint, `source`, whose tensors, not in that state, tell sizes, too."""
+    saved: the content of a training checkpoint, source, whose tensors, not in that state, tell sizes, too."""
     text = text_side(c)
     state = {"lm." + name: tensor for name, tensor in lm_state(*text).items()}
     if c.clap_checkpoint:
@@ -319,8 +319,11 @@ def place_weights(model, state, device, frozen, source):
 def load(path, device="cpu", dtype=torch.float32, **given):
     """The model of a run directory, a checkpoint_<epoch>.pt, a release directory or a hub id, ready to
     answer. Settings in `given` override the saved ones. dtype None: every weight's own."""
-    if unknown := set(given) - set(settings.defaults()):
-        raise ValueError(f"from_pretrained: unknown setting {', '.join(sorted(unknown))}")
+    known, device = settings.settings_of("config/defaults.py"), pick_device(str(device))
+    given = {name: settings.check(name, value, known, "from_pretrained") for name, value in given.items()}
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"from_pretrained: dtype = {dtype!r}, expected torch.float32, bfloat16, float16, "
+                         f"float64 or None")
     return finished(*read(path, given), device, dtype, path)
 
 
@@ -365,8 +368,10 @@ def pick_device(name="auto"):
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device = {name!r}, expected auto, cpu, cuda or cuda:<n>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device = {name!r}, but no CUDA device is available here")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device = {name!r}, but {f'only {count}' if count else 'no'} CUDA device is "
+                         f"available here")
     return device
 
 

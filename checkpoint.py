@@ -188,9 +188,13 @@ def read_checkpoint(file, given):
             if not own and "lang_encoder_path" not in given:  # of the published code: its gated blocks tell
                 c.lang_encoder_path = published_lm(saved["model_state_dict"], file)
             model, state = start(c, given, False, saved, file)
+            # our marks' rows were drawn at random just now: they come from the file, or are missing
+            state = {name: tensor for name, tensor in state.items() if not name.endswith(".added")}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: a part of this run is not where it was. {error}") from error
     trained = trained_tensors(saved, model.lm.config, file, model.skipped)
+    if not any(name.startswith("clap.") for name in (*state, *trained)):
+        raise ValueError(f"{file}: no audio encoder in it: name one by --clap_checkpoint")
     frozen = fingerprint({name: tensor for name, tensor in state.items() if name not in trained})
     if saved.get("frozen_hash", frozen) != frozen:
         raise ValueError(f"{file}: the frozen weights it was trained with are not those found now under "

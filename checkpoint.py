@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import config as settings
 from data import SAMPLE_RATE
-from model import AudioFlamingo, ClapEncoder, LanguageModel, hann_and_mel
+from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks, hann_and_mel
 from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in)
 from tools.htsat import rate_of, sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
@@ -50,13 +50,20 @@ def checked(saved, file, given=()):
     if missing := [name for name in NOT_IN_WEIGHTS if saved and name not in saved and name not in given]:
         raise ValueError(f"{file}: no {listed(missing)} in it: give --{missing[0]}")
     known = settings.settings_of("config/defaults.py")
-    saved = {name: settings.check(name, value, known, file) for name, value in saved.items()}
+    return bounded({name: settings.check(name, value, known, file) for name, value in saved.items()}, file)
+
+
+def bounded(sizes, file):
+    """The same settings, or a ValueError that names one that no model has."""
     for name, (least, most) in BOUNDS.items():
-        values = saved.get(name, [])
-        values = values if type(values) is list else [values]
-        if not all(type(value) in (int, float) and least <= value <= most for value in values):
-            raise ValueError(f"{file}: {name} = {saved[name]!r}, expected {least} to {most}")
-    return saved
+        value = sizes.get(name, least)
+        kinds, numbers = ((int,), value) if type(value) is list else ((int, float), [value])
+        stages = type(value) is list and name.startswith("clap_")
+        good = all(type(n) in kinds and least <= n <= most for n in numbers)
+        if not good or (stages and len(value) != 4):
+            raise ValueError(f"{file}: {name} = {value!r}, expected {least} to {most}" +
+                             ", for each of four stages" * stages)
+    return sizes
 
 
 class Unfilled(TorchFunctionMode):
@@ -66,22 +73,26 @@ class Unfilled(TorchFunctionMode):
         return make(*args, **(kwargs or {}) | ({"device": "meta"} if make is torch.empty else {}))
 
 
-def skeleton(c, state, text, source, given, fresh):
+def skeleton(c, state, text, source, given, fresh, saved=()):
     """The model of settings and of the sizes that its state tells, on the meta device: place_weights follows.
-    fresh: what listens is drawn at random. ValueError if the user asked for another encoder."""
+    given: what the user said, ValueError if it is another model's; saved: names that the file of the state
+    tells itself: what they want and it lacks is missing. fresh: what listens is drawn at random."""
     encoder = {n.removeprefix("clap.htsat."): t for n, t in state.items() if n.startswith("clap.")}
-    told = sizes_told(encoder)
+    told, every, (_, sizes, tokenizer) = sizes_told(encoder), "cross_attn_every_n_layers", text
     how = {name: told.pop(name) for name in ("position", "fusion") if name in told}
     how["mel"] = state.get("clap.mel")
-    for name, value in told.items():
-        if name in given and given[name] != value:
-            raise ValueError(f"{name} = {given[name]!r}, but the encoder of {source} has {value!r}")
+    bounded(vars(c), source or "the settings")
     if blocks := sorted({int(name.split(".")[1]) for name in state if name.startswith("xattn.")}):
         inner = [len(tensor) for name, tensor in state.items() if name.endswith("pos_ffn.w_1.weight")]
-        told |= {"cross_attn_every_n_layers": blocks, "audio_transformer_n_layers": len(inner)}
+        told |= {every: blocks, "audio_transformer_n_layers": len(inner)}
         told |= {"audio_transformer_d_inner": inner[0]} if inner else {}
-    c = SimpleNamespace(**(vars(c) | told))
-    _, sizes, tokenizer = text
+    for name in told.keys() & set(given):
+        said = sorted(gated_blocks(given[name], sizes.layers)) if name == every else given[name]
+        if said != told[name]:
+            part = "encoder" if name.startswith("clap_") else "model"
+            raise ValueError(f"{name} = {given[name]!r}, but the {part} of {source} has {told[name]!r}")
+    told |= {every: blocks[0] + 1} if blocks else {}  # a stride, as published, unless somebody says more
+    c = SimpleNamespace(**(vars(c) | {n: v for n, v in told.items() if n not in (*saved, *given)}))
     with torch.device("cpu") if fresh else Unfilled():
         encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, **how)
     longest = (encoder.max_frames - 1) / 100
@@ -99,15 +110,17 @@ def skeleton(c, state, text, source, given, fresh):
     return model
 
 
-def start(c, given=(), fresh=True, saved=None):
+def start(c, given=(), fresh=True, saved=None, source=None):
     """-> a new model of the settings c, and the state of its pretrained parts, language model and CLAP.
-    saved: the content of a training checkpoint whose tensors, not in that state, tell sizes as well."""
+    saved: the content of a training checkpoint, source, whose tensors, not in that state, tell sizes, too."""
     text = text_side(c)
     state = {"lm." + name: tensor for name, tensor in lm_state(*text).items()}
     if c.clap_checkpoint:
         state |= clap_state(c.clap_checkpoint)
-    trained = trained_tensors(saved, text[1], c.clap_checkpoint) if saved else {}
-    return skeleton(c, state | trained, text, c.clap_checkpoint, given, fresh), state
+    source = source or c.clap_checkpoint
+    trained = trained_tensors(saved, text[1], source) if saved else {}
+    told = saved.get("config", ()) if saved else ()
+    return skeleton(c, state | trained, text, source, given, fresh, told), state
 
 
 def clap_state(file):
@@ -192,10 +205,14 @@ def read_checkpoint(file, given):
         else:
             if not own and "lang_encoder_path" not in given:  # of the published code: its gated blocks tell
                 c.lang_encoder_path = published_lm(saved["model_state_dict"], file)
-            model, state = start(c, given, fresh=False, saved=saved)
+            model, state = start(c, given, False, saved, file)
+            # our marks' rows were drawn at random just now: they come from the file, or are missing
+            state = {name: tensor for name, tensor in state.items() if not name.endswith(".added")}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: a part of this run is not where it was. {error}") from error
     trained = trained_tensors(saved, model.lm.config, file, model.skipped)
+    if not any(name.startswith("clap.") for name in (*state, *trained)):
+        raise ValueError(f"{file}: no audio encoder in it: name one by --clap_checkpoint")
     frozen = fingerprint({name: tensor for name, tensor in state.items() if name not in trained})
     if saved.get("frozen_hash", frozen) != frozen:
         raise ValueError(f"{file}: the frozen weights it was trained with are not those found now under "
@@ -258,7 +275,7 @@ def read_release(folder, given):
     text = text_side(c, weights=False)
     check_sizes(pieces, text[1], folder, "lm.")
     state = in_two_parts(pieces, text[1], skipped, folder)
-    model = skeleton(c, state, text, folder, given, fresh=False)
+    model = skeleton(c, state, text, folder, given, False, saved)
     model.about |= about | ({"language_model": base} if base and os.path.isdir(lm) else {})
     model.skipped = skipped
     return model, state
@@ -324,8 +341,11 @@ def place_weights(model, state, device, frozen, source):
 def load(path, device="cpu", dtype=torch.float32, **given):
     """The model of a run directory, a checkpoint_<epoch>.pt, a release directory or a hub id, ready to
     answer. Settings in `given` override the saved ones. dtype None: every weight's own."""
-    if unknown := set(given) - set(settings.defaults()):
-        raise ValueError(f"from_pretrained: unknown setting {', '.join(sorted(unknown))}")
+    known, device = settings.settings_of("config/defaults.py"), pick_device(str(device))
+    given = {name: settings.check(name, value, known, "from_pretrained") for name, value in given.items()}
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"from_pretrained: dtype = {dtype!r}, expected torch.float32, bfloat16, float16, "
+                         f"float64 or None")
     return finished(*read(path, given), device, dtype, path)
 
 
@@ -370,8 +390,10 @@ def pick_device(name="auto"):
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device = {name!r}, expected auto, cpu, cuda or cuda:<n>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device = {name!r}, but no CUDA device is available here")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device = {name!r}, but {f'only {count}' if count else 'no'} CUDA device is "
+                         f"available here")
     return device
 
 

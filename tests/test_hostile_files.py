@@ -66,6 +66,13 @@ def edit_shard(folder, change, listed=True):
 NORM, TABLE = "lang_encoder.model.norm.weight", "lang_encoder.model.embed_tokens.weight"
 FF = "lang_encoder.model.layers.1.gated_cross_attn_layer_sound.ff.1.weight"
 OLD = "lang_encoder.old_decoder_blocks.0.mlp.up_proj.weight"
+
+
+def lose(state, words):
+    for name in [name for name in state if words in name]:
+        del state[name]
+
+
 SHARDS = {
     "missing": (lambda s: s.pop(NORM), True, ["missing: lm.norm.weight"]),
     "missing and named": (lambda s: s.pop(NORM), False, ["weight_0.safetensors", "missing: " + NORM]),
@@ -78,6 +85,8 @@ SHARDS = {
     "no encoder": (lambda s: [s.pop(n) for n in list(s) if n.startswith("clap.")], True, ["not an Audio"]),
     "most": (lambda s: [s.pop(n) for n in list(s) if "attn." in n], True, ["missing: ", " more"]),
     "no xattn": (lambda s: [s.pop(n) for n in list(s) if "_sound." in n], True, ["missing: "]),
+    "a block less": (lambda s: lose(s, "layers.1.gated"), True, ["missing: xattn.1.attn_gate"]),
+    "a layer less": (lambda s: lose(s, "layer_stack.0"), True, ["missing: audio_transformer.layer_stack.0."]),
     "copies": (lambda s: s.update({OLD: torch.ones(96, 64)}), True, ["decoder_layer.mlp.up", OLD, "differ"]),
     "both encoders": (lambda s: s.update({"clap.afclap.norm.weight": torch.ones(128) * 3}), True,
                       ["clap.nvclap.norm.weight", "clap.afclap.norm.weight", "differ"]),
@@ -162,6 +171,13 @@ FILES = {
     "overlap": (config_with(window_overlap=2.5), ["window_overlap = 2.5", "shorter overlap"]),
     "infinite": (rewritten("config.json", '{"window_length": Infinity}'), ["config.json"]),
     "depths": (config_with(clap_depths=[2, "2"]), ["config.json: clap_depths"]),
+    "other blocks": (config_with(cross_attn_every_n_layers=2), ["unexpected: xattn"]),
+    "no such block": (config_with(cross_attn_every_n_layers=[0, 9]), ["[0, 9]", "some of 0...2"]),
+    "block of floats": (config_with(cross_attn_every_n_layers=[0.0, 1, 2]), ["config.json: cross_attn"]),
+    "more layers": (config_with(audio_transformer_n_layers=3), ["missing: audio_transformer.layer"]),
+    "inner": (config_with(audio_transformer_d_inner=8), ["wrong shape: audio_transformer.layer"]),
+    "another encoder": (config_with(clap_embed_dim=32), ["wrong shape: "]),
+    "three stages": (config_with(clap_depths=[1, 1, 1]), ["config.json: clap_depths = [1, 1, 1]", "four"]),
     "no key": (config_without("max_num_window"), ["config.json: no max_num_window in it"]),
     "no heads": (config_without("audio_transformer_n_head"), ["no audio_transformer_n_head in it"]),
     "about": (config_with(about=[1]), ["config.json: about = [1], expected an object"]),
@@ -189,6 +205,26 @@ def test_files(release, tmp_path, monkeypatch, capsys, tiny_data, kind):
     change(folder)
     line = refused(folder, monkeypatch, capsys, clip=f"{tiny_data}/0.wav")
     assert all(words in line for words in saying), line
+
+
+OVERRIDES = {
+    "cross_attn_every_n_layers": (2, "every_n_layers = 2, but the model of .* has .0, 1, 2."),
+    "audio_transformer_n_layers": (3, "n_layers = 3, but the model of .* has 1"),
+    "audio_transformer_d_inner": (8, "d_inner = 8, but the model of .* has 32"),
+    "clap_embed_dim": (96, "clap_embed_dim = 96, but the encoder of .* has 16"),
+    "max_num_window": ("3", "from_pretrained: max_num_window = '3' is a str, expected int"),
+    "window_length": (float("nan"), "from_pretrained: window_length = nan, expected a finite number"),
+    "audio_transformer_n_head": (10 ** 9, "audio_transformer_n_head = 1000000000, expected 1 to 10000"),
+    "bach_size": (1, "unknown setting 'bach_size'; nearest: batch_size"),
+    "dtype": (torch.int8, "dtype = torch.int8, expected torch.float32"),
+    "device": ("nope", "device = 'nope', expected auto, cpu, cuda")}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_what_a_model_cannot_be_loaded_with(release, name):
+    value, saying = OVERRIDES[name]
+    with pytest.raises(ValueError, match=saying):
+        checkpoint.load(release, **{name: value})
 
 
 class Evil:

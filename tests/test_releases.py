@@ -294,6 +294,91 @@ def test_a_release_tells_its_language_model_by_its_width(model, tmp_path, monkey
         (896, "Qwen/Qwen2.5-0.5B"), (1536, "Qwen/Qwen2.5-1.5B"), (2048, "Qwen/Qwen2.5-3B")]
 
 
+@pytest.fixture(scope="module")
+def published(model, tmp_path_factory):
+    """A training checkpoint of the published code: -> its tensors, all trained ones and the token table; what
+    weights do not tell, with an encoder's file."""
+    folder, state = tmp_path_factory.mktemp("published"), model.state_dict()
+    clap = {"module.audio_branch." + n: t for n, t in model.clap.htsat.state_dict().items()}
+    torch.save({"state_dict": clap}, folder / "clap.pt")
+    kept = {rename(n, PUBLISHED): t for n, t in state.items() if n.startswith(("xattn.", "audio_"))}
+    kept[TABLE] = torch.cat([model.lm.embed_tokens.weight, model.lm.embed_tokens.added]).detach()
+    return kept, dict(clap_checkpoint=f"{folder}/clap.pt", window_length=2.5, audio_transformer_n_head=4,
+                      clap_spec_size=128, max_num_window=2)
+
+
+TABLE = "lang_encoder.model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_published_checkpoint_tells_its_language_model_by_its_width(model, published, tiny_lm, tmp_path,
+                                                                      monkeypatch, prefix):
+    from tools import language_models
+    (state, given), file = published, str(tmp_path / "checkpoint_9.pt")
+    torch.save({"epoch": 9, "model_state_dict": {prefix + n: t for n, t in state.items()}}, file)
+    with pytest.raises(ValueError, match=r"checkpoint_9.pt: its .* width 64, .* 2048: .*--lang_encoder_path"):
+        load(file, **given)
+    monkeypatch.setitem(language_models.BY_WIDTH, 64, tiny_lm)
+    read = load(file, **given)
+    assert same_weights(read, model) and read.config.lang_encoder_path == tiny_lm
+    assert same_weights(load(str(tmp_path), **given), model)  # the folder it lies in
+
+
+PUBLISHED_FAULTS = {
+    "no table": (lambda s: s.pop(TABLE), {}, "missing: lm.embed_tokens.added"),
+    "no block": (lambda s: [s.pop(n) for n in list(s) if "layers.1.gated" in n], {}, "missing: xattn.1."),
+    "no encoder": (lambda s: None, {"clap_checkpoint": None}, "no audio encoder in it: .*--clap_checkpoint"),
+    "heads": (lambda s: None, {"audio_transformer_n_head": 7}, "n_head = 7 does not divide"),
+    "copies": (lambda s: s.update({"module." + TABLE: s[TABLE] + 1}), {}, "should be copies, but differ")}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED_FAULTS)
+def test_what_a_published_checkpoint_lacks_is_not_made_up(published, tiny_lm, tmp_path, kind):
+    change, options, saying = PUBLISHED_FAULTS[kind]
+    state = dict(published[0])
+    change(state)
+    torch.save({"model_state_dict": state}, tmp_path / "checkpoint_9.pt")
+    with pytest.raises(ValueError, match=f"checkpoint_9.pt.*{saying}"):
+        load(str(tmp_path / "checkpoint_9.pt"), **published[1] | {"lang_encoder_path": tiny_lm} | options)
+
+
+def in_a_cache(cache, repo, folder):
+    """The files of a folder in a cache of the hub: blobs, and a snapshot of links to them."""
+    home = os.path.join(cache, "models--" + repo.replace("/", "--"))
+    os.makedirs(f"{home}/refs")
+    os.makedirs(f"{home}/blobs")
+    open(f"{home}/refs/main", "w").write("0" * 40)
+    for path, _, files in os.walk(folder):
+        place = os.path.normpath(f"{home}/snapshots/{'0' * 40}/{os.path.relpath(path, folder)}")
+        os.makedirs(place, exist_ok=True)
+        for file in files:
+            blob = f"{home}/blobs/{hashlib.sha256(os.path.join(path, file).encode()).hexdigest()}"
+            shutil.copyfile(os.path.join(path, file), blob)
+            os.symlink(os.path.relpath(blob, place), f"{place}/{file}")
+
+
+def test_a_hub_id_is_all_that_a_release_needs(model, release, tiny_lm, tmp_path, monkeypatch):
+    """As SoundCoT's stands in a cache: no config.json, its language model under an id of its own."""
+    from tools import language_models
+    shutil.copytree(release, tmp_path / "published")
+    shutil.rmtree(tmp_path / "published/lm")
+    os.remove(tmp_path / "published/config.json")
+    in_a_cache(tmp_path / "cache", "nvidia/audio-flamingo-2-SoundCoT", tmp_path / "published")
+    in_a_cache(tmp_path / "cache", "Qwen/Qwen2.5-3B", tiny_lm)
+    monkeypatch.setitem(language_models.BY_WIDTH, 64, "Qwen/Qwen2.5-3B")
+    monkeypatch.chdir(tmp_path)
+    given = dict(window_length=2.5, audio_transformer_n_head=4, clap_spec_size=128,
+                 cache_dir=str(tmp_path / "cache"))
+    found = load("nvidia/audio-flamingo-2-SoundCoT", **given)
+    assert same_weights(found, model) and found.config.max_num_window == 12
+    found.save_pretrained("again")
+    card = open("again/README.md").read()
+    assert "Qwen/Qwen2.5-3B: Qwen Research License" in card and "NVIDIA OneWay" in card
+    assert same_weights(load(str(tmp_path / "again")), model)
+    with pytest.raises(FileNotFoundError, match="nvidia/audio-flamingo-3' is not a folder here"):
+        load("nvidia/audio-flamingo-3", **given)
+
+
 def lm_with_tokens(folder, tiny_lm, tokens, options=(), rows=300):
     """A language model whose tokenizer holds `tokens` beside its alphabet; -> its embeddings."""
     hf = save_lm(folder, tiny_lm, "Llama", vocab_size=rows)

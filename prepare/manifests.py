@@ -207,12 +207,12 @@ class Folder:
 
 def seconds_of(path):
     """Seconds of a sound file, or in words why it is none."""
-    import soundfile
+    from tools import sound
     if not os.path.isfile(path):
         return "missing"
     try:
-        info = soundfile.info(path)
-        return info.frames / info.samplerate if info.frames else "empty"
+        frames, rate = sound.length(path)
+        return frames / rate if frames else "empty"
     except Exception:  # whatever a decoder says of a damaged file, it is one of many
         with open(path, "rb") as f:
             pointer = f.read(40).startswith(b"version https://git-lfs")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config as settings
 from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
 from tools import sound
-from tools.scripts import written
+from tools.scripts import need_place, written
 from tools.sizes import about_tokens
 from tools.spread import spread
 
@@ -126,8 +126,10 @@ def main(c, files):
     hearing, tokenizer = hearing_of(c), tokenizer_of(c)
     folder, page = (path and settings.place(path) for path in (c.write, c.page))
     targets = [target(folder, m) for m in manifests.values()] if folder else []
-    for needed in filter(None, (folder, page and os.path.dirname(page))):
-        settings.need_room(needed)
+    if folder:
+        settings.need_room(folder)
+    if page:
+        need_place(page)
     opened = list(manifests.values())
     tasks = ((m, i) for m, manifest in enumerate(opened) for i in range(len(manifest)))
     found = [Found(len(manifest)) for manifest in opened]

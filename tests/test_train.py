@@ -398,11 +398,14 @@ def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
     assert "Self CPU" in capsys.readouterr().out
     assert json.load(open(tmp_path / "run/trace.json"))["traceEvents"]
     assert {len(row) for key in ("gates", "ff_gates") for row in log(tmp_path, "run", key)} == {3}  # layers
-    c = config.load([f"--output={tmp_path}/both.png"], "tools/plot.py")
+    c = config.load([f"--output={tmp_path}/new/both.png"], "tools/plot.py")
     plot.main(c, [f"{out}/straight", f"{tmp_path}/run"])
-    assert open(tmp_path / "both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    assert open(tmp_path / "new/both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(FileNotFoundError, match="no log.jsonl"):
         plot.main(c, [f"{tmp_path}"])
+    c.output = str(tmp_path)
+    with pytest.raises(ValueError, match="a folder, expected the name of a file"):
+        plot.main(c, [f"{tmp_path}/run"])
 
 
 def test_a_run_whose_name_has_a_slash_is_the_newest(tiny_config, tmp_path):

@@ -74,7 +74,6 @@ def log_mel(windows, sample_rate=SAMPLE_RATE, mel=None):
 
 class ClapEncoder(nn.Module):
     """windows (n, L) -> (n, S, C): tokens before HTS-AT's pooling; S = (spec_size/32)^2, C = 8 embed_dim."""
-
     frequency_bins = 2  # of a window's tokens: bin * (S/2) + time step
 
     def __init__(self, embed_dim, depths, num_heads, spec_size=256, position=False, augment=True, mel=None,
@@ -94,8 +93,7 @@ class ClapEncoder(nn.Module):
             nn.init.normal_(self.htsat.absolute_pos_embed, std=0.5)
         share = (spec_size / 256) ** 2  # of a 10 s window: mask the same part of a shorter one
         self.htsat.spec_augmenter.time_dropper.drop_width = max(1, round(64 * share))
-        self.augment = augment
-        self.width = 8 * embed_dim
+        self.augment, self.width = augment, 8 * embed_dim
         self.tokens_per_window = (spec_size // 32) ** 2
         self.max_frames = spec_size * (spec_size // 64)
 
@@ -622,8 +620,7 @@ class AudioFlamingo(nn.Module):
     def summed_loss(self, x, targets, most=1024):
         """x (n, D) before the head, targets (n,) -> cross-entropy; logits are made of `most` rows at once."""
         if len(x) > most:
-            parts = zip(x.split(most), targets.split(most))
-            return sum(recomputed(self.summed_loss, *part) for part in parts)
+            return sum(map(partial(recomputed, self.summed_loss), x.split(most), targets.split(most)))
         return F.cross_entropy(self.lm.logits(x).float(), targets, reduction="sum")
 
     # --- answering: tools/decoding.py

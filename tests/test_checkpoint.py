@@ -19,6 +19,7 @@ import config
 from checkpoint import load
 from data import load_audio
 from model import AudioFlamingo, to_float
+from prepare.check import hearing_of
 from tests.helpers import ROOT, fails_with_one_line, run
 from tools.files import load_pickle
 from tools.releases import PUBLISHED, TABLES, rename
@@ -313,7 +314,9 @@ def test_laions_own_clap(tiny_settings, tiny_config, tmp_path, monkeypatch, fusi
     torch.save(saved, file, pickle_protocol=protocol)
 
     fewer = {name: value for name, value in tiny_settings.items() if not name.startswith("clap_")}
-    model = checkpoint.new(settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=str(file)))
+    c = settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=str(file), given={})
+    assert hearing_of(c)["sample_rate"] == 48000  # of data.py check and convert
+    model = checkpoint.new(c)
     assert model.hearing["sample_rate"] == model.clap.sample_rate == 48000
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "x.wav", 0.1 * rng.standard_normal((3 * 48000, 1)), 48000)

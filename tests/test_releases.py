@@ -438,7 +438,14 @@ def test_a_tokenizer_that_appends_eos_and_cuts_on_the_left(tiny_lm, tiny_setting
     assert long[0, 0] == model.audio_id and long.shape[1] == 32 and cut == 1 and (labels == -100).all()
 
 
+TWO = "lm: the tokenizer means two things by one of <audio>, "
+
+
 @pytest.mark.parametrize("change, saying", [
+    (lambda c: c.update(sep_token="<audio>"), TWO), (lambda c: c.update(sep_token="<|PAD_TOKEN|>"), TWO),
+    (lambda c: c.update(sep_token="<|endofchunk|>"), TWO),
+    (lambda c: c.update(eos_token="<|PAD_TOKEN|>"), TWO),
+    (lambda c: c.update(sep_token="a"), "lm: the tokenizer's mark 'a' is part of its plain texts"),
     (lambda c: c.pop("eos_token"), "lm: the tokenizer has no eos token"),
     (lambda c: c.update(added_tokens_decoder={"0": 3}), "lm: no usable tokenizer")])
 def test_a_tokenizer_that_cannot_be_used_is_refused(tiny_lm, tiny_settings, tmp_path, change, saying):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from data import MARKS, add_marks
+from data import MARKS, add_marks, encode_prompts, encode_text
 from tools.files import brief, inside, listed, load_tensors, local_or_hub, merged, read_object, same
 
 LM_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]
@@ -44,7 +44,7 @@ def text_side(c, weights=True):
     tokenizer = opened(AutoTokenizer, other or folder)
     known = len(tokenizer)
     try:
-        add_marks(tokenizer)
+        check_marks(add_marks(tokenizer))
     except ValueError as error:
         raise ValueError(f"{other or folder}: {error}") from error
     # tables are in two parts: rows of the language model, and, from here on, those of our marks
@@ -54,6 +54,20 @@ def text_side(c, weights=True):
         sizes.vocab -= 1
     sizes.known = known  # tokens that the tokenizer came with: a mark may be among them
     return folder, sizes, tokenizer
+
+
+def check_marks(tokenizer):
+    """ValueError where training would not know what is what: labels begin after the first sep, end at
+    <|endofchunk|> and eos, and leave out pad."""
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in (*MARKS[:3], tokenizer.sep_token)}
+    *begin, _, _ = encode_prompts(tokenizer, [""])[0]  # bos, or nothing
+    if len(set(ids.values())) < 4 or tokenizer.eos_token in MARKS[:3] or set(begin) & set(ids.values()):
+        raise ValueError(f"the tokenizer means two things by one of {', '.join(ids)}: see its eos, bos, sep")
+    for mark, number in ids.items():
+        if number in encode_text(tokenizer, [mark])[0]:
+            raise ValueError(f"the tokenizer's mark {mark!r} is part of its plain texts, too")
+    if len(tokenizer) <= (last := max(tokenizer.get_vocab().values())):
+        raise ValueError(f"the tokenizer's ids go up to {last}, but it has {len(tokenizer)} tokens")
 
 
 def sizes_of(hf, folder):

@@ -246,8 +246,9 @@ def read_release(folder, given):
             raise ValueError(f"{own}: about = {about!r}, expected an object")
     base = saved.get("lang_encoder_path")
     if os.path.isdir(lm := os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
-        for file in os.listdir(lm):
-            inside(folder, os.path.join("lm", file), "the layout of releases")
+        for path, _, files in os.walk(lm):  # chat templates may have a folder of their own
+            for file in files:
+                inside(folder, os.path.relpath(os.path.join(path, file), folder), "the layout of releases")
         saved |= {"lang_encoder_path": os.path.abspath(lm), "tokenizer_path": None}
     elif base is None and "lang_encoder_path" not in given:
         saved["lang_encoder_path"] = by_width(pieces[TABLES[0]]().shape[-1], folder)

@@ -22,6 +22,7 @@ from checkpoint import load
 from model import AudioFlamingo
 from tests.helpers import GOLDEN, ROOT, run
 from tests.test_checkpoint import save_lm, settings
+from tools.files import exchanged
 from tools.releases import PUBLISHED, rename
 
 needs_golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason="golden files not found; set SHARED=...")
@@ -185,6 +186,33 @@ def test_an_export_never_takes_the_place_of_what_is_no_release(model, tmp_path, 
     assert bytes_of(tmp_path) == {name: hashlib.sha256(b"mine").hexdigest()}
 
 
+@pytest.mark.parametrize("make", [
+    lambda f: (f / "lm").write_text("mine"), lambda f: (f / "config.json").mkdir(),
+    lambda f: (f / "safe_ckpt").symlink_to("../elsewhere")])
+def test_what_is_in_the_way_of_an_export_stays(model, tmp_path, make):
+    """A file, a folder, a link of the user's where a release has something else."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "r").mkdir()
+    make(tmp_path / "r")
+    there = os.lstat(tmp_path / "r" / os.listdir(tmp_path / "r")[0])
+    with pytest.raises(ValueError, match="is in the way: nothing is written"):
+        model.save_pretrained(str(tmp_path / "r"))
+    assert os.lstat(tmp_path / "r" / os.listdir(tmp_path / "r")[0]).st_ino == there.st_ino
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "r"] and not os.listdir(tmp_path / "elsewhere")
+
+
+def test_the_folder_one_is_in_is_not_taken_away(model, release, tmp_path, monkeypatch):
+    """Its shell would stand in a folder that is gone. A folder above is no better."""
+    shutil.copytree(release, tmp_path / "r")
+    for place in ("r", "r/lm"):
+        monkeypatch.chdir(tmp_path / place)
+        with pytest.raises(ValueError, match="cannot be the one you are in"):
+            model.save_pretrained("." if place == "r" else "..")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_pretrained("~/home")
+    assert same_weights(load("~/home"), model)
+
+
 def test_an_export_that_fails_leaves_the_old_one(model, release, tmp_path, monkeypatch):
     folder = shutil.copytree(release, tmp_path / "r")
     (folder / "notes.txt").write_text("mine")
@@ -208,13 +236,18 @@ def test_an_export_that_is_killed_leaves_a_whole_release(release, tmp_path):
     code = ("import sys, checkpoint\nmodel = checkpoint.load(sys.argv[1])\nmodel.lm.norm.weight.data += 1\n"
             "print('ready', flush=True)\nwhile True:\n    model.save_pretrained(sys.argv[1])\n")
     old = load(folder).lm.norm.weight
+    os.makedirs(tmp_path / "a/1")
+    os.makedirs(tmp_path / "b/2")
+    at_once = exchanged(tmp_path / "a", tmp_path / "b")
+    assert os.listdir(tmp_path / "a") == ["2" if at_once else "1"]
     for wait in (0.02, 0.05, 0.11):
         process = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if os.path.isdir(folder):  # between its two renamings the old one waits beside
+        assert os.path.isdir(folder) or not at_once
+        if os.path.isdir(folder):  # else, between two renamings, the old one waits beside
             new = load(folder).lm.norm.weight
             moved = (new - old).detach()
             assert torch.allclose(moved, moved.round(), atol=1e-5) and moved.unique().numel() == 1
@@ -255,6 +288,23 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
     assert str(tmp_path) not in card + open(tmp_path / "a/config.json").read()
     load(f"{tmp_path}/a").save_pretrained(f"{tmp_path}/b")
     assert open(tmp_path / "b/README.md").read() == card
+
+
+def test_what_is_exported_can_be_read_again(tiny_lm, tiny_settings, tmp_path):
+    """Several chat templates of one tokenizer: transformers puts them into a folder of their own in lm/."""
+    from transformers import AutoTokenizer
+    shutil.copytree(tiny_lm, tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "lm")
+    model = checkpoint.new(settings(tiny_settings, tmp_path / "lm"))
+    model.save_pretrained(str(tmp_path / "r"))
+    assert os.path.isfile(tmp_path / "r/lm/additional_chat_templates/tools.jinja")
+    again = load(str(tmp_path / "r"))
+    assert same_weights(again, model) and again.tokenizer.chat_template == tokenizer.chat_template
+    again.tokenizer.chat_template = None
+    again.save_pretrained(str(tmp_path / "r"))
+    assert not [name for name in bytes_of(tmp_path / "r") if name.endswith(".jinja")]
 
 
 def test_the_text_tower_of_clap_goes_along(release, tmp_path):

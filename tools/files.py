@@ -1,5 +1,6 @@
 """Files of weights, from this disk or the hub: read without running anything that they hold, written whole or
 not at all. Errors are ValueError or FileNotFoundError, one line that names the file."""
+import ctypes
 import os
 import re
 import shutil
@@ -168,8 +169,13 @@ def replaced(folder, mine):
                         os.fsync(f.fileno())
             if os.path.isdir(folder):
                 keep_others(folder, new, mine)
-                os.rename(folder, old)
-            os.rename(new, folder)
+                if not exchanged(new, folder):  # then for a moment nothing stands there
+                    os.rename(folder, old)
+                    os.rename(new, folder)
+            elif os.path.lexists(folder):
+                raise OSError("it is not a folder")
+            else:
+                os.rename(new, folder)
         except BaseException:
             if os.path.isdir(old) and not os.path.isdir(folder):
                 os.rename(old, folder)
@@ -180,13 +186,27 @@ def replaced(folder, mine):
         raise ValueError(f"{folder} is not written, what stood there is as it was ({error})") from error
 
 
+def exchanged(a, b):
+    """Let two folders change places, at once, where the system can; -> whether it did."""
+    libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    rename = getattr(libc, "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
 def keep_others(folder, new, mine):
-    """Second names, in the folder `new`, of all files of `folder` but those that are mine."""
+    """Second names, in the folder `new`, of all files of `folder` but those that are mine. ValueError if one
+    is where something new is."""
     def ours(path, names):
-        return [name for name in names if mine(os.path.relpath(os.path.join(path, name), folder))]
+        goes = []
+        for name in names:
+            source = os.path.join(path, name)
+            here = os.path.relpath(source, folder)
+            is_folder, there = os.path.isdir(source) and not os.path.islink(source), os.path.join(new, here)
+            if not is_folder and mine(here):
+                goes.append(name)
+            elif os.path.lexists(there) and not (is_folder and os.path.isdir(there)):
+                raise ValueError(f"{source} is in the way: nothing is written")
+        return goes
 
-    def link(source, target):
-        if not os.path.lexists(target):
-            os.link(source, target, follow_symlinks=False)
-
+    link = lambda source, target: os.link(source, target, follow_symlinks=False)
     shutil.copytree(folder, new, symlinks=True, ignore=ours, copy_function=link, dirs_exist_ok=True)

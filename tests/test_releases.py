@@ -206,7 +206,7 @@ def test_the_folder_one_is_in_is_not_taken_away(model, release, tmp_path, monkey
     shutil.copytree(release, tmp_path / "r")
     for place in ("r", "r/lm"):
         monkeypatch.chdir(tmp_path / place)
-        with pytest.raises(ValueError, match="cannot be the one you are in"):
+        with pytest.raises(ValueError, match="an export replaces it, and you are in it"):
             model.save_pretrained("." if place == "r" else "..")
     monkeypatch.setenv("HOME", str(tmp_path))
     model.save_pretrained("~/home")

@@ -102,7 +102,7 @@ def save_release(model, folder):
         raise ValueError("a model with int8 weights is for answering: save the one it was made from")
     folder = os.path.realpath(os.path.expanduser(folder))
     if (os.getcwd() + os.sep).startswith(folder + os.sep):
-        raise ValueError(f"{folder}: a folder that is replaced cannot be the one you are in: name it from above")
+        raise ValueError(f"{folder}: an export replaces it, and you are in it")
     readme = os.path.join(folder, "README.md")
     theirs = os.path.isfile(readme) and not open(readme, errors="replace").read(9999).count(CARD_OF_OURS)
     old = [os.path.join(path, file) for path, _, files in os.walk(folder) for file in files]

@@ -154,9 +154,12 @@ def read(path, given, setting="init_from"):
     found = next((p for p in (settings.place(path), path) if os.path.exists(p)), None)
     found = found or local_or_hub(path, RELEASE_FILES, given.get("cache_dir"), setting)
     try:
-        if os.path.exists(os.path.join(found, "safe_ckpt/metadata.json")):
-            return read_release(found, given)
         file = newest_checkpoint(found) if os.path.isdir(found) else found
+        if os.path.exists(listing := os.path.join(found, "safe_ckpt/metadata.json")):
+            if not file or os.path.getmtime(file) <= os.path.getmtime(listing):
+                return read_release(found, given)
+            print(f"note: {found} holds a release and a newer {os.path.basename(file)}: that is read",
+                  file=sys.stderr)
         if file is None:
             raise FileNotFoundError(f"{path}: holds no checkpoint_<epoch>.pt and no safe_ckpt/metadata.json")
         return read_checkpoint(file, given)
@@ -167,9 +170,10 @@ def read(path, given, setting="init_from"):
 
 def read_start(c, given):
     """read what pretrained_path and pretrained_ckpt of the settings c name; a release has one checkpoint."""
-    folder = settings.place(c.pretrained_path)
+    folder, file = settings.place(c.pretrained_path), c.pretrained_ckpt or ""
     of_run = os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "safe_ckpt"))
-    path = os.path.join(c.pretrained_path, of_run and c.pretrained_ckpt or "").rstrip("/")
+    of_run = of_run or os.path.isfile(os.path.join(folder, file))
+    path = os.path.join(c.pretrained_path, file if of_run else "").rstrip("/")
     return read(path, {n: v for n, v in given.items() if n != "pretrained_path"}, "pretrained_path")
 
 

@@ -166,6 +166,26 @@ def test_a_moved_run_finds_its_own_parts(runs, tmp_path, tiny_settings):
     assert torch.equal(again.lm.norm.weight, model.lm.norm.weight)
 
 
+def test_a_run_with_a_release_of_it_in_its_folder(runs, tmp_path, capsys):
+    """The newer of the two is read, with a note when a release is passed over; pretrained_ckpt names one."""
+    home = tmp_path / "first"
+    shutil.copytree(f"{runs}/first", home)
+    model = load(str(home))
+    model.lm.norm.weight.data += 1
+    model.save_pretrained(str(home))
+    assert torch.equal(load(str(home)).lm.norm.weight, model.lm.norm.weight)
+    capsys.readouterr()
+    os.utime(home / "checkpoint_0.pt", (2e9, 2e9))  # trained on
+    assert torch.equal(load(str(home)).lm.norm.weight, model.lm.norm.weight - 1)
+    assert "holds a release and a newer checkpoint_0.pt: that is read" in capsys.readouterr().err
+    os.utime(home / "checkpoint_0.pt", (0, 0))
+    c = settings({}, "", pretrained_path=str(home), pretrained_ckpt="checkpoint_0.pt")
+    for name, moved in (("checkpoint_0.pt", 1), ("checkpoint_199.pt", 0), (None, 0)):  # as a config may say
+        c.pretrained_ckpt = name
+        read, state = checkpoint.read_start(c, {})
+        assert torch.equal(state["lm.norm.weight"], model.lm.norm.weight - moved)
+
+
 def test_a_missing_part_is_named_by_its_setting(runs, tmp_path, tiny_data):
     shutil.copytree(f"{runs}/second", tmp_path / "second")
     saved = torch.load(tmp_path / "second/checkpoint_0.pt", weights_only=True)

@@ -107,10 +107,13 @@ def test_only_the_models_own_weights_are_read(tiny_lm, tiny_settings, tmp_path):
         same()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_is_built_runs(tiny_lm, tiny_settings, tmp_path, dtype):
-    """A bfloat16 language model, and everything else in the dtype that was asked for."""
+@pytest.mark.parametrize("dtype, stored", [
+    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float8_e4m3fn)])
+def test_a_model_that_is_built_runs(tiny_lm, tiny_settings, tmp_path, dtype, stored):
+    """A bfloat16 or float8 language model, and everything else in the dtype that was asked for."""
     save_lm(tmp_path, tiny_lm, "Llama", torch.bfloat16)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({n: t.to(stored) for n, t in state.items()}, tmp_path / "model.safetensors")
     model = checkpoint.new(settings(tiny_settings, tmp_path), dtype=dtype)
     floats = {t.dtype for n, t in model.state_dict().items() if t.is_floating_point() and ".bn0." not in n
               and "fusion_model" not in n}

@@ -189,6 +189,10 @@ FILES = {
     "lm layers": (lm_with(num_hidden_layers=10 ** 9), ["3 blocks", "config.json says 1000000000"]),
     "lm inner": (lm_with(intermediate_size=10 ** 18), ["r"]),
     "lm code": (lm_with(auto_map={"AutoConfig": "evil.Config"}, model_type="evil"), ["r/lm"]),
+    "lm eps": (lm_with(rms_norm_eps=float("nan")), ["lm/config.json: rms_norm_eps = nan"]),
+    "lm theta": (lm_with(rope_parameters={"rope_theta": 0, "rope_type": "default"}),
+                 ["rope_theta = 0"]),
+    "lm positions": (lm_with(max_position_embeddings=-1), ["config.json: max_position_embeddings = -1"]),
     "no lm config": (lambda f: os.remove(f"{f}/lm/config.json"), ["r/lm"]),
     "no tokenizer": (lambda f: os.remove(f"{f}/lm/tokenizer.json"), ["r/lm"]),
     "tokenizer no JSON": (rewritten("lm/tokenizer.json", "{"), ["r/lm"]),
@@ -286,7 +290,17 @@ LM_FILES = {
                 "its weights are 2 blocks of width 64, config.json says 3"),
     "less": (lambda f, n: write_index(f, {x: "model-1.safetensors" for x in n if "layers.2.mlp.up" not in x}),
              r"does not fit the model: missing: lm\.layers\.2\.mlp\.up_proj\.weight$"),
+    "no rows": (lambda f, n: edit_lm(f, lambda s: torch.zeros(())), r"3 blocks of width \(\), .* 3 of 64"),
+    "flat": (lambda f, n: edit_lm(f, lambda s: s.flatten()), r"3 blocks of width \(16896,\), .* 3 of 64"),
+    "head": (lambda f, n: edit_lm(f, lambda s: s[0], "lm_head.weight"), r"lm_head.weight has shape \(64,\)"),
     "no index, copies that differ": (lambda f, n: two_files(f), "norm.weight should be copies, but differ")}
+
+
+def edit_lm(folder, change, name="model.embed_tokens.weight"):
+    """Change the token table, or write the head that it changes to: in the one file, whole."""
+    state = load_file(f"{folder}/model-1.safetensors")
+    state[name] = change(state["model.embed_tokens.weight"]).clone()
+    save_file(state, f"{folder}/model.safetensors")
 
 
 def write_index(folder, named):

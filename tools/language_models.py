@@ -1,5 +1,6 @@
 """Language models in Hugging Face folders: sizes, tokenizer and weights of those that our blocks compute."""
 import glob
+import math
 import os
 import re
 import sys
@@ -90,11 +91,16 @@ def sizes_of(hf, folder):
         width=hf.hidden_size, layers=hf.num_hidden_layers, inner=hf.intermediate_size,
         heads=hf.num_attention_heads, kv_heads=hf.num_key_value_heads,
         d=get("head_dim", hf.hidden_size // hf.num_attention_heads),
-        eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta") or get("rope_theta", 10000.0),
+        eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta", getattr(hf, "rope_theta", 10000.0)),
         rope_stretch={n: rope[n] for n in stretch} if found["rotary scaling"] == "llama3" else None,
         qkv_bias=get("attention_bias", hf.model_type == "qwen2"), out_bias=get("attention_bias", False),
         mlp_bias=get("mlp_bias", False), qk_norm=hf.model_type == "qwen3", tied=hf.tie_word_embeddings,
-        positions=get("max_position_embeddings", 10 ** 9))
+        positions=hf.max_position_embeddings)
+    numbers = {"rms_norm_eps": sizes.eps, "rope_theta": sizes.rope_theta,
+               "max_position_embeddings": sizes.positions}
+    for name, value in (numbers | (sizes.rope_stretch or {})).items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{folder}/config.json: {name} = {value!r}, expected a number above 0")
     if sizes.heads % sizes.kv_heads or sizes.d < 2 or sizes.d % 2:
         raise ValueError(f"{folder}/config.json: {sizes.heads} heads of {sizes.d} channels, {sizes.kv_heads} "
                          f"of keys: expected whole groups of heads and an even number of channels")
@@ -133,12 +139,13 @@ def lm_state(folder, lm, tokenizer):
     state = {name: get() for name, get in pieces.items()}
     for table in [name for name in ("embed_tokens.weight", "lm_head.weight") if name in state]:
         rows = state[table]
-        if len(rows) < lm.vocab:
-            raise ValueError(f"{folder}: {table} has {len(rows)} rows, its tokenizer {lm.vocab} tokens")
+        if rows.ndim != 2 or len(rows) < lm.vocab:
+            raise ValueError(f"{folder}: {table} has shape {tuple(rows.shape)}, its tokenizer {lm.vocab} "
+                             f"tokens")
         spread = rows[:lm.vocab:max(1, lm.vocab // 4096)].float().std(0)
         kept = rows[lm.vocab:lm.known].float()  # marks that the language model has learnt itself
         noise = 0.5 * spread * torch.randn(len(tokenizer) - lm.vocab - len(kept), rows.shape[1])
-        state[table.replace("weight", "added")] = torch.cat([kept, rows[tokenizer.eos_token_id] + noise])
+        state[table.replace("weight", "added")] = torch.cat([kept, rows[tokenizer.eos_token_id].float() + noise])
         state[table] = rows[:lm.vocab]
     return state
 
@@ -149,8 +156,9 @@ def check_sizes(pieces, lm, source, prefix=""):
     blocks = {name.split(".")[1] for name in (n.removeprefix(prefix) for n in pieces if n.startswith(prefix))
               if name.startswith("layers.")}
     table = pieces.get(prefix + "embed_tokens.weight")
-    width = table and table().shape[-1]
-    if (len(blocks), width or lm.width) != (lm.layers, lm.width):
+    shape = tuple(table().shape) if table else (0, lm.width)
+    width = table and (shape[1] if len(shape) == 2 else shape)
+    if (len(blocks), *shape[1:]) != (lm.layers, lm.width):
         raise ValueError(f"{source} does not fit the model: its weights are {len(blocks)} blocks of width "
                          f"{width}, config.json says {lm.layers} of {lm.width}: another language model?")
 

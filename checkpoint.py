@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import config as settings
-from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks
+from data import SAMPLE_RATE
+from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks, hann_and_mel
 from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in)
-from tools.htsat import sizes_told
+from tools.htsat import rate_of, sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
 from tools.model_card import about_run, name_of
 from tools.releases import (TABLES, UNUSED, from_published, in_two_parts, release_pieces, save_release)
@@ -78,7 +79,8 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
     tells itself: what they want and it lacks is missing. fresh: what listens is drawn at random."""
     encoder = {n.removeprefix("clap.htsat."): t for n, t in state.items() if n.startswith("clap.")}
     told, every, (_, sizes, tokenizer) = sizes_told(encoder), "cross_attn_every_n_layers", text
-    position = told.pop("position", False)
+    how = {name: told.pop(name) for name in ("position", "fusion") if name in told}
+    how["mel"] = state.get("clap.mel")
     bounded(vars(c), source or "the settings")
     if blocks := sorted({int(name.split(".")[1]) for name in state if name.startswith("xattn.")}):
         inner = [len(tensor) for name, tensor in state.items() if name.endswith("pos_ffn.w_1.weight")]
@@ -92,8 +94,8 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
     told |= {every: blocks[0] + 1} if blocks else {}  # a stride, as published, unless somebody says more
     c = SimpleNamespace(**(vars(c) | {n: v for n, v in told.items() if n not in (*saved, *given)}))
     with torch.device("cpu") if fresh else Unfilled():
-        encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, position)
-    longest = (encoder.max_frames - 1) * 160 / encoder.sample_rate
+        encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, **how)
+    longest = (encoder.max_frames - 1) / 100
     if not 0 <= c.window_overlap < c.window_length <= longest + 0.01:
         raise ValueError(f"{source or 'the settings'}: window_length = {c.window_length}, window_overlap = "
                          f"{c.window_overlap}: expected at most {longest:.2f} s, and a shorter overlap")
@@ -123,19 +125,35 @@ def start(c, given=(), fresh=True, saved=None, source=None):
 
 def clap_state(file):
     """{our name: tensor} of a CLAP training checkpoint, {"state_dict": {"module.audio_branch.*", ...}}."""
-    path, prefix = settings.place(file), "module.audio_branch."
+    path, branch = settings.place(file), "audio_branch."
     if not os.path.isfile(path):
         raise FileNotFoundError(f"clap_checkpoint = {file}: no such file")
     saved = tensors_in(load_pickle(path), "state_dict", file)
-    state = {"clap.htsat." + n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
+    saved = {name.removeprefix("module."): tensor for name, tensor in saved.items()}
+    state = {"clap.htsat." + n.removeprefix(branch): t for n, t in saved.items() if n.startswith(branch)}
     if not state:
         raise ValueError(f"{file}: no module.audio_branch.* in its state_dict")
-    bands = saved.get(prefix + "logmel_extractor.melW")  # (frequency bins, bands): ours end at its last bin
-    if "module.text_branch.embeddings.word_embeddings.weight" in saved or (
-            bands is not None and not bands[len(bands) * 3 // 4:].any()):
-        raise ValueError(f"{file}: this CLAP hears 48 kHz (LAION's own checkpoints do), our mel bands are of "
-                         f"16 kHz: start from an AF-CLAP (clap_ckpt/epoch_16.pt) or prepare/clap.py")
-    return {n: t for n, t in state.items() if not UNUSED.search(n)}
+    mel = clap_mel(saved, file)
+    state = {n: t for n, t in state.items() if not UNUSED.search(n)}
+    return state if mel is None else state | {"clap.mel": mel}
+
+
+def clap_mel(saved, file):
+    """The mel bands of a CLAP that is not AF-CLAP; None for that. LAION's hear 48 kHz; those with a fusion
+    branch were trained on HTK bands, those without on the ones in the file (get_mel and the HTS-AT of
+    laion-clap, arXiv 2211.06687)."""
+    bands, fusion = saved.get("audio_branch.logmel_extractor.melW"), any(".fusion_model." in n for n in saved)
+    laion = "text_branch.embeddings.word_embeddings.weight" in saved  # RoBERTa; AF-CLAP's is a T5
+    if bands is None and not fusion:
+        raise ValueError(f"{file}: an encoder without a fusion branch hears by its own mel bands, but there "
+                         f"is no module.audio_branch.logmel_extractor.melW in the file")
+    try:
+        rate = rate_of(bands) if bands is not None else 48000 if laion else SAMPLE_RATE
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not fusion:
+        return bands.float()
+    return None if rate == SAMPLE_RATE else hann_and_mel(torch.device("cpu"), rate, 14000)[1]
 
 
 def load_language_model(c, device="cpu", dtype=torch.float32):
@@ -308,8 +326,8 @@ def misfits(model, state):
 
 def place_weights(model, state, device, frozen, source):
     """Every weight to its final dtype and device, one by one, from `state`, which it empties, or as it was.
-    Trained ones become float32, frozen ones `frozen` (None: as in the file), BatchNorm's float32. ValueError
-    lists the misfits."""
+    Trained ones, BatchNorm's and mel bands become float32, frozen ones `frozen` (None: as in the file).
+    ValueError lists the misfits."""
     if any((wrong := misfits(model, state)).values()):
         raise ValueError(f"{source} does not fit the model: " +
                          "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names))
@@ -319,7 +337,7 @@ def place_weights(model, state, device, frozen, source):
         if (p := table[name]) is None:
             continue
         tensor = state.pop(f"{path}.{name}".lstrip("."), p.data)
-        exact = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        exact = isinstance(module, (nn.modules.batchnorm._BatchNorm, ClapEncoder))  # the latter's mel bands
         dtype = torch.float32 if exact or p.requires_grad else frozen or tensor.dtype
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
         table[name] = nn.Parameter(tensor, p.requires_grad) if table is module._parameters else tensor

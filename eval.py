@@ -265,10 +265,11 @@ def main(c):
     for manifest in manifests.values():
         if not len(manifest):
             raise ValueError(f"{manifest.file}: holds no item to score")
+    folder = answers_folder(c, source)
+    records.check_places(c, folder)
     model = load_weights(c, source, model, state)
     matters = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
                "max_new_tokens": c.max_new_tokens, "hearing": model.hearing}
-    folder = answers_folder(c, source)
     os.makedirs(folder, exist_ok=True)
     rows, kept = {}, {}
     for name, manifest in manifests.items():
@@ -289,7 +290,8 @@ def main(c):
     if rank == 0 and c.report:
         attention = lambda item, windows: attention_over_time(model, item["prompt"], torch.as_tensor(windows))
         load = lambda item: load_audio(item["audio"], item["start"], **model.hearing)
-        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load, attention)
+        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load, attention,
+                           rate=model.hearing["sample_rate"])
     wait(world)
 
 
@@ -308,10 +310,10 @@ def score_files(c, files):
     """Score the answers of any system."""
     if not c.task or len(files) != 1:
         raise ValueError("usage: eval.py score answers.jsonl --task=Name-Task")
-    items = records.read_answers(files[0])
+    items, folder = records.read_answers(files[0]), c.results and settings.place(c.results)
+    records.check_places(c, folder)
     row = score_split(c.task, items, c, c.clap_checkpoint)
-    if c.results:
-        folder = settings.place(c.results)
+    if folder:
         os.makedirs(folder, exist_ok=True)
         records.write_items(os.path.join(folder, c.task.replace("/", "--") + ".jsonl"), items)
         if c.report:

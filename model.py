@@ -16,7 +16,7 @@ naive_attention spells out, stand last. Nothing here opens a file: checkpoint.py
 import importlib.util
 import math
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import HEARING, MARKS, SAMPLE_RATE
-from tools.htsat import load_htsat_class
+from tools.htsat import FRONT_END, load_htsat_class, rate_of
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -45,24 +45,24 @@ def to_float(windows):
 
 
 @lru_cache
-def hann_and_mel(device):
-    """A (1024,) window, and (513, 64) triangles: 64 HTK mel bands over 50-8000 Hz, no area normalisation."""
+def hann_and_mel(device, sample_rate=SAMPLE_RATE, top=8000):
+    """A (1024,) window, and (513, 64) triangles: 64 HTK mel bands over 50...top Hz, no area normalisation."""
     to_mel = lambda hz: 2595 * math.log10(1 + hz / 700)
-    edges = 700 * (10 ** (torch.linspace(to_mel(50), to_mel(8000), 66, dtype=torch.float64) / 2595) - 1)
-    bins = torch.linspace(0, SAMPLE_RATE / 2, 513, dtype=torch.float64)[:, None]
+    edges = 700 * (10 ** (torch.linspace(to_mel(50), to_mel(top), 66, dtype=torch.float64) / 2595) - 1)
+    bins = torch.linspace(0, sample_rate / 2, 513, dtype=torch.float64)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     mel = torch.minimum(rising, falling).clamp(min=0).float()
     return torch.hann_window(1024, device=device), mel.to(device)
 
 
-def log_mel(windows):
-    """windows (n, L) float32 in [-1, 1] at 16 kHz -> (n, 1 + L//160, 64) float32, dB of mel power."""
-    hann, mel = hann_and_mel(windows.device)
+def log_mel(windows, sample_rate=SAMPLE_RATE, mel=None):
+    """windows (n, L) float32 in [-1, 1] -> (n, 1 + L // hop, 64) float32, dB of power; mel: (513, 64)."""
+    (hann, bands), hop = hann_and_mel(windows.device), sample_rate // 100  # 10 ms
     with torch.autocast(windows.device.type, enabled=False):
-        spectrum = torch.stft(windows, 1024, 160, window=hann, pad_mode="reflect", return_complex=True)
+        spectrum = torch.stft(windows, 1024, hop, window=hann, pad_mode="reflect", return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()
-        return 10 * torch.log10((power.transpose(1, 2) @ mel).clamp(min=1e-10))
+        return 10 * torch.log10((power.mT @ (bands if mel is None else mel)).clamp(min=1e-10))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -74,26 +74,26 @@ def log_mel(windows):
 
 class ClapEncoder(nn.Module):
     """windows (n, L) -> (n, S, C): tokens before HTS-AT's pooling; S = (spec_size/32)^2, C = 8 embed_dim."""
+    frequency_bins = 2  # of a window's tokens: bin * (S/2) + time step
 
-    sample_rate, frequency_bins = SAMPLE_RATE, 2  # of a window's tokens: bin * (S/2) + time step
-
-    def __init__(self, embed_dim, depths, num_heads, spec_size=256, position=False, augment=True):
-        """position: HTS-AT's own position embedding (published: none); augment: drop path, SpecAugment."""
+    def __init__(self, embed_dim, depths, num_heads, spec_size=256, position=False, augment=True, mel=None,
+                 fusion=True):
+        """position: HTS-AT's own position embedding (published: none); augment: drop path, SpecAugment; mel:
+        (513, 64) bands unless they are AF-CLAP's, which tell the sample rate; fusion: it has that branch."""
         super().__init__()
-        mel = SimpleNamespace(sample_rate=SAMPLE_RATE, window_size=1024, hop_size=160, mel_bins=64, fmin=50,
-                              fmax=8000)
         self.htsat = load_htsat_class()(
             spec_size=spec_size, patch_size=4, patch_stride=(4, 4), embed_dim=embed_dim, depths=depths,
-            num_heads=num_heads, window_size=8, config=mel, ape=position, enable_fusion=True,
-            fusion_type="aff_2d", drop_path_rate=0.1 if augment else 0.0)
+            num_heads=num_heads, window_size=8, config=FRONT_END, ape=position, enable_fusion=fusion,
+            fusion_type="aff_2d" if fusion else "None", drop_path_rate=0.1 if augment else 0.0)
+        self.register_buffer("mel", mel)
+        self.sample_rate = SAMPLE_RATE if mel is None else rate_of(mel)
         for unused in ("spectrogram_extractor", "logmel_extractor", "tscam_conv", "head"):
             delattr(self.htsat, unused)  # its own waveform front end and AudioSet classifier
         if position:  # beside patches of size 1: heard from the first step on
             nn.init.normal_(self.htsat.absolute_pos_embed, std=0.5)
         share = (spec_size / 256) ** 2  # of a 10 s window: mask the same part of a shorter one
         self.htsat.spec_augmenter.time_dropper.drop_width = max(1, round(64 * share))
-        self.augment = augment
-        self.width = 8 * embed_dim
+        self.augment, self.width = augment, 8 * embed_dim
         self.tokens_per_window = (spec_size // 32) ** 2
         self.max_frames = spec_size * (spec_size // 64)
 
@@ -101,7 +101,7 @@ class ClapEncoder(nn.Module):
         return unpickled_encoder, (), self.__dict__
 
     def forward(self, windows):
-        return self.encode(log_mel(windows))
+        return self.encode(log_mel(windows, self.sample_rate, self.mel))
 
     def encode(self, mel):
         """mel (n, frames, 64), as log_mel gives it -> (n, S, C)."""
@@ -471,7 +471,8 @@ class TokenTable(nn.Module):
         return torch.where((ids < n)[..., None], F.embedding(ids.clamp(max=n - 1), self.weight), added)
 
     def logits(self, x):
-        return torch.cat([F.linear(x, self.weight.to(x.dtype)), F.linear(x, self.added.to(x.dtype))], -1)
+        parts = self.weight, self.added  # x is cast, not they: a copy of the table would be a gigabyte
+        return torch.cat([F.linear(x.to(rows.dtype), rows) for rows in parts], -1)
 
 
 class LanguageModel(nn.Module):
@@ -527,9 +528,8 @@ def gated_blocks(every, layers):
     return blocks
 
 
-def recomputed(module, *args):
-    """module(*args), whose insides are computed again in the backward pass instead of being kept."""
-    return checkpoint(module, *args, use_reentrant=False)
+# (module, *args): the insides are computed again in the backward pass instead of being kept
+recomputed = partial(checkpoint, use_reentrant=False)
 
 
 def side_by_side(x, n, rows=None):
@@ -614,9 +614,14 @@ class AudioFlamingo(nn.Module):
             return self.lm.logits(x), None
         targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         at = torch.from_numpy(np.flatnonzero(targets.cpu().numpy() != -100)).to(x.device, non_blocking=True)
-        logits = self.lm.logits(x.flatten(0, 1).index_select(0, at)).float()
         targets = targets.to(x.device, non_blocking=True).index_select(0, at)
-        return None, F.cross_entropy(logits, targets, reduction="sum") / max(len(logits), 1)
+        return None, self.summed_loss(x.flatten(0, 1).index_select(0, at), targets) / max(len(at), 1)
+
+    def summed_loss(self, x, targets, most=1024):
+        """x (n, D) before the head, targets (n,) -> cross-entropy; logits are made of `most` rows at once."""
+        if len(x) > most:
+            return sum(map(partial(recomputed, self.summed_loss), x.split(most), targets.split(most)))
+        return F.cross_entropy(self.lm.logits(x).float(), targets, reduction="sum")
 
     # --- answering: tools/decoding.py
 

@@ -22,6 +22,7 @@ from tools import listening, page
 from tools.asking import concluded, growing, hear_clips, load_clips, read_questions, sampling
 from tools.decoding import Sampling, answer, compile_decoding
 from tools.int8 import quantize
+from tools.scripts import need_place
 
 audio: list = []  # audio file; again for each further clip of the same prompt
 prompt: str = "Describe the sound in a sentence."  # what to ask
@@ -165,6 +166,7 @@ def ask_all(model, questions, c):
 
 def main(c):
     if c.export:
+        settings.need_room(c.export)
         return export_release(*read_model(c), c.export)
     if bool(c.audio) + bool(c.input) + c.serve != 1:
         raise ValueError("give one of --audio clip.wav (again for each further clip of the same prompt), "
@@ -175,8 +177,9 @@ def main(c):
     for path in c.audio:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such audio file")
-    if c.output:
-        os.makedirs(os.path.dirname(c.output) or ".", exist_ok=True)
+    for file in filter(None, (c.output, c.timeline and c.timeline + ".json")):
+        need_place(file)
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     Sampling(**sampling(c))  # what makes no sense is refused before the model is loaded
     if c.serve:
         page.check(c)

@@ -55,8 +55,7 @@ def seed_step(c, rank, step):
 def on_device(batch, device):
     """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host: positions are
     made of them."""
-    ids, windows = (batch[name].to(device, non_blocking=True) for name in ("input_ids", "windows"))
-    return ids, windows, batch["n_windows"], batch["labels"]
+    return *runs.arrived(batch, device), batch["n_windows"], batch["labels"]
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def validate(model, c, loaders, device, autocast, world, control):
     for name, loader in loaders.items():
         total = torch.zeros(3, dtype=torch.float64, device=device)  # summed loss, tokens, outputs cut off
         unread = []
-        for batch in loader:
+        for batch in runs.ahead(loader, device):
             n = count_tokens(batch)
             unread += batch["bad"]
             with autocast():
@@ -235,7 +234,7 @@ def train(c, run, rank, world, local_rank):
             parts = list(map(len, loader.plan))
             taken = [sum(parts[i:i + accumulation]) for i in range(first, len(parts), accumulation)]
             per_step = sum(taken) / max(1, len(taken)) if c.max_windows_per_batch else per_step
-            batches = iter(loader)
+            batches = runs.ahead(loader, device)
         last_step = min(limit, at["step"] + len(taken) + steps_in(counts[epoch + 1:]))
         bar.total = last_step
         for items in taken:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 import config as settings
 from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
 from tools import sound
-from tools.scripts import written
+from tools.htsat import rate_of
+from tools.scripts import need_place, written
 from tools.sizes import about_tokens
 from tools.spread import spread
 
@@ -42,8 +43,14 @@ def open_all(c, files):
 
 
 def hearing_of(c):
-    """What is heard of a clip, by the config; 5 minutes, the most that a stage hears, where none tells."""
-    hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": SAMPLE_RATE}
+    """What is heard of a clip, by the config; 5 minutes, the most that a stage hears, where none tells; at
+    the rate of its clap_checkpoint, where that is here."""
+    rate = SAMPLE_RATE
+    if c.clap_checkpoint and os.path.isfile(settings.place(c.clap_checkpoint)):
+        from checkpoint import clap_state
+        mel = clap_state(c.clap_checkpoint).get("clap.mel")
+        rate = rate if mel is None else rate_of(mel)
+    hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": rate}
     return hearing if "max_num_window" in c.given else hearing | {"max_num_window": 30}
 
 
@@ -126,8 +133,10 @@ def main(c, files):
     hearing, tokenizer = hearing_of(c), tokenizer_of(c)
     folder, page = (path and settings.place(path) for path in (c.write, c.page))
     targets = [target(folder, m) for m in manifests.values()] if folder else []
-    for needed in filter(None, (folder, page and os.path.dirname(page))):
-        settings.need_room(needed)
+    if folder:
+        settings.need_room(folder)
+    if page:
+        need_place(page)
     opened = list(manifests.values())
     tasks = ((m, i) for m, manifest in enumerate(opened) for i in range(len(manifest)))
     found = [Found(len(manifest)) for manifest in opened]
@@ -210,7 +219,7 @@ def seen(manifest, i, hearing, tokenizer, max_tokens):
         return ""
     heard = f"<p>{html.escape(clip['path'])}: {' + '.join(map(str, clip['n_windows']))} windows</p>"
     try:
-        heard += player(clip["windows"], None)
+        heard += player(clip["windows"], None, hearing["sample_rate"])
     except ModuleNotFoundError as error:
         heard += f"<p>no picture: {html.escape(str(error))}; pip install -r requirements-eval.txt</p>"
     pair = clip["prompt"], clip["output"]

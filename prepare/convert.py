@@ -1,4 +1,5 @@
-"""Copies of what the model hears: 16 kHz, mono, FLAC, cut to its length, and manifests that point at them.
+"""Copies of what the model hears: mono FLAC at its rate (16 kHz; the one of clap_checkpoint, where that is
+here), cut to its length, and manifests that point at them.
 
     python data.py convert config/pretrain.py --to=packed             # all manifests of a config
     python data.py convert a.json b.json --data_root=data --to=packed
@@ -121,5 +122,6 @@ def main(c, files):
                 yield told | {"duration": round(float(lengths[i]), 4)}
 
         n = write_manifest(path, manifest.head | {"split_path": audio}, items())
-        print(f"{manifest.name}: {n} of {len(manifest)} items, {np.nansum(lengths) / 3600:.4g} h: {path}")
+        print(f"{manifest.name}: {n} of {len(manifest)} items, {np.nansum(lengths) / 3600:.4g} h "
+              f"at {hearing['sample_rate']:,} Hz: {path}")
     sys.exit(1 if any(np.isnan(lengths).any() for lengths in seconds) else 0)

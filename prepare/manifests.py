@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tqdm import tqdm
 
 import config as settings
+from tools.scripts import need_place
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
 VIDEOS = (".mp4", ".mkv", ".webm")
@@ -207,12 +208,12 @@ class Folder:
 
 def seconds_of(path):
     """Seconds of a sound file, or in words why it is none."""
-    import soundfile
+    from tools import sound
     if not os.path.isfile(path):
         return "missing"
     try:
-        info = soundfile.info(path)
-        return info.frames / info.samplerate if info.frames else "empty"
+        frames, rate = sound.length(path)
+        return frames / rate if frames else "empty"
     except Exception:  # whatever a decoder says of a damaged file, it is one of many
         with open(path, "rb") as f:
             pointer = f.read(40).startswith(b"version https://git-lfs")
@@ -259,11 +260,7 @@ def with_duration(item, folder, seconds):
 def place_for(path):
     """The manifest's place as an absolute path; told before the long work if nothing can be written there."""
     path = os.path.abspath(settings.place(path))
-    folder = os.path.dirname(path)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise PermissionError(f"{path}: {folder} is no folder that can be written to")
+    need_place(path)
     return path
 
 

@@ -93,6 +93,7 @@ def test_check_of_a_config_with_a_page(folder, tiny_lm, tmp_path):
 @pytest.mark.parametrize("options, saying", [
     ([], "name manifests"), (["nowhere.json"], "nowhere.json: no such manifest"),
     (["--write=/dev/null/x"], "cannot be written to"), (["--page=/dev/null/x.html"], "cannot be written to"),
+    (["--page={folder}"], "a folder, expected the name of a file"),
     (["--write={folder}"], "would overwrite"), (["--wirte=x"], "unknown setting 'wirte'; nearest: write")])
 def test_what_check_cannot_do_is_one_line(folder, options, saying):
     manifest = [f"{folder}/good-AQA/val.json"] if options and options[0].startswith("--") else []

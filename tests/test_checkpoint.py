@@ -1,5 +1,6 @@
 """Between disk and tensors: language models of every family, moved and old runs, memory, clear refusals."""
 import json
+import math
 import os
 import re
 import shutil
@@ -7,14 +8,18 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import config
 from checkpoint import load
-from model import AudioFlamingo
+from data import load_audio
+from model import AudioFlamingo, to_float
+from prepare.check import hearing_of
 from tests.helpers import ROOT, fails_with_one_line, run
 from tools.files import load_pickle
 from tools.releases import PUBLISHED, TABLES, rename
@@ -288,15 +293,92 @@ def test_memory_before_the_first_step(tiny_lm, tiny_config, tmp_path):
     assert peak < weights + 1e9
 
 
-def test_laions_own_clap_is_refused(tmp_path):
-    """Their mel bands end at 14 of 24 kHz, their text tower is RoBERTa; ours, at 16 kHz, pass."""
-    audio, bands = {"module.audio_branch.norm.weight": torch.ones(8)}, torch.ones(513, 64)
-    theirs = bands * (torch.arange(513)[:, None] * 48000 / 1024 < 14000)
-    tower = {"module.text_branch.embeddings.word_embeddings.weight": torch.ones(2, 2)}
-    for more in (tower, {"module.audio_branch.logmel_extractor.melW": theirs}):
-        torch.save({"state_dict": audio | more}, tmp_path / "laion.pt")
-        with pytest.raises(ValueError, match="laion.pt: this CLAP hears 48 kHz"):
-            checkpoint.clap_state(str(tmp_path / "laion.pt"))
-    for more in ({}, {"module.audio_branch.logmel_extractor.melW": bands}):
-        torch.save({"state_dict": audio | more}, tmp_path / "ours.pt")
-        assert list(checkpoint.clap_state(str(tmp_path / "ours.pt"))) == ["clap.htsat.norm.weight"]
+def naive_log_mel(x, hop, mel):
+    """x (n, L) float64 -> (n, frames, 64): the Fourier transform spelled out."""
+    frames = torch.nn.functional.pad(x[:, None], (512, 512), mode="reflect")[:, 0].unfold(1, 1024, hop)
+    hann = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(1024, dtype=torch.float64) / 1024)
+    turns = torch.outer(torch.arange(1024), torch.arange(513)).double() * (-2 * math.pi / 1024)
+    spectrum = (frames * hann + 0j) @ torch.polar(torch.ones_like(turns), turns)
+    return 10 * torch.log10((spectrum.abs() ** 2 @ mel).clamp(min=1e-10))
+
+
+def triangles(rate, top):
+    """64 HTK mel bands (arXiv 2211.06687's torchaudio settings), bin by bin."""
+    edges = [700 * (10 ** (m / 2595) - 1) for m in
+             np.linspace(*(2595 * math.log10(1 + f / 700) for f in (50, top)), 66)]
+    mel = torch.zeros(513, 64, dtype=torch.float64)
+    for i, hz in enumerate(np.linspace(0, rate / 2, 513)):
+        for b, (low, mid, high) in enumerate(zip(edges, edges[1:], edges[2:])):
+            mel[i, b] = max(0, min((hz - low) / (mid - low), (high - hz) / (high - mid)))
+    return mel
+
+
+@pytest.mark.parametrize("fusion, protocol", [(False, 2), (True, 4)])
+def test_laions_own_clap(tiny_settings, tiny_config, tmp_path, monkeypatch, fusion, protocol):
+    """48 kHz; tiny and base have no fusion branch and mel bands of their own. A checkpoint as LAION's code
+    writes it, numpy's numbers beside the weights, gives the embedding of laion-clap's own forward."""
+    from tools.htsat import load_htsat_class
+    front_end = SimpleNamespace(sample_rate=48000, window_size=1024, hop_size=480, mel_bins=64, fmin=50,
+                                fmax=14000)
+    torch.manual_seed(0)
+    theirs = load_htsat_class()(
+        spec_size=128, embed_dim=16, depths=[2, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=8,
+        config=front_end, enable_fusion=fusion, fusion_type="aff_2d" if fusion else "None").eval()
+    theirs.bn0.running_mean.uniform_(-40, 0)
+    monkeypatch.setattr(sys.modules[type(theirs).__module__], "interpolate", lambda x, _: x)
+    mel = triangles(48000, 14000)
+    own = mel * torch.linspace(1, 3, 64)  # in the file: read without a fusion branch, never with one
+    state = {f"module.audio_branch.{n}": t for n, t in theirs.state_dict().items()}
+    state |= {"module.audio_branch.logmel_extractor.melW": own.float(),
+              "module.text_branch.embeddings.position_ids": torch.arange(514)[None],
+              "module.text_branch.embeddings.word_embeddings.weight": torch.ones(2, 2)}
+    file = tmp_path / "630k-audioset-best.pt"
+    saved = {"epoch": 9, "state_dict": state, "optimizer": {"lr": np.float64(1e-4), "steps": np.arange(3)}}
+    torch.save(saved, file, pickle_protocol=protocol)
+
+    fewer = {name: value for name, value in tiny_settings.items() if not name.startswith("clap_")}
+    c = settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=str(file), given={})
+    assert hearing_of(c)["sample_rate"] == 48000  # of data.py check and convert
+    model = checkpoint.new(c)
+    assert model.hearing["sample_rate"] == model.clap.sample_rate == 48000
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "x.wav", 0.1 * rng.standard_normal((3 * 48000, 1)), 48000)
+    windows = torch.from_numpy(load_audio(str(tmp_path / "x.wav"), **model.hearing))
+    assert windows.shape == (2, 120000)
+    log_mels = naive_log_mel(windows.double() / 32767, 480, mel if fusion else own).float()[:, None]
+    theirs.spectrogram_extractor, theirs.logmel_extractor = torch.nn.Identity(), torch.nn.Identity()
+    heard = {"waveform": log_mels, "mel_fusion": log_mels, "longer": torch.zeros(2, 1, dtype=torch.bool)}
+    with torch.no_grad():
+        embedding, tokens = theirs(heard, device="cpu")["embedding"], model.clap(to_float(windows))
+    torch.testing.assert_close(tokens.mean(1), embedding, atol=1e-4, rtol=1e-4)
+
+    # a release of it, its CLAP alone, and a run that trains it hear the same
+    release, exported = str(tmp_path / "release"), f"{tmp_path}/release/clap_ckpt/epoch_16.pt"
+    model.save_pretrained(release)
+    others = [load(release, dtype=torch.bfloat16),
+              checkpoint.new(settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=exported))]
+    assert others[0].clap.mel.dtype == torch.float32
+    if not fusion:
+        run("train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=run", f"--clap_checkpoint={file}",
+            "--clap_depths=[2,1,1,1]", "--clap_finetune=True", "--clap_learning_rate=0", "--max_steps=1",
+            "--valid_dataset_config={}")
+        others.append(load(str(tmp_path / "run")))
+    before = {n: t.bfloat16() for n, t in model.clap.state_dict().items() if "bn" not in n}
+    for other in others:
+        assert other.hearing == model.hearing and torch.equal(other.clap.mel, model.clap.mel)
+        state = other.clap.state_dict()
+        assert all(torch.equal(state[n].bfloat16(), t) for n, t in before.items())
+
+
+def test_mel_bands_that_tell_no_rate(tmp_path):
+    """AF-CLAP's pass and say nothing; a set of bands that ends elsewhere, or none, is refused in one line."""
+    audio = {"module.audio_branch.norm.weight": torch.ones(8)}
+    fused = {"module.audio_branch.patch_embed.fusion_model.bias": torch.ones(8)}
+    bands = lambda rate, top: {"module.audio_branch.logmel_extractor.melW": triangles(rate, top).float()}
+    for more in ({}, bands(16000, 8000)):
+        torch.save({"state_dict": audio | fused | more}, tmp_path / "ours.pt")
+        assert len(checkpoint.clap_state(str(tmp_path / "ours.pt"))) == 2
+    for more, saying in ((bands(32000, 14000), "whose last bin is 447"), ({}, "there is no module.audio")):
+        torch.save({"state_dict": audio | more}, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=f"other.pt: .*{saying}"):
+            checkpoint.clap_state(str(tmp_path / "other.pt"))

@@ -13,6 +13,7 @@ import torch
 import config
 import data
 from data import Batches, Clips, Collate, Manifest, make_labels, open_manifests, train_loader
+from prepare.manifests import seconds_of
 from tests.helpers import GOLDEN_SPEC, fails_with_one_line, run, write_manifest
 from tools import sizes as costs
 from tools import sound
@@ -219,6 +220,54 @@ def test_mp3s_are_heard_whole(tmp_path, loud_first, tags):
         assert len(x) == frames and abs(len(x) / rate - (60 if name == "twice" else 30)) < 0.2
         later, _, _ = sound.decode(str(tmp_path / f"{name}.mp3"), 21.0, 2.0)
         assert len(later) == 2 * rate and np.abs(later - x[21 * rate:23 * rate]).max() < 1e-4
+        assert seconds_of(str(tmp_path / f"{name}.mp3")) == frames / rate  # prepare/'s, not an estimate
+
+
+def flac_without_length(path):
+    """As streaming encoders leave it: 36 bits of its first block."""
+    raw = bytearray(open(path, "rb").read())
+    raw[21] &= 0xF0
+    raw[22:26] = bytes(4)
+    open(path, "wb").write(raw)
+    return raw
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_flacs_that_tell_no_length(tmp_path, channels):
+    path, x = str(tmp_path / "a.flac"), rng.standard_normal((12 * 44100, channels)) * 0.1
+    soundfile.write(path, x, 44100)
+    whole = {start: load_audio(path, start) for start in (0, 2.5, 11.9)}
+    raw = flac_without_length(path)
+    for start, windows in whole.items():
+        assert np.array_equal(load_audio(path, start), windows)
+        assert data.read_clip(path, start, 10.0, 0.0, 12, seconds=4.0)[0].shape == (1, 160000)
+    assert sound.decode(path, 0, 3.0, count=True)[2] == len(x) and sound.length(path) == (len(x), 44100)
+    for start in (12.0, 50.0):
+        with pytest.raises(ValueError, match=rf"no audio from {start} s on \(the file has 12.00 s"):
+            load_audio(path, start)
+    open(path, "wb").write(raw[:len(raw) // 2])
+    assert len(sound.decode(path, 1.0, 3.0)[0]) == 3 * 44100
+    for start in (0, 2.5, 50):
+        with pytest.raises(ValueError, match=r"truncated or damaged: nothing is decoded from 5\.[89] s on"):
+            load_audio(path, start)
+
+
+def test_files_that_end_early_are_told_as_that(tmp_path):
+    for name in ("a.flac", "a.mp3"):
+        path = str(tmp_path / name)
+        soundfile.write(path, rng.standard_normal(12 * 16000) * 0.1, 16000)
+        raw = open(path, "rb").read()
+        open(path, "wb").write(raw[:len(raw) // 2] + bytes(len(raw) // 2))
+        with pytest.raises(ValueError, match=r"truncated or damaged: nothing is decoded from [56]\.\d s on"):
+            load_audio(path)
+
+
+@pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16"])
+def test_what_cannot_be_seeked_in_is_read_from_its_beginning(tmp_path, subtype):
+    path = str(tmp_path / "a.wav")
+    soundfile.write(path, tone(5, 8000), 8000, subtype=subtype)
+    whole, _, _ = sound.decode(path, 0, 9)
+    assert np.array_equal(sound.decode(path, 1.5, 2)[0], whole[12000:28000]) and whole[12000:28000].any()
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
@@ -227,6 +276,8 @@ def test_the_loudest_channel_is_heard_where_the_first_is_silent(tmp_path, name, 
     x = tone(3, 44100, channels) * np.linspace(0.01, 1, channels)
     x[:, 0] = 0
     soundfile.write(path, x, 44100)
+    if name == "a.flac":
+        flac_without_length(path)
     sound.said[0] = 0
     for _ in range(3):
         windows = load_audio(path)

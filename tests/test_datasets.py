@@ -655,7 +655,7 @@ def test_scripts(tmp_path):
     fails_with_one_line("prepare/datasets.py", "esc50", f"--from={tmp_path}", saying="meta/esc50.csv")
     fails_with_one_line("prepare/table.py", tmp_path / "clips.csv", *ASK,
                         f"--to={tmp_path}/clips.csv/x/train.json",
-                        saying="clips.csv is no folder that can be written to")
+                        saying="clips.csv/x: cannot be written to")
     shown = run("prepare/datasets.py", "--help").stdout
     assert all(converter.__name__ in shown for converter in datasets.CONVERTERS)
     assert "https://zenodo.org/records/6473207" in shown

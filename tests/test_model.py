@@ -110,6 +110,29 @@ def test_loss_is_the_naive_loss(tiny_settings):
     assert model(ids, windows, n, labels=torch.full_like(labels, -100))[1] == 0  # nothing to learn is no NaN
 
 
+def test_the_loss_of_many_tokens_in_parts(tiny_settings, monkeypatch):
+    """Of 1500 labelled tokens: no more logits at once than of 1024; the naive loss and its gradients."""
+    model, rows = build(tiny_settings, gates=0.5), []
+    ids, windows, n, labels = batch(model, T=(1200, 1100, 700))
+    heard = listen_double(model.double(), windows, n)
+    monkeypatch.setattr(model, "listen", lambda *_: heard)
+    model.requires_grad_(True)
+    logits_of = model.lm.logits
+    monkeypatch.setattr(model.lm, "logits", lambda x: rows.append(x.numel() // x.shape[-1]) or logits_of(x))
+    logits, _ = model(ids, windows, n)
+    naive = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    naive.backward()
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    _, loss = model(ids, windows, n, labels)
+    loss.backward()
+    assert rows == [3600, 1024, 476, 476, 1024]  # the naive one; ours, and again for its gradients
+    assert abs(loss - naive) < 1e-6 * naive and len(theirs) > 40
+    for name, p in model.named_parameters():
+        if name in theirs:
+            assert (p.grad - theirs[name]).abs().max() <= 1e-6 * theirs[name].abs().max(), name
+
+
 def test_gradient_checkpointing_and_finite_differences(tiny_settings):
     model = build(tiny_settings, gates=0.3)
     model.requires_grad_(True)

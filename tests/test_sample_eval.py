@@ -154,6 +154,43 @@ def test_other_bad_input_is_one_line(trained, tiny_data, tmp_path):
                         "--init_from=none", saying="data/manifests/no-AQA/test.json")
 
 
+@pytest.mark.parametrize("script, options, saying", [
+    ("eval", ["--results=/dev/null/x"], "/dev/null/x: cannot be written to"),
+    ("eval", ["--results={tmp}/a.jsonl"], "a.jsonl: cannot be written to"),
+    ("eval", ["--scores=/dev/null/x/s.json"], "/dev/null/x: cannot be written to"),
+    ("eval", ["--scores={tmp}"], "a folder, expected the name of a file"),
+    ("eval", ["--scores={tmp}/list.json"], "list.json: not a file of scores"),
+    ("eval", ["--scores={tmp}/a.jsonl"], "a.jsonl: not JSON"),
+    ("eval", ["--labels={tmp}/none"], "none: no such file of labels"),
+    ("eval", ["--labels={tmp}/list.json"], "list.json: 1 is a int, expected a label"),
+    ("score", ["--results=/dev/null/x"], "/dev/null/x: cannot be written to"),
+    ("score", ["--scores={tmp}/list.json"], "list.json: not a file of scores"),
+    ("sample", ["--output={tmp}"], "a folder, expected the name of a file"),
+    ("sample", ["--output=/dev/null/x.jsonl"], "/dev/null: cannot be written to"),
+    ("sample", ["--timeline=/dev/null/x"], "/dev/null: cannot be written to"),
+    ("sample", ["--export=/dev/null/x"], "/dev/null/x: cannot be written to")])
+def test_places_are_looked_at_before_the_long_work(trained, tiny_data, tmp_path, monkeypatch, script, options,
+                                                   saying):
+    import config
+    import eval as scores
+    import sample as answers
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "output": "o", "answer": "a"}\n' * 2)
+    unexpected = lambda *_, **__: pytest.fail("the work has begun")
+    for module, work in ((scores, "load_weights"), (scores, "score_split"), (answers, "load_weights"),
+                         (answers, "export_release")):
+        monkeypatch.setattr(module, work, unexpected)
+    module, main, own = {
+        "eval": (scores, scores.main, ["--split=toy-AQA/test"]),
+        "score": (scores, lambda c: scores.score_files(c, [f"{tmp_path}/a.jsonl"]), ["--task=toy-AQA"]),
+        "sample": (answers, answers.main, [f"--audio={tiny_data}/0.wav"])}[script]
+    argv = [f"--init_from={trained}/tiny", *own, *(option.format(tmp=tmp_path) for option in options)]
+    there = sorted(os.listdir(tmp_path))
+    with pytest.raises((ValueError, FileNotFoundError), match=saying):
+        main(config.load(argv, f"{module.__name__}.py", module.READS))
+    assert sorted(os.listdir(tmp_path)) == there
+
+
 def read(file):
     """-> header and items of kept answers."""
     header, *items = [json.loads(line) for line in open(file)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -397,11 +398,14 @@ def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
     assert "Self CPU" in capsys.readouterr().out
     assert json.load(open(tmp_path / "run/trace.json"))["traceEvents"]
     assert {len(row) for key in ("gates", "ff_gates") for row in log(tmp_path, "run", key)} == {3}  # layers
-    c = config.load([f"--output={tmp_path}/both.png"], "tools/plot.py")
+    c = config.load([f"--output={tmp_path}/new/both.png"], "tools/plot.py")
     plot.main(c, [f"{out}/straight", f"{tmp_path}/run"])
-    assert open(tmp_path / "both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    assert open(tmp_path / "new/both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(FileNotFoundError, match="no log.jsonl"):
         plot.main(c, [f"{tmp_path}"])
+    c.output = str(tmp_path)
+    with pytest.raises(ValueError, match="a folder, expected the name of a file"):
+        plot.main(c, [f"{tmp_path}/run"])
 
 
 def test_a_run_whose_name_has_a_slash_is_the_newest(tiny_config, tmp_path):
@@ -475,6 +479,56 @@ def test_a_step_waits_for_nothing(tiny_config, tmp_path):
                  "--dataset_blending_global_weight=1.0")
         counted.append(waits.counted)
     assert counted[0] == counted[1] and sum(counted[0].values()) > 0, counted
+
+
+def test_batches_are_copied_ahead_by_a_stream_of_their_own(monkeypatch):
+    """CUDA's streams replaced by ones that tell what they were asked, and when."""
+    from tools import runs
+    told, current = [], ["compute"]
+
+    class Stream(SimpleNamespace):
+        def record_event(self):
+            return SimpleNamespace(after=told[-1])
+
+        def wait_event(self, event):
+            told.append((self.name, "waits for", *event.after[1:]))
+
+    class Pinned(SimpleNamespace):
+        def to(self, device, non_blocking):
+            told.append((current[0], "copies", self.name))
+            return self
+
+        def record_stream(self, stream):
+            told.append((stream.name, "holds", self.name))
+
+    @contextmanager
+    def stream(side):
+        current[0] = side.name
+        yield
+        current[0] = "compute"
+
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(name="side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name=current[0]))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    for n in (0, 1, 3):
+        told.clear()
+        batches = [{"input_ids": Pinned(name=f"ids {i}"), "windows": Pinned(name=f"sound {i}"), "n": i}
+                   for i in range(n)]
+        for i, batch in enumerate(runs.ahead(iter(batches), cuda)):
+            ids, windows = runs.arrived(batch, cuda)
+            told.append(("compute", "uses", i))
+            assert batch is batches[i] and (ids.name, windows.name) == (f"ids {i}", f"sound {i}")
+            assert "coming" not in batch and runs.arrived(batch, cuda)  # asked again: copied again
+        copied = lambda i: [("side", "copies", f"ids {i}"), ("side", "copies", f"sound {i}")]
+        used = lambda i: [("compute", "waits for", "copies", f"sound {i}"), ("compute", "holds", f"ids {i}"),
+                          ("compute", "holds", f"sound {i}"), ("compute", "uses", i),
+                          ("compute", "copies", f"ids {i}"), ("compute", "copies", f"sound {i}")]
+        expected = [x for i in range(n) for x in (copied(0) if i == 0 else []) + (
+            copied(i + 1) if i + 1 < n else []) + used(i)]
+        assert told == expected
+    lazy = runs.ahead(iter(batches), torch.device("cpu"))
+    assert next(lazy) is batches[0] and list(lazy) == batches[1:] and told == expected
 
 
 def test_fine_tuning_starts_from_a_run(straight, tiny_config):

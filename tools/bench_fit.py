@@ -235,7 +235,7 @@ def micro_step(model, B, W, T, A, dtype, keep_gradients=False, on_gpu=True):
             x = model.hidden(ids, model.keys_values(audio), n_keys)
             ledger.enter("head")
             x = x[:, :A].flatten(0, 1)
-            loss = F.cross_entropy(model.lm.logits(x).float(), torch.zeros(B * A, dtype=torch.long))
+            loss = model.summed_loss(x, torch.zeros(B * A, dtype=torch.long))
             del sound, audio, x
         ledger.enter(BACKWARD)
         loss.backward()

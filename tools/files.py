@@ -2,12 +2,15 @@
 not at all. Errors are ValueError or FileNotFoundError, one line that names the file."""
 import ctypes
 import os
+import pickle
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 
@@ -83,12 +86,50 @@ def load_tensors(file):
     return {name: partial(load_tensor, file, name) for name in names}
 
 
+class Inert:
+    """What stands in for an object of numpy's: nothing that weights need."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+class TensorsOnly(pickle.Unpickler):
+    """As strict as torch.load's weights_only=True, for pickles that it cannot read: of protocol 4, or with
+    numpy's scalars beside the weights. LAION's checkpoints are both."""
+    GIVEN = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
+
+    def find_class(self, module, name):
+        if module.split(".")[0] in ("numpy", "_codecs"):
+            return Inert
+        if f"{module}.{name}" not in self.GIVEN:
+            raise pickle.UnpicklingError(f"Weights only: GLOBAL {module}.{name}")
+        return super().find_class(module, name)
+
+
+TENSORS_ONLY = SimpleNamespace(Unpickler=TensorsOnly, __name__="TensorsOnly")  # torch.load takes a module
+
+
+def load_zip_or_pickle(path):
+    read = partial(torch.load, path, map_location="cpu", mmap=zipfile.is_zipfile(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the protocol
+            return read(weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path) or not re.search(r"GLOBAL numpy|Unsupported operand", str(error)):
+            raise
+    return read(weights_only=False, pickle_module=TENSORS_ONLY)
+
+
 def load_pickle(path):
     """The dict in a file of torch.save: of tensors, numbers, strings, lists, dicts; nothing in it is run."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        saved = load_zip_or_pickle(path)
     except Exception as error:  # zip, pickle and storage errors alike: the file is not what it should be
         code, kind = re.search(r"GLOBAL (\S+)", str(error)), "a pickle of more than tensors"
         why = kind if "Weights only" in str(error) else brief(error)

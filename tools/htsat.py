@@ -9,6 +9,10 @@ from functools import lru_cache
 
 import torch.nn as nn
 
+# of the waveform front end that HTS-AT would make and we do not use: ours is model.log_mel
+FRONT_END = types.SimpleNamespace(sample_rate=16000, window_size=1024, hop_size=160, mel_bins=64, fmin=50,
+                                  fmax=8000)
+
 
 @lru_cache
 def load_htsat_class():
@@ -39,8 +43,20 @@ def load_htsat_class():
     return htsat.HTSAT_Swin_Transformer
 
 
+def rate_of(mel):
+    """The sample rate (Hz) of mel bands (513, 64), by the last bin that counts: AF-CLAP's end at 8 of 8 kHz,
+    those of LAION's checkpoints at 14 of 24."""
+    counts = (mel > 1e-5 * mel.max()).any(1).nonzero() if mel.shape == (513, 64) else ()
+    top, rates = int(counts.max()) if len(counts) else 0, {511: 16000, 298: 48000}
+    if top not in rates:
+        raise ValueError(f"mel bands {tuple(mel.shape)} whose last bin is {top}: expected (513, 64), and bin "
+                         f"511 (16 kHz, up to 8 kHz) or 298 (48 kHz, up to 14 kHz)")
+    return rates[top]
+
+
 def sizes_told(state):
-    """The settings that HTS-AT's weights, {name: tensor}, tell by their names and shapes."""
+    """What HTS-AT's weights, {name: tensor}, tell by their names and shapes: settings, and arguments of
+    ClapEncoder."""
     if "patch_embed.proj.weight" not in state:
         return {}
     heads = [[], [], [], []]  # of every block of every stage
@@ -48,7 +64,8 @@ def sizes_told(state):
         if name.endswith("relative_position_bias_table"):
             heads[int(name.split(".")[1])].append(tensor.shape[1])
     told = {"clap_embed_dim": len(state["patch_embed.proj.weight"]), "clap_depths": list(map(len, heads)),
-            "clap_num_heads": [stage[0] if stage else 1 for stage in heads]}  # 1: of no block, no harm
+            "clap_num_heads": [stage[0] if stage else 1 for stage in heads],  # 1: of no block, no harm
+            "fusion": any("fusion_model" in name for name in state)}
     if "absolute_pos_embed" in state:  # of patches of 4 x 4
         told |= {"position": True, "clap_spec_size": 4 * math.isqrt(state["absolute_pos_embed"].shape[1])}
     elif "layers.0.blocks.1.attn_mask" in state:  # one for each window of 8 x 8 patches

@@ -57,7 +57,8 @@ def timeline(model, prompt, answer, windows, heard=None):
     starts = [w * (length - overlap) + s * length / steps for w in range(len(windows)) for s in range(steps)]
     return {"prompt": prompt, "answer": answer, "words": [word.strip() for word in words], "tokens": spans,
             "seconds": [[round(start, 4), round(start + length / steps, 4)] for start in starts],
-            "weights": [weights[a:b].mean(0).tolist() for a, b in spans]}
+            "weights": [weights[a:b].mean(0).tolist() for a, b in spans],
+            "sample_rate": model.hearing["sample_rate"]}
 
 
 def picture(told, windows, most=60):
@@ -65,7 +66,8 @@ def picture(told, windows, most=60):
     from matplotlib.figure import Figure
 
     from model import log_mel, to_float
-    mel, seconds = log_mel(to_float(windows)).flatten(0, 1).T, told["seconds"][-1][1]  # (64, frames)
+    mel = log_mel(to_float(windows), told["sample_rate"]).flatten(0, 1).T  # (64, frames)
+    seconds = told["seconds"][-1][1]
     words = [word.replace("$", r"\$") for word in told["words"][:most]]  # no formulas
     n = len(words)
     figure = Figure(figsize=(9, 3 + 0.25 * n), layout="constrained")

@@ -11,6 +11,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
+from tools.scripts import need_place, written
 
 output: str | None = None  # the PNG to write; None: plot.png in the first run's folder
 
@@ -59,7 +60,8 @@ def draw(runs, path):
         axes.grid(alpha=0.3)
         if name == "loss":
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    with written(path, "wb") as f:
+        figure.savefig(f, format="png", dpi=100)
 
 
 def to_numbers(values):
@@ -73,6 +75,8 @@ def main(c, names):
     runs = {name: read_log(name) for name in names}
     first = next(f for f in (settings.place(names[0]), names[0]) if os.path.isdir(f))
     path = c.output or os.path.join(first, "plot.png")
+    need_place(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         draw(runs, path)
     except ModuleNotFoundError as error:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 import config as settings
 from tools.reading import said
 from tools.scripts import written
-from tools.table import GROUPS
+from tools.table import GROUPS, read_scores
 
 KEPT = ("output", "choices", "references", "audio_start", *GROUPS)  # what a manifest's item tells the rules
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -76,13 +76,25 @@ def take_files(argv):
     return rest, files
 
 
+def check_places(c, folder):
+    """What eval.py reads and writes at the end is told before the long work if it can't be."""
+    if folder:
+        settings.need_room(folder)
+    if c.scores:
+        read_scores(settings.place(c.scores))
+    if c.labels:
+        read_labels(c.labels)
+
+
 def read_labels(path):
     """The labels of a file, one a line, or of a JSON list."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file of labels")
     with open(path) as f:
         text = f.read()
-    found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    found = settings.read_json(path) if text.lstrip().startswith("[") else text.splitlines()
+    if wrong := [label for label in found if not isinstance(label, str)]:
+        raise ValueError(f"{path}: {wrong[0]!r} is a {type(wrong[0]).__name__}, expected a label")
     return [label.strip() for label in found if label.strip()]
 
 

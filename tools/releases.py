@@ -137,6 +137,8 @@ def write_release(model, folder):
         save_file({n: state[n] for n in names}, os.path.join(folder, f"safe_ckpt/weight_{i}.safetensors"))
     clap = {"module.audio_branch." + n.removeprefix("clap.nvclap."): t for n, t in state.items()
             if n.startswith("clap.nvclap.")}
+    if "clap.mel" in state:  # tells the sample rate
+        clap["module.audio_branch.logmel_extractor.melW"] = state["clap.mel"]
     if c.clap_checkpoint and os.path.isfile(before := settings.place(c.clap_checkpoint)):
         was = tensors_in(load_pickle(before), "state_dict", before)  # its text tower goes along
         clap |= {n: t for n, t in was.items() if not n.startswith("module.audio_branch.")}

@@ -63,16 +63,17 @@ def confusion(items, most=20):
     return picture(figure)
 
 
-def sound(windows, attention):
-    """Player, log-mel and attention (one weight per time step, or None) of windows (n, L), int16 or float."""
+def sound(windows, attention, rate):
+    """Player, log-mel and attention (one weight per time step, or None) of windows (n, L), int16 or float, at
+    `rate` Hz."""
     import torch
-    from model import SAMPLE_RATE, log_mel, to_float
+    from model import log_mel, to_float
     windows, data = to_float(torch.as_tensor(windows)), io.BytesIO()
     with wave.open(data, "wb") as f:
-        f.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
-        f.writeframes((windows.flatten()[:SECONDS * SAMPLE_RATE] * 32767).to(torch.int16).numpy().tobytes())
+        f.setparams((1, 2, rate, 0, "NONE", ""))
+        f.writeframes((windows.flatten()[:SECONDS * rate] * 32767).to(torch.int16).numpy().tobytes())
     figure, axes = canvas(8, 2, 1) if attention is None else canvas(8, 3, 2)
-    seconds, mel = windows.numel() / SAMPLE_RATE, log_mel(windows).flatten(0, 1).T  # (64, frames)
+    seconds, mel = windows.numel() / rate, log_mel(windows, rate).flatten(0, 1).T  # (64, frames)
     axes[0].imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
     if attention is not None:
         axes[1].stairs(np.asarray(attention), np.linspace(0, seconds, len(attention) + 1), fill=True)
@@ -81,7 +82,7 @@ def sound(windows, attention):
     return f'<audio controls src="data:audio/wav;base64,{heard}"></audio><br>{picture(figure)}'
 
 
-def item_of(item, load, attention):
+def item_of(item, load, attention, rate):
     """Sound, if it can be read, and texts of one item."""
     texts = {"score": f"{item['score']:.3g}", "clip": item.get("audio"), "prompt": item["prompt"],
              "references": "\n".join(item.get("references") or [item["output"]]), "answer": item["answer"],
@@ -90,15 +91,16 @@ def item_of(item, load, attention):
     if load is not None and item.get("audio") and not item.get("error"):
         try:
             windows = load(item)
-            heard = sound(windows, attention(item, windows) if attention else None)
+            heard = sound(windows, attention(item, windows) if attention else None, rate)
         except (OSError, ValueError) as error:  # the file is gone, or is none
             texts["error"] = str(error)
     table = "".join(f"<tr><th>{key}<td><pre>{html.escape(text)}</pre>" for key, text in texts.items() if text)
     return f'<div class="item">{heard}<table>{table}</table></div>'
 
 
-def write_report(path, rows, items, load=None, attention=None, title="Scores"):
-    """rows and items by split; load(item) -> windows (n, L); attention(item, windows) -> (time steps,)."""
+def write_report(path, rows, items, load=None, attention=None, title="Scores", rate=16000):
+    """rows and items by split; load(item) -> windows (n, L) at `rate` Hz; attention(item, windows) -> (time
+    steps,)."""
     if importlib.util.find_spec("matplotlib") is None:
         return print("no report.html: pip install -r requirements-eval.txt (matplotlib)", file=sys.stderr)
     body, worst = ["<table><tr><th>split<th>figure<th>n"], min(WORST, -(-MOST // len(rows)))
@@ -112,7 +114,7 @@ def write_report(path, rows, items, load=None, attention=None, title="Scores"):
         body += [f"<h2>{html.escape(name)}</h2>", *(f"<p>{html.escape(t)}</p>" for t in lines_of(name, row))]
         body += [bars(row["groups"]) if row["groups"] else "", confusion(items[name]), "<h3>worst items</h3>"]
         for item in sorted(scored.values(), key=lambda item: item["score"])[:worst]:
-            body.append(item_of(item, load, attention))
+            body.append(item_of(item, load, attention, rate))
     with written(path) as f:
         f.write(PAGE.format(title=html.escape(title), body="\n".join(body)))
     print(f"report: {path}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A training run around its loop: processes, the folder with its lock, log and checkpoints, signals."""
+"""A training run around its loop: processes, batches, its folder with lock, log and checkpoints, signals."""
 import fcntl
 import json
 import math
@@ -96,6 +96,37 @@ def release_signals():
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def ahead(batches, device):
+    """The batches. CUDA: one more than is asked for, each copied from pinned memory by a stream of its own
+    while those before are computed; arrived waits for it."""
+    last, side = None, torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        if side:
+            with torch.cuda.stream(side):
+                there = [batch[name].to(device, non_blocking=True) for name in ("input_ids", "windows")]
+                batch["coming"] = there, side.record_event()
+            batch, last = last, batch
+        if batch:
+            yield batch
+    if last:
+        yield last
+
+
+def arrived(batch, device):
+    """input_ids and windows of a batch on the device, once: they are computed with and forgotten."""
+    if "coming" not in batch:
+        return [batch[name].to(device, non_blocking=True) for name in ("input_ids", "windows")]
+    (there, copied), now = batch.pop("coming"), torch.cuda.current_stream(device)
+    now.wait_event(copied)
+    for tensor in there:
+        tensor.record_stream(now)  # their memory is the other stream's, which must not use it before
+    return there
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,13 @@ def need_room(folder):
         raise ValueError(f"{folder}: cannot be written to ({error.strerror or error})") from error
 
 
+def need_place(file):
+    """need_room for a file: what is written at the end must not find a folder there."""
+    if os.path.isdir(file):
+        raise ValueError(f"{file}: a folder, expected the name of a file to write")
+    need_room(os.path.dirname(file) or ".")
+
+
 @contextmanager
 def written(path, mode="w"):
     """A file to write to, which then takes the place of the one at `path`: whole, or not at all."""

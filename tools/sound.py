@@ -1,4 +1,5 @@
 """A file -> its sound, whatever the file is: what decoders say, miss and get wrong."""
+import collections
 import contextlib
 import io
 import math
@@ -63,6 +64,20 @@ class Endless(io.FileIO):
         return n
 
 
+class Sound(soundfile.SoundFile):
+    """soundfile seeks to where every read ended: some formats can't, and no FLAC whose header, written by a
+    streaming encoder, tells no length."""
+    def seekable(self):
+        return False
+
+    def go_to(self, first):
+        """To be called once where super().seekable() is False: what can't be seeked in is read."""
+        if super().seekable():
+            self.seek(first)
+        elif first:
+            collections.deque(blocks(self, 0, first), maxlen=0)
+
+
 def vbr_header(path):
     """(where an MP3's VBR header is, whether it tells of the whole file); (None, False) without one."""
     with open(path, "rb") as f:
@@ -87,28 +102,41 @@ def vbr_header(path):
 
 
 def open_sound(path):
-    """-> soundfile.SoundFile, its length in frames, and whether that is more than an estimate."""
-    f = soundfile.SoundFile(path)
+    """-> Sound, its length in frames, and whether that is more than an estimate."""
+    f = Sound(path)
     frames, known = f.frames, f.frames < ENDLESS  # a FLAC from a pipe tells no length
-    if f.format.startswith("MP") and f.seekable():
+    if f.format.startswith("MP"):
         at, whole = vbr_header(path)
         if not whole:
             f.close()
             endless = Endless(path)
             endless.blank = (at, at + 4) if at is not None else (0, 0)
-            f, known = soundfile.SoundFile(endless), False
+            f, known = Sound(endless), False
     return f, frames, known
 
 
-def go_to(f, first):
-    if first or f.seekable():  # some formats can be read once, from the beginning
-        f.seek(first)
+def length(path):
+    """-> frames, counted where the header tells none, and their rate."""
+    with quiet():
+        f, frames, known = open_sound(path)
+        with f:
+            return frames if known else sum(map(len, blocks(f, 0, ENDLESS))), f.samplerate
 
 
-def blocks(f, first, n, kind=np.float32):
+def decodable(path):
+    """Seconds from the beginning to where a decoder fails, to a tenth; 0.0 if it can't begin."""
+    n, rate = 0, 1
+    with quiet(), contextlib.suppress(soundfile.LibsndfileError), open_sound(path)[0] as f:
+        rate = f.samplerate
+        for block in blocks(f, 0, ENDLESS, most=rate // 20 * f.channels):
+            n += len(block)
+    return n / rate
+
+
+def blocks(f, first, n, kind=np.float32, most=BLOCK):
     """Up to n frames from `first` on, as (k, channels), each good until the next."""
-    go_to(f, first)
-    buffer = np.empty((min(n, max(1, BLOCK // f.channels)), f.channels), kind)
+    f.go_to(first)
+    buffer = np.empty((min(n, max(1, most // f.channels)), f.channels), kind)
     while n > 0:
         block = f.read(out=buffer[:n])
         yield block
@@ -120,7 +148,7 @@ def read_channel(f, first, n, channel):
     kind = np.int16 if f.subtype == "PCM_16" else np.float32  # libsndfile takes ten times as long to scale
     x, done = np.empty(min(n, f.frames - first), kind), 0  # no memory before it is written to
     if f.channels == 1:
-        go_to(f, first)
+        f.go_to(first)
         x = f.read(out=x)
     else:
         for block in blocks(f, first, len(x), kind):
@@ -144,7 +172,12 @@ def decode(path, start, seconds, count=False):
             first, n = int(start * rate), max(1, math.ceil(round(seconds * rate, 6)))
             if first >= f.frames:
                 return np.empty(0, np.float32), rate, frames
-            x = read_channel(f, first, n, 0)
+            try:
+                x = read_channel(f, first, n, 0)
+            except soundfile.LibsndfileError:  # also where a file that tells no length ends before `first`
+                if known or first < (frames := length(path)[0]):
+                    raise
+                return np.empty(0, np.float32), rate, frames
             if f.channels > 1 and len(x) and not max(x.max(), -x.min()) > SILENT:
                 peaks = np.max([np.abs(block).max(0) for block in blocks(f, first, n) if len(block)], 0)
                 if peaks.max() > SILENT:
@@ -180,8 +213,10 @@ def read(path, start, seconds, sample_rate, count=False):
             x = soxr.resample(x, rate, sample_rate)  # HQ
             x = x if len(x) else np.zeros(1, np.float32)  # less than one sample
     except Exception as error:
-        cause = str(error) or type(error).__name__
-        raise ValueError(f"{path}: not readable as audio ({cause})") from error
+        cause, what = str(error) or type(error).__name__, "not readable as audio"
+        if isinstance(error, soundfile.LibsndfileError) and (seconds := decodable(path)):
+            what = f"truncated or damaged: nothing is decoded from {seconds:.1f} s on"
+        raise ValueError(f"{path}: {what} ({cause})") from error
     if not len(x):
         raise ValueError(f"{path}: no audio from {start} s on (the file has {frames / rate:.2f} s)")
     low, high = x.min(), x.max()

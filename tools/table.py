@@ -6,7 +6,7 @@ import re
 
 from tools.intervals import interval
 from tools.reading import conclusion
-from tools.scripts import written
+from tools.scripts import need_place, read_json, written
 
 # Keys of a manifest's items that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
@@ -116,9 +116,18 @@ def lines_of(name, row):
         yield "    " + shown(group, found["value"], found["interval"], name) + f", n {found['n']}"
 
 
+def read_scores(path):
+    """{"tasks": {split: row}} of a JSON file that rows can be added to; ValueError where none can."""
+    need_place(path)
+    kept = read_json(path) if os.path.exists(path) else {}
+    if type(kept) is not dict or type(kept.setdefault("tasks", {})) is not dict:
+        raise ValueError(f'{path}: not a file of scores, expected {{"tasks": {{split: row}}}}')
+    return kept
+
+
 def add_scores(path, rows):
-    """Add the rows to {"tasks": {split: row}} of a JSON file, whole or not at all."""
-    kept = json.load(open(path)) if os.path.exists(path) else {}
-    kept.setdefault("tasks", {}).update(rows)
+    """Add the rows to a file of scores, whole or not at all."""
+    kept = read_scores(path)
+    kept["tasks"].update(rows)
     with written(path) as f:
         json.dump(kept, f, indent=1, allow_nan=False)

@@ -26,7 +26,7 @@ from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks, hann_
 from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in)
 from tools.htsat import rate_of, sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
-from tools.model_card import about_run, name_of
+from tools.model_card import about_run, checked_about, name_of
 from tools.releases import (TABLES, UNUSED, from_published, in_two_parts, release_pieces, save_release)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,8 +264,7 @@ def read_release(folder, given):
         content = read_object(own)
         if mine := checked(content, own, given):
             saved, about = mine, content.get("about", {})
-        if not isinstance(about, dict):
-            raise ValueError(f"{own}: about = {about!r}, expected an object")
+        checked_about(about, own)
     base = saved.get("lang_encoder_path")
     if os.path.isdir(lm := os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
         for path, _, files in os.walk(lm):  # chat templates may have a folder of their own

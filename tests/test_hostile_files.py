@@ -141,6 +141,7 @@ def rewritten(file, text):
     return lambda folder: open(f"{folder}/{file}", "w").write(text)
 
 
+NO_NAME = ["metadata.json names 'safe_ckpt/", "which is no file's name"]
 FILES = {
     "truncated": (lambda f: cut(f"{f}/{SHARD}", 0.6), [BAD]),
     "truncated in its header": (lambda f: cut(f"{f}/{SHARD}", 0.001), [BAD]),
@@ -152,6 +153,10 @@ FILES = {
     "link of lm": (lambda f: lead_out(f, "lm"), ["leads out of"]),
     "above": (named_outside("../../x"), ["metadata.json names", "leads out of"]),
     "elsewhere": (named_outside("{}/x"), ["metadata.json names", "leads out of"]),
+    "a zero byte": (rewritten(LISTING, '{"a\\u0000b": []}'), NO_NAME),
+    "half a letter": (rewritten(LISTING, '{"\\ud800": []}'), NO_NAME),
+    "a long name": (rewritten(LISTING, json.dumps({"x" * 9999: []})), NO_NAME),
+    "long names": (rewritten(LISTING, json.dumps({"weight_0": ["x" * 9999] * 9})), ["missing: xx", "4 m"]),
     "a list": (rewritten(LISTING, '["weight_0"]'), ["metadata.json: a list, expected an object"]),
     "no lists": (rewritten(LISTING, '{"weight_0": 3}'), ["metadata.json: 'weight_0' is not a list"]),
     "numbers": (rewritten(LISTING, '{"weight_0": [1]}'), ["metadata.json: 'weight_0' is not a list"]),
@@ -181,6 +186,7 @@ FILES = {
     "no key": (config_without("max_num_window"), ["config.json: no max_num_window in it"]),
     "no heads": (config_without("audio_transformer_n_head"), ["no audio_transformer_n_head in it"]),
     "about": (config_with(about=[1]), ["config.json: about = [1], expected an object"]),
+    "about data": (config_with(about={"data": [1]}), ["config.json: about = {'data': [1]}, expected"]),
     "lm no JSON": (rewritten("lm/config.json", "{"), ["r/lm"]),
     "lm type": (lm_with(hidden_size="64"), ["r/lm"]),
     "lm heads": (lm_with(num_attention_heads=0), ["r/lm"]),

@@ -278,6 +278,9 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
     os.remove(published / "config.json")
     run("train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=tuned", "--max_steps=1",
         f"--pretrained_path={published}", f"--lang_encoder_path={published}/lm")
+    for other in ([1], {"tasks": [1]}, {}):  # somebody else's file of that name
+        json.dump(other, open(tmp_path / "tuned/scores.json", "w"))
+        assert "scores" not in checkpoint.read(f"{tmp_path}/tuned", {})[0].about
     scores = {"tasks": {"toy-AQA/test": {"accuracy": 0.75, "n": 8}}}
     json.dump(scores, open(tmp_path / "tuned/scores.json", "w"))
     run("sample.py", f"--init_from={tmp_path}/tuned", f"--export={tmp_path}/a")

@@ -24,7 +24,8 @@ def brief(error):
 
 
 def listed(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name[:120] for name in names[:5]) + more
 
 
 def local_or_hub(path, patterns, cache_dir=None, setting="init_from"):
@@ -46,6 +47,8 @@ def inside(folder, name, by):
     """The path of folder/name, which `by` names. It must lie in the folder, and not behind a link that leads
     out of it; the links in a snapshot of the hub's cache lead to that repository's blobs."""
     path, home = os.path.join(folder, name), os.path.realpath(folder)
+    if len(name) > 200 or not name.isprintable():  # a surrogate, a 0: no system call takes them
+        raise ValueError(f"{by} names {name[:60]!r}, which is no file's name")
     homes = [home, os.path.join(home.rpartition("/snapshots/")[0] or home, "blobs")]
     if not os.path.realpath(path).startswith(tuple(where + os.sep for where in homes)):
         raise ValueError(f"{path}, which {by} names, leads out of {folder}")

@@ -145,7 +145,8 @@ def lm_state(folder, lm, tokenizer):
         spread = rows[:lm.vocab:max(1, lm.vocab // 4096)].float().std(0)
         kept = rows[lm.vocab:lm.known].float()  # marks that the language model has learnt itself
         noise = 0.5 * spread * torch.randn(len(tokenizer) - lm.vocab - len(kept), rows.shape[1])
-        state[table.replace("weight", "added")] = torch.cat([kept, rows[tokenizer.eos_token_id].float() + noise])
+        eos = rows[tokenizer.eos_token_id].float()
+        state[table.replace("weight", "added")] = torch.cat([kept, eos + noise])
         state[table] = rows[:lm.vocab]
     return state
 

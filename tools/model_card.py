@@ -28,7 +28,19 @@ def about_run(saved, folder):
                  "settings": {name: c[name] for name in TOLD if name in c}}
     scores = os.path.join(folder, "scores.json")
     if os.path.isfile(scores):
-        about["scores"] = settings.read_json(scores).get("tasks", {})
+        content = settings.read_json(scores)
+        tasks = content.get("tasks") if isinstance(content, dict) else None  # else it is somebody else's file
+        about |= {"scores": tasks} if isinstance(tasks, dict) else {}
+    return checked_about(about, folder)
+
+
+def checked_about(about, source):
+    """The same, or a ValueError: parts that a card shows as tables are {name: value}."""
+    tables = ("data", "settings", "scores")
+    parts = [about.get(name, {}) for name in tables] if isinstance(about, dict) else [about]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{source}: about = {str(about)[:99]}, expected an object, and in it objects "
+                         f"{', '.join(tables)}")
     return about
 
 

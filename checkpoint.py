@@ -371,6 +371,7 @@ def report(path, given):
     loaded = [name for name in state if name not in wrong["unexpected"]]
     numbers = sum(state[name].numel() for name in loaded)
     print(f"{path}: {numbers:,} numbers, language model {model.about['language_model']}")
+    wrong["not finite"] = [name for name in loaded if not state[name].float().isfinite().all()]
     rows = {"loaded": loaded, "duplicates": [], "unused": []} | model.skipped | wrong
     for what, names in rows.items():
         print(f"{what:12}{len(names):6}  {listed(names)}")

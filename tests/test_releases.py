@@ -544,6 +544,23 @@ def test_a_head_of_its_own_is_kept(tiny_lm, tiny_settings, tmp_path, capsys):
     assert torch.equal(published.lm.lm_head.weight, 2 * table[:257])
 
 
+def test_weights_that_are_not_numbers_are_told(model, release, tmp_path, capsys):
+    """Answers would be the first token for ever, and scores of it would be printed."""
+    folder = shutil.copytree(release, tmp_path / "r")
+    shard = folder / "safe_ckpt/weight_0.safetensors"
+    state, name = load_file(shard), "lang_encoder.model.layers.1.decoder_layer.mlp.up_proj.weight"
+    state[name][3, 5] = float("nan")
+    save_file(state, shard)
+    broken = load(str(folder))
+    with pytest.raises(ValueError, match="the model's logits are NaN"):
+        broken.generate(["What?"] * 2, torch.ones(2, 40000), torch.tensor([1, 1]), max_new_tokens=2)
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.report(str(folder), {})
+    lines = capsys.readouterr().out.splitlines()
+    row, = [line for line in lines if line.startswith("not finite")]
+    assert ended.value.code == 1 and row.split()[2:] == ["1", "lm.layers.1.mlp.up_proj.weight"]
+
+
 def test_nothing_large_is_drawn_when_a_model_is_read(release):
     model, state = checkpoint.read(release, {})
     held = {n for n, p in model.named_parameters() if not p.is_meta}

@@ -221,7 +221,7 @@ def read_checkpoint(file, given):
     if saved.get("frozen_hash", frozen) != frozen:
         raise ValueError(f"{file}: the frozen weights it was trained with are not those found now under "
                          f"{saved['frozen_from']}")
-    model.about |= about_run(saved, os.path.dirname(file))
+    model.about = about_run(saved, os.path.dirname(file), model.about)
     return model, state | trained
 
 

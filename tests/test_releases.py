@@ -291,6 +291,30 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
     assert str(tmp_path) not in card + open(tmp_path / "a/config.json").read()
     load(f"{tmp_path}/a").save_pretrained(f"{tmp_path}/b")
     assert open(tmp_path / "b/README.md").read() == card
+    os.makedirs(tmp_path / "again")  # trained on from there: another model than the one that was scored
+    saved = torch.load(tmp_path / "tuned/checkpoint_0.pt", weights_only=True)
+    saved["config"] |= {"pretrained_path": f"{tmp_path}/a", "dataset_blending_config": {"Mine/train": 2.0}}
+    torch.save(saved, tmp_path / "again/checkpoint_0.pt")
+    load(f"{tmp_path}/again").save_pretrained(f"{tmp_path}/c")
+    card = open(tmp_path / "c/README.md").read()
+    assert "Mine/train | 2.0" in card and "NVIDIA OneWay" in card and "language model lm (3" in card
+    assert "toy-AQA" not in card and "Scores" not in card
+
+
+def test_whose_licences_a_card_names(model, tmp_path):
+    from tools.model_card import about_run, model_card, name_of
+    home = tmp_path / "models--Qwen--Qwen2.5-3B/snapshots/0a1"
+    os.makedirs(home)
+    sizes = vars(model.config) | {"about": {}}
+    for path in (home, tmp_path / "Qwen2.5-3B", "Qwen/Qwen2.5-3B"):
+        os.makedirs(tmp_path / "Qwen2.5-3B", exist_ok=True)
+        card = model_card(sizes | {"lang_encoder_path": name_of(str(path))}, model)
+        assert "Qwen2.5-3B: Qwen Research License (non-commercial)" in card and str(tmp_path) not in card
+    assert name_of("/gone/mine/lm/") == "lm" and name_of("nvidia/x") == "nvidia/x"
+    about = about_run({"config": {"clap_checkpoint": "clap_ckpt/epoch_16.pt"}}, str(tmp_path), {})
+    card = model_card(sizes | {"lang_encoder_path": "mine", "about": about}, model)
+    assert "started from clap_ckpt/epoch_16.pt: that of its publisher; of NVIDIA's releases" in card
+    assert "Language model mine: that of its publisher" in card
 
 
 def test_what_is_exported_can_be_read_again(tiny_lm, tiny_settings, tmp_path):

@@ -82,7 +82,7 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
     how = {name: told.pop(name) for name in ("position", "fusion") if name in told}
     how["mel"] = state.get("clap.mel")
     bounded(vars(c), source or "the settings")
-    if blocks := sorted({int(name.split(".")[1]) for name in state if name.startswith("xattn.")}):
+    if blocks := sorted({int(n.split(".")[1]) for n in state if re.match(r"xattn\.\d+\.", n)}):
         inner = [len(tensor) for name, tensor in state.items() if name.endswith("pos_ffn.w_1.weight")]
         told |= {every: blocks, "audio_transformer_n_layers": len(inner)}
         told |= {"audio_transformer_d_inner": inner[0]} if inner else {}
@@ -204,6 +204,10 @@ def read_checkpoint(file, given):
     c = SimpleNamespace(**(settings.defaults() | own | own_parts(own, os.path.dirname(file)) | given))
     try:
         if c.pretrained_path:  # that run knows where its parts are, but not what this one made of them
+            before = os.path.join(settings.place(c.pretrained_path), c.pretrained_ckpt or "")
+            if os.path.realpath(before) in map(os.path.realpath, (file, os.path.dirname(file))):
+                raise ValueError(f"{file}: pretrained_path = {c.pretrained_path!r} is this run: name what it "
+                                 f"started from by --pretrained_path")
             below = {n: v for n, v in own.items() if n not in settings.ORIGINS + settings.PATHS} | given
             model, state = read_start(c, below)
         else:
@@ -220,7 +224,7 @@ def read_checkpoint(file, given):
     frozen = fingerprint({name: tensor for name, tensor in state.items() if name not in trained})
     if saved.get("frozen_hash", frozen) != frozen:
         raise ValueError(f"{file}: the frozen weights it was trained with are not those found now under "
-                         f"{saved['frozen_from']}")
+                         f"{saved.get('frozen_from')}")
     model.about = about_run(saved, os.path.dirname(file), model.about)
     return model, state | trained
 

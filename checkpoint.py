@@ -26,7 +26,7 @@ from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks, hann_
 from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in)
 from tools.htsat import rate_of, sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
-from tools.model_card import about_run, name_of
+from tools.model_card import about_run, checked_about, name_of
 from tools.releases import (TABLES, UNUSED, from_published, in_two_parts, release_pieces, save_release)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
     how = {name: told.pop(name) for name in ("position", "fusion") if name in told}
     how["mel"] = state.get("clap.mel")
     bounded(vars(c), source or "the settings")
-    if blocks := sorted({int(name.split(".")[1]) for name in state if name.startswith("xattn.")}):
+    if blocks := sorted({int(n.split(".")[1]) for n in state if re.match(r"xattn\.\d+\.", n)}):
         inner = [len(tensor) for name, tensor in state.items() if name.endswith("pos_ffn.w_1.weight")]
         told |= {every: blocks, "audio_transformer_n_layers": len(inner)}
         told |= {"audio_transformer_d_inner": inner[0]} if inner else {}
@@ -172,9 +172,12 @@ def read(path, given, setting="init_from"):
     found = next((p for p in (settings.place(path), path) if os.path.exists(p)), None)
     found = found or local_or_hub(path, RELEASE_FILES, given.get("cache_dir"), setting)
     try:
-        if os.path.exists(os.path.join(found, "safe_ckpt/metadata.json")):
-            return read_release(found, given)
         file = newest_checkpoint(found) if os.path.isdir(found) else found
+        if os.path.exists(listing := os.path.join(found, "safe_ckpt/metadata.json")):
+            if not file or os.path.getmtime(file) <= os.path.getmtime(listing):
+                return read_release(found, given)
+            print(f"note: {found} holds a release and a newer {os.path.basename(file)}: that is read",
+                  file=sys.stderr)
         if file is None:
             raise FileNotFoundError(f"{path}: holds no checkpoint_<epoch>.pt and no safe_ckpt/metadata.json")
         return read_checkpoint(file, given)
@@ -185,9 +188,10 @@ def read(path, given, setting="init_from"):
 
 def read_start(c, given):
     """read what pretrained_path and pretrained_ckpt of the settings c name; a release has one checkpoint."""
-    folder = settings.place(c.pretrained_path)
+    folder, file = settings.place(c.pretrained_path), c.pretrained_ckpt or ""
     of_run = os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "safe_ckpt"))
-    path = os.path.join(c.pretrained_path, of_run and c.pretrained_ckpt or "").rstrip("/")
+    of_run = of_run or os.path.isfile(os.path.join(folder, file))
+    path = os.path.join(c.pretrained_path, file if of_run else "").rstrip("/")
     return read(path, {n: v for n, v in given.items() if n != "pretrained_path"}, "pretrained_path")
 
 
@@ -200,6 +204,10 @@ def read_checkpoint(file, given):
     c = SimpleNamespace(**(settings.defaults() | own | own_parts(own, os.path.dirname(file)) | given))
     try:
         if c.pretrained_path:  # that run knows where its parts are, but not what this one made of them
+            before = os.path.join(settings.place(c.pretrained_path), c.pretrained_ckpt or "")
+            if os.path.realpath(before) in map(os.path.realpath, (file, os.path.dirname(file))):
+                raise ValueError(f"{file}: pretrained_path = {c.pretrained_path!r} is this run: name what it "
+                                 f"started from by --pretrained_path")
             below = {n: v for n, v in own.items() if n not in settings.ORIGINS + settings.PATHS} | given
             model, state = read_start(c, below)
         else:
@@ -216,8 +224,8 @@ def read_checkpoint(file, given):
     frozen = fingerprint({name: tensor for name, tensor in state.items() if name not in trained})
     if saved.get("frozen_hash", frozen) != frozen:
         raise ValueError(f"{file}: the frozen weights it was trained with are not those found now under "
-                         f"{saved['frozen_from']}")
-    model.about |= about_run(saved, os.path.dirname(file))
+                         f"{saved.get('frozen_from')}")
+    model.about = about_run(saved, os.path.dirname(file), model.about)
     return model, state | trained
 
 
@@ -260,12 +268,12 @@ def read_release(folder, given):
         content = read_object(own)
         if mine := checked(content, own, given):
             saved, about = mine, content.get("about", {})
-        if not isinstance(about, dict):
-            raise ValueError(f"{own}: about = {about!r}, expected an object")
+        checked_about(about, own)
     base = saved.get("lang_encoder_path")
     if os.path.isdir(lm := os.path.join(folder, "lm")):  # save_release puts config and tokenizer there
-        for file in os.listdir(lm):
-            inside(folder, os.path.join("lm", file), "the layout of releases")
+        for path, _, files in os.walk(lm):  # chat templates may have a folder of their own
+            for file in files:
+                inside(folder, os.path.relpath(os.path.join(path, file), folder), "the layout of releases")
         saved |= {"lang_encoder_path": os.path.abspath(lm), "tokenizer_path": None}
     elif base is None and "lang_encoder_path" not in given:
         saved["lang_encoder_path"] = by_width(pieces[TABLES[0]]().shape[-1], folder)
@@ -367,6 +375,7 @@ def report(path, given):
     loaded = [name for name in state if name not in wrong["unexpected"]]
     numbers = sum(state[name].numel() for name in loaded)
     print(f"{path}: {numbers:,} numbers, language model {model.about['language_model']}")
+    wrong["not finite"] = [name for name in loaded if not state[name].float().isfinite().all()]
     rows = {"loaded": loaded, "duplicates": [], "unused": []} | model.skipped | wrong
     for what, names in rows.items():
         print(f"{what:12}{len(names):6}  {listed(names)}")

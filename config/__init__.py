@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def place(path):
     """A path in a setting: a relative one starts at the project's folder, wherever the script was started."""
-    return os.path.join(ROOT, path)
+    return os.path.join(ROOT, os.path.expanduser(path))
 
 
 def given(config, names=LOADING):
@@ -91,6 +91,7 @@ def load(argv, script, reads=None):
             values, given = values | new, given | set(new)
         else:
             name, equals, text = arg[2:].partition("=")
+            text = os.path.expanduser(text)  # of --name=~/x: the shell leaves that to us
             kind, default, _ = known.get(name, (None, None, None))
             following = "".join(argv[i + 1:i + 2])
             if not equals and kind is bool and following.lower() not in ("true", "false"):

@@ -112,10 +112,13 @@ def test_only_the_models_own_weights_are_read(tiny_lm, tiny_settings, tmp_path):
         same()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_is_built_runs(tiny_lm, tiny_settings, tmp_path, dtype):
-    """A bfloat16 language model, and everything else in the dtype that was asked for."""
+@pytest.mark.parametrize("dtype, stored", [
+    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float8_e4m3fn)])
+def test_a_model_that_is_built_runs(tiny_lm, tiny_settings, tmp_path, dtype, stored):
+    """A bfloat16 or float8 language model, and everything else in the dtype that was asked for."""
     save_lm(tmp_path, tiny_lm, "Llama", torch.bfloat16)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({n: t.to(stored) for n, t in state.items()}, tmp_path / "model.safetensors")
     model = checkpoint.new(settings(tiny_settings, tmp_path), dtype=dtype)
     floats = {t.dtype for n, t in model.state_dict().items() if t.is_floating_point() and ".bn0." not in n
               and "fusion_model" not in n}
@@ -169,6 +172,26 @@ def test_a_moved_run_finds_its_own_parts(runs, tmp_path, tiny_settings):
         load(str(tmp_path / "elsewhere"))
     again = load(str(tmp_path / "elsewhere"), lang_encoder_path=tiny_settings["lang_encoder_path"])
     assert torch.equal(again.lm.norm.weight, model.lm.norm.weight)
+
+
+def test_a_run_with_a_release_of_it_in_its_folder(runs, tmp_path, capsys):
+    """The newer of the two is read, with a note when a release is passed over; pretrained_ckpt names one."""
+    home = tmp_path / "first"
+    shutil.copytree(f"{runs}/first", home)
+    model = load(str(home))
+    model.lm.norm.weight.data += 1
+    model.save_pretrained(str(home))
+    assert torch.equal(load(str(home)).lm.norm.weight, model.lm.norm.weight)
+    capsys.readouterr()
+    os.utime(home / "checkpoint_0.pt", (2e9, 2e9))  # trained on
+    assert torch.equal(load(str(home)).lm.norm.weight, model.lm.norm.weight - 1)
+    assert "holds a release and a newer checkpoint_0.pt: that is read" in capsys.readouterr().err
+    os.utime(home / "checkpoint_0.pt", (0, 0))
+    c = settings({}, "", pretrained_path=str(home), pretrained_ckpt="checkpoint_0.pt")
+    for name, moved in (("checkpoint_0.pt", 1), ("checkpoint_199.pt", 0), (None, 0)):  # as a config may say
+        c.pretrained_ckpt = name
+        read, state = checkpoint.read_start(c, {})
+        assert torch.equal(state["lm.norm.weight"], model.lm.norm.weight - moved)
 
 
 def test_a_missing_part_is_named_by_its_setting(runs, tmp_path, tiny_data):

@@ -137,3 +137,9 @@ def test_what_shapes_a_model_is_a_list_of_settings():
 def test_paths_of_settings_start_at_the_project(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert config.place("exp/x") == f"{config.ROOT}/exp/x" and config.place("/exp/x") == "/exp/x"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("--expdir=~/exp").expdir == f"{tmp_path}/exp" == config.place("~/exp")
+    assert load("--run_name=a~b").run_name == "a~b"

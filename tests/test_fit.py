@@ -57,11 +57,13 @@ def test_the_plans_figures_come_out():
 def test_largest_batch_fits_and_more_do_not(capsys):
     from tools import bench_fit
     argv = [*SMALL, "--max_num_window=1", "--gpus=1", "--gpu=6", "--cross_attn_every_n_layers=[28]"]
-    c = config.load([*argv, "--batch_size=40", "--items=1000", "--max_tokens=64"], "tools/bench_fit.py")
+    c = config.load([*argv, "--batch_size=40", "--items=1000", "--max_tokens=64", "--pretrained_path=gone"],
+                    "tools/bench_fit.py")
     bench_fit.fit(c)
     text = capsys.readouterr().out
     f = json.loads(text.splitlines()[-1])
     assert f["largest_batch"] > 40 and f["peak_gb"] < f["room_gb"] and f["epoch_items"] == 5
+    assert "pretrained_path = gone is not here: the sizes are the settings'" in text
     assert "an epoch: 5 clips" in text and f["all_reduce_gb"] == 0
     for peak in (lambda b: 10 + b, lambda b: max(30, 10 + b), lambda b: 10 + min(b, 5) + b / 2):
         for room in (9, 29.5, 40, 100):
@@ -83,6 +85,31 @@ def test_hardware_and_language_model_of_a_config(tmp_path, monkeypatch):
         assert bench_fit.text_side(c)[1].width == width
     fails_with_one_line("tools/bench.py", "fit", "--lang_encoder_path=some/where",
                         saying=["lang_encoder_path", "some/where", "Qwen2.5-0.5B"])
+
+
+@pytest.mark.parametrize("given", [
+    "gpu=0", "gpu=-1", "gpu=1e30", "gpus=0", "windows=-1", "tokens=0", "answers=65", "items=-5", "mfu=0",
+    "mfu=1.5", "tflops=-1", "precision=fp8"])
+def test_what_no_card_and_no_clip_is(given):
+    from tools import bench_fit
+    with pytest.raises(ValueError, match=given.split("=")[0] + " = .*expected"):
+        bench_fit.fit(settings("--" + given))
+
+
+def test_sizes_of_a_local_release_are_its_own(tiny_settings, tmp_path, capsys):
+    """Not those of the settings' defaults, a 3B model."""
+    from types import SimpleNamespace
+
+    import checkpoint
+    from tools import bench_fit
+    model = checkpoint.new(SimpleNamespace(**(config.defaults() | tiny_settings)))
+    model.save_pretrained(str(tmp_path / "r"))
+    given = [f"--pretrained_path={tmp_path}/r", "--gpu=1.2", "--max_tokens=64"]
+    bench_fit.fit(config.load(given, "tools/bench_fit.py"))
+    text = capsys.readouterr().out
+    f = json.loads(text.splitlines()[-1])
+    assert f["trained"] + f["frozen"] == sum(p.numel() for p in model.parameters())
+    assert f["windows"] == 2 and "is not here" not in text
 
 
 def test_peak_of_a_real_step():

@@ -141,6 +141,7 @@ def rewritten(file, text):
     return lambda folder: open(f"{folder}/{file}", "w").write(text)
 
 
+NO_NAME = ["metadata.json names 'safe_ckpt/", "which is no file's name"]
 FILES = {
     "truncated": (lambda f: cut(f"{f}/{SHARD}", 0.6), [BAD]),
     "truncated in its header": (lambda f: cut(f"{f}/{SHARD}", 0.001), [BAD]),
@@ -152,6 +153,10 @@ FILES = {
     "link of lm": (lambda f: lead_out(f, "lm"), ["leads out of"]),
     "above": (named_outside("../../x"), ["metadata.json names", "leads out of"]),
     "elsewhere": (named_outside("{}/x"), ["metadata.json names", "leads out of"]),
+    "a zero byte": (rewritten(LISTING, '{"a\\u0000b": []}'), NO_NAME),
+    "half a letter": (rewritten(LISTING, '{"\\ud800": []}'), NO_NAME),
+    "a long name": (rewritten(LISTING, json.dumps({"x" * 9999: []})), NO_NAME),
+    "long names": (rewritten(LISTING, json.dumps({"weight_0": ["x" * 9999] * 9})), ["missing: xx", "4 m"]),
     "a list": (rewritten(LISTING, '["weight_0"]'), ["metadata.json: a list, expected an object"]),
     "no lists": (rewritten(LISTING, '{"weight_0": 3}'), ["metadata.json: 'weight_0' is not a list"]),
     "numbers": (rewritten(LISTING, '{"weight_0": [1]}'), ["metadata.json: 'weight_0' is not a list"]),
@@ -181,6 +186,7 @@ FILES = {
     "no key": (config_without("max_num_window"), ["config.json: no max_num_window in it"]),
     "no heads": (config_without("audio_transformer_n_head"), ["no audio_transformer_n_head in it"]),
     "about": (config_with(about=[1]), ["config.json: about = [1], expected an object"]),
+    "about data": (config_with(about={"data": [1]}), ["config.json: about = {'data': [1]}, expected"]),
     "lm no JSON": (rewritten("lm/config.json", "{"), ["r/lm"]),
     "lm type": (lm_with(hidden_size="64"), ["r/lm"]),
     "lm heads": (lm_with(num_attention_heads=0), ["r/lm"]),
@@ -189,6 +195,10 @@ FILES = {
     "lm layers": (lm_with(num_hidden_layers=10 ** 9), ["3 blocks", "config.json says 1000000000"]),
     "lm inner": (lm_with(intermediate_size=10 ** 18), ["r"]),
     "lm code": (lm_with(auto_map={"AutoConfig": "evil.Config"}, model_type="evil"), ["r/lm"]),
+    "lm eps": (lm_with(rms_norm_eps=float("nan")), ["lm/config.json: rms_norm_eps = nan"]),
+    "lm theta": (lm_with(rope_parameters={"rope_theta": 0, "rope_type": "default"}),
+                 ["rope_theta = 0"]),
+    "lm positions": (lm_with(max_position_embeddings=-1), ["config.json: max_position_embeddings = -1"]),
     "no lm config": (lambda f: os.remove(f"{f}/lm/config.json"), ["r/lm"]),
     "no tokenizer": (lambda f: os.remove(f"{f}/lm/tokenizer.json"), ["r/lm"]),
     "tokenizer no JSON": (rewritten("lm/tokenizer.json", "{"), ["r/lm"]),
@@ -247,6 +257,11 @@ def test_pickles_run_nothing(tiny_settings, tmp_path, monkeypatch, capsys, tiny_
     os.rmdir(mark)
     contents = {"legacy": Evil(mark), "zip": {"model_state_dict": {"x": Evil(mark)}}, "list": [1],
                 "nothing": {}, "numbers": {"model_state_dict": {"x": 1}},
+                "meta": {"model_state_dict": {"x": torch.ones(2, device="meta")}},
+                "sparse": {"model_state_dict": {"x": torch.ones(2).to_sparse()}},
+                "a block's name": {"model_state_dict": {"xattn.x.y": torch.ones(2)},
+                                   "config": tiny_settings | {"window_overlap": 0.0}},
+                "itself": {"model_state_dict": {}, "config": {"pretrained_path": str(run)}},
                 "config": {"model_state_dict": {}, "config": [1]},
                 "config type": {"model_state_dict": {}, "config": {"max_num_window": "3"}}}
     for kind, content in contents.items():
@@ -255,7 +270,7 @@ def test_pickles_run_nothing(tiny_settings, tmp_path, monkeypatch, capsys, tiny_
         else:
             torch.save(content, run / "checkpoint_0.pt")
         line = refused(str(run), monkeypatch, capsys, clip=f"{tiny_data}/0.wav")
-        assert "checkpoint_0.pt" in line and not os.path.exists(mark)
+        assert "checkpoint_0.pt" in line and "Recursion" not in line and not os.path.exists(mark)
         torch.save({"state_dict": content} if kind == "zip" else content, tmp_path / "clap.pt")
         with pytest.raises(ValueError, match=r"clap\.pt"):
             checkpoint.clap_state(str(tmp_path / "clap.pt"))
@@ -286,7 +301,17 @@ LM_FILES = {
                 "its weights are 2 blocks of width 64, config.json says 3"),
     "less": (lambda f, n: write_index(f, {x: "model-1.safetensors" for x in n if "layers.2.mlp.up" not in x}),
              r"does not fit the model: missing: lm\.layers\.2\.mlp\.up_proj\.weight$"),
+    "no rows": (lambda f, n: edit_lm(f, lambda s: torch.zeros(())), r"3 blocks of width \(\), .* 3 of 64"),
+    "flat": (lambda f, n: edit_lm(f, lambda s: s.flatten()), r"3 blocks of width \(16896,\), .* 3 of 64"),
+    "head": (lambda f, n: edit_lm(f, lambda s: s[0], "lm_head.weight"), r"lm_head.weight has shape \(64,\)"),
     "no index, copies that differ": (lambda f, n: two_files(f), "norm.weight should be copies, but differ")}
+
+
+def edit_lm(folder, change, name="model.embed_tokens.weight"):
+    """Change the token table, or write the head that it changes to: in the one file, whole."""
+    state = load_file(f"{folder}/model-1.safetensors")
+    state[name] = change(state["model.embed_tokens.weight"]).clone()
+    save_file(state, f"{folder}/model.safetensors")
 
 
 def write_index(folder, named):

@@ -22,6 +22,7 @@ from checkpoint import load
 from model import AudioFlamingo
 from tests.helpers import GOLDEN, ROOT, run
 from tests.test_checkpoint import save_lm, settings
+from tools.files import exchanged
 from tools.releases import PUBLISHED, rename
 
 needs_golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason="golden files not found; set SHARED=...")
@@ -185,6 +186,33 @@ def test_an_export_never_takes_the_place_of_what_is_no_release(model, tmp_path, 
     assert bytes_of(tmp_path) == {name: hashlib.sha256(b"mine").hexdigest()}
 
 
+@pytest.mark.parametrize("make", [
+    lambda f: (f / "lm").write_text("mine"), lambda f: (f / "config.json").mkdir(),
+    lambda f: (f / "safe_ckpt").symlink_to("../elsewhere")])
+def test_what_is_in_the_way_of_an_export_stays(model, tmp_path, make):
+    """A file, a folder, a link of the user's where a release has something else."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "r").mkdir()
+    make(tmp_path / "r")
+    there = os.lstat(tmp_path / "r" / os.listdir(tmp_path / "r")[0])
+    with pytest.raises(ValueError, match="is in the way: nothing is written"):
+        model.save_pretrained(str(tmp_path / "r"))
+    assert os.lstat(tmp_path / "r" / os.listdir(tmp_path / "r")[0]).st_ino == there.st_ino
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "r"] and not os.listdir(tmp_path / "elsewhere")
+
+
+def test_the_folder_one_is_in_is_not_taken_away(model, release, tmp_path, monkeypatch):
+    """Its shell would stand in a folder that is gone. A folder above is no better."""
+    shutil.copytree(release, tmp_path / "r")
+    for place in ("r", "r/lm"):
+        monkeypatch.chdir(tmp_path / place)
+        with pytest.raises(ValueError, match="an export replaces it, and you are in it"):
+            model.save_pretrained("." if place == "r" else "..")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_pretrained("~/home")
+    assert same_weights(load("~/home"), model)
+
+
 def test_an_export_that_fails_leaves_the_old_one(model, release, tmp_path, monkeypatch):
     folder = shutil.copytree(release, tmp_path / "r")
     (folder / "notes.txt").write_text("mine")
@@ -208,13 +236,18 @@ def test_an_export_that_is_killed_leaves_a_whole_release(release, tmp_path):
     code = ("import sys, checkpoint\nmodel = checkpoint.load(sys.argv[1])\nmodel.lm.norm.weight.data += 1\n"
             "print('ready', flush=True)\nwhile True:\n    model.save_pretrained(sys.argv[1])\n")
     old = load(folder).lm.norm.weight
+    os.makedirs(tmp_path / "a/1")
+    os.makedirs(tmp_path / "b/2")
+    at_once = exchanged(tmp_path / "a", tmp_path / "b")
+    assert os.listdir(tmp_path / "a") == ["2" if at_once else "1"]
     for wait in (0.02, 0.05, 0.11):
         process = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if os.path.isdir(folder):  # between its two renamings the old one waits beside
+        assert os.path.isdir(folder) or not at_once
+        if os.path.isdir(folder):  # else, between two renamings, the old one waits beside
             new = load(folder).lm.norm.weight
             moved = (new - old).detach()
             assert torch.allclose(moved, moved.round(), atol=1e-5) and moved.unique().numel() == 1
@@ -245,6 +278,9 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
     os.remove(published / "config.json")
     run("train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=tuned", "--max_steps=1",
         f"--pretrained_path={published}", f"--lang_encoder_path={published}/lm")
+    for other in ([1], {"tasks": [1]}, {}):  # somebody else's file of that name
+        json.dump(other, open(tmp_path / "tuned/scores.json", "w"))
+        assert "scores" not in checkpoint.read(f"{tmp_path}/tuned", {})[0].about
     scores = {"tasks": {"toy-AQA/test": {"accuracy": 0.75, "n": 8}}}
     json.dump(scores, open(tmp_path / "tuned/scores.json", "w"))
     run("sample.py", f"--init_from={tmp_path}/tuned", f"--export={tmp_path}/a")
@@ -255,6 +291,47 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
     assert str(tmp_path) not in card + open(tmp_path / "a/config.json").read()
     load(f"{tmp_path}/a").save_pretrained(f"{tmp_path}/b")
     assert open(tmp_path / "b/README.md").read() == card
+    os.makedirs(tmp_path / "again")  # trained on from there: another model than the one that was scored
+    saved = torch.load(tmp_path / "tuned/checkpoint_0.pt", weights_only=True)
+    saved["config"] |= {"pretrained_path": f"{tmp_path}/a", "dataset_blending_config": {"Mine/train": 2.0}}
+    torch.save(saved, tmp_path / "again/checkpoint_0.pt")
+    load(f"{tmp_path}/again").save_pretrained(f"{tmp_path}/c")
+    card = open(tmp_path / "c/README.md").read()
+    assert "Mine/train | 2.0" in card and "NVIDIA OneWay" in card and "language model lm (3" in card
+    assert "toy-AQA" not in card and "Scores" not in card
+
+
+def test_whose_licences_a_card_names(model, tmp_path):
+    from tools.model_card import about_run, model_card, name_of
+    home = tmp_path / "models--Qwen--Qwen2.5-3B/snapshots/0a1"
+    os.makedirs(home)
+    sizes = vars(model.config) | {"about": {}}
+    for path in (home, tmp_path / "Qwen2.5-3B", "Qwen/Qwen2.5-3B"):
+        os.makedirs(tmp_path / "Qwen2.5-3B", exist_ok=True)
+        card = model_card(sizes | {"lang_encoder_path": name_of(str(path))}, model)
+        assert "Qwen2.5-3B: Qwen Research License (non-commercial)" in card and str(tmp_path) not in card
+    assert name_of("/gone/mine/lm/") == "lm" and name_of("nvidia/x") == "nvidia/x"
+    about = about_run({"config": {"clap_checkpoint": "clap_ckpt/epoch_16.pt"}}, str(tmp_path), {})
+    card = model_card(sizes | {"lang_encoder_path": "mine", "about": about}, model)
+    assert "started from clap_ckpt/epoch_16.pt: that of its publisher; of NVIDIA's releases" in card
+    assert "Language model mine: that of its publisher" in card
+
+
+def test_what_is_exported_can_be_read_again(tiny_lm, tiny_settings, tmp_path):
+    """Several chat templates of one tokenizer: transformers puts them into a folder of their own in lm/."""
+    from transformers import AutoTokenizer
+    shutil.copytree(tiny_lm, tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "lm")
+    model = checkpoint.new(settings(tiny_settings, tmp_path / "lm"))
+    model.save_pretrained(str(tmp_path / "r"))
+    assert os.path.isfile(tmp_path / "r/lm/additional_chat_templates/tools.jinja")
+    again = load(str(tmp_path / "r"))
+    assert same_weights(again, model) and again.tokenizer.chat_template == tokenizer.chat_template
+    again.tokenizer.chat_template = None
+    again.save_pretrained(str(tmp_path / "r"))
+    assert not [name for name in bytes_of(tmp_path / "r") if name.endswith(".jinja")]
 
 
 def test_the_text_tower_of_clap_goes_along(release, tmp_path):
@@ -438,7 +515,14 @@ def test_a_tokenizer_that_appends_eos_and_cuts_on_the_left(tiny_lm, tiny_setting
     assert long[0, 0] == model.audio_id and long.shape[1] == 32 and cut == 1 and (labels == -100).all()
 
 
+TWO = "lm: the tokenizer means two things by one of <audio>, "
+
+
 @pytest.mark.parametrize("change, saying", [
+    (lambda c: c.update(sep_token="<audio>"), TWO), (lambda c: c.update(sep_token="<|PAD_TOKEN|>"), TWO),
+    (lambda c: c.update(sep_token="<|endofchunk|>"), TWO),
+    (lambda c: c.update(eos_token="<|PAD_TOKEN|>"), TWO),
+    (lambda c: c.update(sep_token="a"), "lm: the tokenizer's mark 'a' is part of its plain texts"),
     (lambda c: c.pop("eos_token"), "lm: the tokenizer has no eos token"),
     (lambda c: c.update(added_tokens_decoder={"0": 3}), "lm: no usable tokenizer")])
 def test_a_tokenizer_that_cannot_be_used_is_refused(tiny_lm, tiny_settings, tmp_path, change, saying):
@@ -482,6 +566,23 @@ def test_a_head_of_its_own_is_kept(tiny_lm, tiny_settings, tmp_path, capsys):
     given = tiny_settings | {"lang_encoder_path": f"{tmp_path}/lm", "clap_checkpoint": f"{tmp_path}/clap.pt"}
     published = AudioFlamingo.from_pretrained(f"{tmp_path}/published.pt", **given)
     assert torch.equal(published.lm.lm_head.weight, 2 * table[:257])
+
+
+def test_weights_that_are_not_numbers_are_told(model, release, tmp_path, capsys):
+    """Answers would be the first token for ever, and scores of it would be printed."""
+    folder = shutil.copytree(release, tmp_path / "r")
+    shard = folder / "safe_ckpt/weight_0.safetensors"
+    state, name = load_file(shard), "lang_encoder.model.layers.1.decoder_layer.mlp.up_proj.weight"
+    state[name][3, 5] = float("nan")
+    save_file(state, shard)
+    broken = load(str(folder))
+    with pytest.raises(ValueError, match="the model's logits are NaN"):
+        broken.generate(["What?"] * 2, torch.ones(2, 40000), torch.tensor([1, 1]), max_new_tokens=2)
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.report(str(folder), {})
+    lines = capsys.readouterr().out.splitlines()
+    row, = [line for line in lines if line.startswith("not finite")]
+    assert ended.value.code == 1 and row.split()[2:] == ["1", "lm.layers.1.mlp.up_proj.weight"]
 
 
 def test_nothing_large_is_drawn_when_a_model_is_read(release):

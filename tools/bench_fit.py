@@ -54,6 +54,8 @@ KNOWN = {
     "Qwen2.5-3B": SimpleNamespace(width=2048, layers=36, inner=11008, heads=16, kv_heads=2, d=128, **QWEN),
     "SmolLM2-135M": SMOLLM2}
 
+RELEASED = r"audio-flamingo-2(-\d\.5B)?"
+
 # ------------------------------------------------------------------------------------------------------------
 # The model of a config, without numbers
 
@@ -75,7 +77,7 @@ class Marks:
 def text_side(c):
     """checkpoint.text_side of a local folder; of the language models known here, without one."""
     name = os.path.basename(c.lang_encoder_path)
-    released = re.search(r"audio-flamingo-2(-\d\.5B)?", c.pretrained_path or "")
+    released = re.search(RELEASED, c.pretrained_path or "")
     if released and "lang_encoder_path" not in c.given:  # the release tells its language model
         name = "Qwen2.5" + (released[1] or "-3B")
     elif os.path.isdir(config.place(c.lang_encoder_path)):
@@ -89,9 +91,12 @@ def text_side(c):
 def build(c):
     """-> the model of the settings c on the meta device, what trains set as train.py does."""
     state, given = {}, config.given(c)
-    if c.clap_checkpoint and os.path.isfile(config.place(c.clap_checkpoint)):  # it tells the encoder's sizes
-        state = checkpoint.clap_state(c.clap_checkpoint)
-    model = checkpoint.skeleton(c, state, text_side(c), c.clap_checkpoint, given, fresh=False)
+    if c.pretrained_path and os.path.exists(config.place(c.pretrained_path)):  # it tells all of its sizes
+        model, _ = checkpoint.read_start(c, given)
+    else:
+        if c.clap_checkpoint and os.path.isfile(config.place(c.clap_checkpoint)):  # it tells the encoder's
+            state = checkpoint.clap_state(c.clap_checkpoint)
+        model = checkpoint.skeleton(c, state, text_side(c), c.clap_checkpoint, given, fresh=False)
     model.recompute, model.clap.recompute = c.gradient_checkpointing, c.clap_gradient_checkpointing
     model.set_trainable(c)
     model.clap.augment = False  # SpecAugment draws numbers; it keeps nothing
@@ -250,6 +255,18 @@ def micro_step(model, B, W, T, A, dtype, keep_gradients=False, on_gpu=True):
 # A recipe
 
 
+def check(c):
+    """ValueError for what no card, clip or run is."""
+    most = dict(gpu=10 ** 4, gpus=10 ** 6, windows=10 ** 5, tokens=10 ** 6, answers=c.tokens, mfu=1)
+    most |= dict(items=math.inf, tflops=math.inf)
+    for name, bound in most.items():
+        value = getattr(c, name)
+        if value is not None and not 0 < value <= bound:
+            raise ValueError(f"{name} = {value!r}, expected more than 0" +
+                             f", at most {bound}" * (bound < math.inf))
+    checkpoint.pick_precision(c.precision, torch.device("cpu"))
+
+
 def hardware(c, path):
     """-> number and GB of the cards: as given, as the config's docstring says ("Hardware: 8 x 80 GB"), or one
     of 80 GB."""
@@ -292,8 +309,9 @@ def fit(c):
     number, size = hardware(c, path)
     room = 0.95 * (size * 2 ** 30 - 1e9)
     dtype = torch.float32 if c.precision == "fp32" else torch.bfloat16
-    B, W, accumulation = c.batch_size, c.windows or c.max_num_window, c.gradient_accumulation_steps
+    check(c)
     model = build(c)
+    B, W, accumulation = c.batch_size, c.windows or model.config.max_num_window, c.gradient_accumulation_steps
     parameters = Counter()
     for name, p in model.named_parameters():
         parameters[name.split(".")[0], p.requires_grad] += p.numel()
@@ -320,7 +338,7 @@ def fit(c):
     tflops = c.tflops or (790.0 if size > 24 else 165.0)
     seconds = micro_flops * accumulation / (1e12 * tflops * c.mfu)
     clips = B * accumulation / seconds  # a second and card
-    window_bytes = 2 * round(c.window_length * model.hearing["sample_rate"])
+    window_bytes = 2 * round(model.config.window_length * model.hearing["sample_rate"])
     items = epoch_items(c)
     figures = {
         "mode": "fit", "config": path, "gpus": number, "gpu_gb": size, "batch_size": B, "windows": W,
@@ -346,8 +364,10 @@ def report(c, f, parameters, model):
     print(f"{f['gpus']} x {f['gpu_gb']:g} GB | {f['batch_size']} clips of {f['windows']} windows and "
           f"{f['tokens']} tokens, {f['answers']} with labels | {c.gradient_accumulation_steps} micro-steps a "
           f"step | {how}")
-    if c.clap_checkpoint and not os.path.isfile(config.place(c.clap_checkpoint)):
-        print(f"clap_checkpoint = {c.clap_checkpoint} is not here: the encoder's sizes are the settings'")
+    for name, whose in (("pretrained_path", "the"), ("clap_checkpoint", "the encoder's")):
+        value = getattr(c, name)
+        if value and not os.path.exists(config.place(value)) and not re.search(RELEASED, value):
+            print(f"{name} = {value} is not here: {whose} sizes are the settings'")
     print(f"\n{'part':24}{'parameters':>16}{'trained':>16}{'forward GFLOP a clip':>24}")
     for part, name in PARTS.items():
         trains, frozen = parameters[part, True], parameters[part, False]

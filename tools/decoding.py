@@ -153,13 +153,19 @@ def tokens(model, items, slots, how, heard=None):
             still = lambda: torch.tensor([int(row in going) for row in range(len(answers.x))], device=device)
             mask = still()
             block = 1 if asks_every_step(device) else STOP_TEST
-            said = []
+            said, bad = [], 0
             for ahead in range(block):
                 steps = [going[row][1] + ahead if row in going else 0 for row in range(len(answers.x))]
-                said.append(pick(model.lm.logits(answers.x).float(), how, steps))
+                logits = model.lm.logits(answers.x).float()
+                said.append(pick(logits, how, steps))
+                bad = bad + logits.isnan().any(-1).long()
                 if ahead + 1 < block:
                     answers.step(said[-1], mask)
-            for column in torch.stack(said).tolist():  # the one look at the device
+            *columns, bad = torch.stack([*said, bad]).tolist()  # the one look at the device
+            if any(bad[row] for row in going):
+                raise ValueError("the model's logits are NaN: weights that are not finite (checkpoint.py "
+                                 "PATH names them), or float16, which is too narrow for it")
+            for column in columns:
                 step = {}
                 for row, (index, n) in list(going.items()):
                     ended = column[row] in stops

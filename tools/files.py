@@ -1,5 +1,6 @@
 """Files of weights, from this disk or the hub: read without running anything that they hold, written whole or
 not at all. Errors are ValueError or FileNotFoundError, one line that names the file."""
+import ctypes
 import os
 import pickle
 import re
@@ -23,7 +24,8 @@ def brief(error):
 
 
 def listed(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name[:120] for name in names[:5]) + more
 
 
 def local_or_hub(path, patterns, cache_dir=None, setting="init_from"):
@@ -45,6 +47,8 @@ def inside(folder, name, by):
     """The path of folder/name, which `by` names. It must lie in the folder, and not behind a link that leads
     out of it; the links in a snapshot of the hub's cache lead to that repository's blobs."""
     path, home = os.path.join(folder, name), os.path.realpath(folder)
+    if len(name) > 200 or not name.isprintable():  # a surrogate, a 0: no system call takes them
+        raise ValueError(f"{by} names {name[:60]!r}, which is no file's name")
     homes = [home, os.path.join(home.rpartition("/snapshots/")[0] or home, "blobs")]
     if not os.path.realpath(path).startswith(tuple(where + os.sep for where in homes)):
         raise ValueError(f"{path}, which {by} names, leads out of {folder}")
@@ -144,8 +148,9 @@ def tensors_in(saved, key, path):
     state = saved.get(key)
     if not isinstance(state, dict) or not all(isinstance(n, str) for n in state):
         raise ValueError(f"{path}: no {key} {{name: tensor}} in it")
-    if wrong := [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
-        raise ValueError(f"{path}: {key} holds what is no tensor: {listed(wrong)}")
+    plain = lambda x: isinstance(x, torch.Tensor) and not x.is_meta and x.layout is torch.strided
+    if wrong := [name for name, tensor in state.items() if not plain(tensor)]:
+        raise ValueError(f"{path}: {key} holds what is no tensor with numbers: {listed(wrong)}")
     return state
 
 
@@ -209,8 +214,13 @@ def replaced(folder, mine):
                         os.fsync(f.fileno())
             if os.path.isdir(folder):
                 keep_others(folder, new, mine)
-                os.rename(folder, old)
-            os.rename(new, folder)
+                if not exchanged(new, folder):  # then for a moment nothing stands there
+                    os.rename(folder, old)
+                    os.rename(new, folder)
+            elif os.path.lexists(folder):
+                raise OSError("it is not a folder")
+            else:
+                os.rename(new, folder)
         except BaseException:
             if os.path.isdir(old) and not os.path.isdir(folder):
                 os.rename(old, folder)
@@ -221,13 +231,27 @@ def replaced(folder, mine):
         raise ValueError(f"{folder} is not written, what stood there is as it was ({error})") from error
 
 
+def exchanged(a, b):
+    """Let two folders change places, at once, where the system can; -> whether it did."""
+    libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    rename = getattr(libc, "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
 def keep_others(folder, new, mine):
-    """Second names, in the folder `new`, of all files of `folder` but those that are mine."""
+    """Second names, in the folder `new`, of all files of `folder` but those that are mine. ValueError if one
+    is where something new is."""
     def ours(path, names):
-        return [name for name in names if mine(os.path.relpath(os.path.join(path, name), folder))]
+        goes = []
+        for name in names:
+            source = os.path.join(path, name)
+            here = os.path.relpath(source, folder)
+            is_folder, there = os.path.isdir(source) and not os.path.islink(source), os.path.join(new, here)
+            if not is_folder and mine(here):
+                goes.append(name)
+            elif os.path.lexists(there) and not (is_folder and os.path.isdir(there)):
+                raise ValueError(f"{source} is in the way: nothing is written")
+        return goes
 
-    def link(source, target):
-        if not os.path.lexists(target):
-            os.link(source, target, follow_symlinks=False)
-
+    link = lambda source, target: os.link(source, target, follow_symlinks=False)
     shutil.copytree(folder, new, symlinks=True, ignore=ours, copy_function=link, dirs_exist_ok=True)

@@ -1,5 +1,6 @@
 """Language models in Hugging Face folders: sizes, tokenizer and weights of those that our blocks compute."""
 import glob
+import math
 import os
 import re
 import sys
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from data import MARKS, add_marks
+from data import MARKS, add_marks, encode_prompts, encode_text
 from tools.files import brief, inside, listed, load_tensors, local_or_hub, merged, read_object, same
 
 LM_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]
@@ -44,7 +45,7 @@ def text_side(c, weights=True):
     tokenizer = opened(AutoTokenizer, other or folder)
     known = len(tokenizer)
     try:
-        add_marks(tokenizer)
+        check_marks(add_marks(tokenizer))
     except ValueError as error:
         raise ValueError(f"{other or folder}: {error}") from error
     # tables are in two parts: rows of the language model, and, from here on, those of our marks
@@ -54,6 +55,20 @@ def text_side(c, weights=True):
         sizes.vocab -= 1
     sizes.known = known  # tokens that the tokenizer came with: a mark may be among them
     return folder, sizes, tokenizer
+
+
+def check_marks(tokenizer):
+    """ValueError where training would not know what is what: labels begin after the first sep, end at
+    <|endofchunk|> and eos, and leave out pad."""
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in (*MARKS[:3], tokenizer.sep_token)}
+    *begin, _, _ = encode_prompts(tokenizer, [""])[0]  # bos, or nothing
+    if len(set(ids.values())) < 4 or tokenizer.eos_token in MARKS[:3] or set(begin) & set(ids.values()):
+        raise ValueError(f"the tokenizer means two things by one of {', '.join(ids)}: see its eos, bos, sep")
+    for mark, number in ids.items():
+        if number in encode_text(tokenizer, [mark])[0]:
+            raise ValueError(f"the tokenizer's mark {mark!r} is part of its plain texts, too")
+    if len(tokenizer) <= (last := max(tokenizer.get_vocab().values())):
+        raise ValueError(f"the tokenizer's ids go up to {last}, but it has {len(tokenizer)} tokens")
 
 
 def sizes_of(hf, folder):
@@ -76,11 +91,16 @@ def sizes_of(hf, folder):
         width=hf.hidden_size, layers=hf.num_hidden_layers, inner=hf.intermediate_size,
         heads=hf.num_attention_heads, kv_heads=hf.num_key_value_heads,
         d=get("head_dim", hf.hidden_size // hf.num_attention_heads),
-        eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta") or get("rope_theta", 10000.0),
+        eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta", getattr(hf, "rope_theta", 10000.0)),
         rope_stretch={n: rope[n] for n in stretch} if found["rotary scaling"] == "llama3" else None,
         qkv_bias=get("attention_bias", hf.model_type == "qwen2"), out_bias=get("attention_bias", False),
         mlp_bias=get("mlp_bias", False), qk_norm=hf.model_type == "qwen3", tied=hf.tie_word_embeddings,
-        positions=get("max_position_embeddings", 10 ** 9))
+        positions=hf.max_position_embeddings)
+    numbers = {"rms_norm_eps": sizes.eps, "rope_theta": sizes.rope_theta,
+               "max_position_embeddings": sizes.positions}
+    for name, value in (numbers | (sizes.rope_stretch or {})).items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{folder}/config.json: {name} = {value!r}, expected a number above 0")
     if sizes.heads % sizes.kv_heads or sizes.d < 2 or sizes.d % 2:
         raise ValueError(f"{folder}/config.json: {sizes.heads} heads of {sizes.d} channels, {sizes.kv_heads} "
                          f"of keys: expected whole groups of heads and an even number of channels")
@@ -119,12 +139,14 @@ def lm_state(folder, lm, tokenizer):
     state = {name: get() for name, get in pieces.items()}
     for table in [name for name in ("embed_tokens.weight", "lm_head.weight") if name in state]:
         rows = state[table]
-        if len(rows) < lm.vocab:
-            raise ValueError(f"{folder}: {table} has {len(rows)} rows, its tokenizer {lm.vocab} tokens")
+        if rows.ndim != 2 or len(rows) < lm.vocab:
+            raise ValueError(f"{folder}: {table} has shape {tuple(rows.shape)}, its tokenizer {lm.vocab} "
+                             f"tokens")
         spread = rows[:lm.vocab:max(1, lm.vocab // 4096)].float().std(0)
         kept = rows[lm.vocab:lm.known].float()  # marks that the language model has learnt itself
         noise = 0.5 * spread * torch.randn(len(tokenizer) - lm.vocab - len(kept), rows.shape[1])
-        state[table.replace("weight", "added")] = torch.cat([kept, rows[tokenizer.eos_token_id] + noise])
+        eos = rows[tokenizer.eos_token_id].float()
+        state[table.replace("weight", "added")] = torch.cat([kept, eos + noise])
         state[table] = rows[:lm.vocab]
     return state
 
@@ -135,8 +157,9 @@ def check_sizes(pieces, lm, source, prefix=""):
     blocks = {name.split(".")[1] for name in (n.removeprefix(prefix) for n in pieces if n.startswith(prefix))
               if name.startswith("layers.")}
     table = pieces.get(prefix + "embed_tokens.weight")
-    width = table and table().shape[-1]
-    if (len(blocks), width or lm.width) != (lm.layers, lm.width):
+    shape = tuple(table().shape) if table else (0, lm.width)
+    width = table and (shape[1] if len(shape) == 2 else shape)
+    if (len(blocks), *shape[1:]) != (lm.layers, lm.width):
         raise ValueError(f"{source} does not fit the model: its weights are {len(blocks)} blocks of width "
                          f"{width}, config.json says {lm.layers} of {lm.width}: another language model?")
 

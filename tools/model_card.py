@@ -1,6 +1,7 @@
 """The README.md of a release: what it was made of and how, whose licences hold."""
 import json
 import os
+import re
 
 import config as settings
 
@@ -16,19 +17,44 @@ NVIDIA = ("Derived from NVIDIA's Audio Flamingo 2 weights: NVIDIA OneWay Noncomm
 
 
 def name_of(path):
-    """What others may know of a path in a setting: a hub id, or the name of a folder of this machine."""
-    return os.path.basename(os.path.normpath(path)) if os.path.isdir(settings.place(path)) else path
+    """What others may know of a path in a setting: a hub id, or the name of a file or folder of a machine."""
+    if cached := re.search(r"models--(.+?)--(.+?)/snapshots/", path):  # of the hub's cache
+        return "/".join(cached.groups())
+    ours = path[:1] in "/~" or os.path.exists(settings.place(path))
+    return os.path.basename(os.path.normpath(path)) if ours else path
 
 
-def about_run(saved, folder):
-    """{what a card tells of a training run} from the content of its checkpoint, and its scores.json."""
-    c, about = saved.get("config", {}), {}
+def licence_of(lm):
+    """Of a language model, named by hub id, or by a folder that is called like it."""
+    return next((text for name, text in LICENCES.items() if lm in (name, name.split("/")[-1])),
+                "that of its publisher")
+
+
+def about_run(saved, folder, base):
+    """{what a card tells of a training run} from the content of its checkpoint, its scores.json, and what is
+    told of the model that it started from: its scores and data are not the run's."""
+    c, about = saved.get("config", {}), dict(base)
     if c:
-        about = {"data": c.get("dataset_blending_config", {}), "steps": saved.get("step"),
-                 "settings": {name: c[name] for name in TOLD if name in c}}
+        about = {name: base[name] for name in ("language_model", "nvidia", "encoder") if name in base}
+        about |= {"data": c.get("dataset_blending_config", {}), "steps": saved.get("step"),
+                  "settings": {name: c[name] for name in TOLD if name in c}}
+        if c.get("clap_checkpoint") and not c.get("pretrained_path"):
+            about["encoder"] = name_of(c["clap_checkpoint"])
     scores = os.path.join(folder, "scores.json")
     if os.path.isfile(scores):
-        about["scores"] = settings.read_json(scores).get("tasks", {})
+        content = settings.read_json(scores)
+        tasks = content.get("tasks") if isinstance(content, dict) else None  # else it is somebody else's file
+        about |= {"scores": tasks} if isinstance(tasks, dict) else {}
+    return checked_about(about, folder)
+
+
+def checked_about(about, source):
+    """The same, or a ValueError: parts that a card shows as tables are {name: value}."""
+    tables = ("data", "settings", "scores")
+    parts = [about.get(name, {}) for name in tables] if isinstance(about, dict) else [about]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{source}: about = {str(about)[:99]}, expected an object, and in it objects "
+                         f"{', '.join(tables)}")
     return about
 
 
@@ -57,6 +83,9 @@ def model_card(sizes, model):
     if about.get("scores"):
         rows = [(task, json.dumps(row)) for task, row in about["scores"].items()]
         text += ["## Scores\n", table(rows, ["task", "scores"])]
-    text += ["## Licences\n", f"- Language model {lm}: {LICENCES.get(lm, 'that of its publisher')}."]
+    text += ["## Licences\n", f"- Language model {lm}: {licence_of(lm)}."]
+    if about.get("encoder") and not about.get("nvidia"):
+        text += [f"- Audio encoder, started from {about['encoder']}: that of its publisher; of NVIDIA's "
+                 f"releases, NVIDIA OneWay Noncommercial License."]
     text += [f"- {NVIDIA}"] if about.get("nvidia") else []
     return "\n".join(text) + "\n"

@@ -92,7 +92,7 @@ def release_pieces(folder):
 
 OF_A_RELEASE = re.compile(r"safe_ckpt/(metadata\.json|.*\.safetensors)|clap_ckpt/epoch_16\.pt|config\.json"
                           r"|lm/(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab)\.json"
-                          r"|lm/(merges\.txt|tokenizer\.model|chat_template\.jinja)")
+                          r"|lm/(merges\.txt|tokenizer\.model|(additional_chat_templates/.*|chat_template)\.jinja)")
 
 
 def save_release(model, folder):
@@ -100,7 +100,9 @@ def save_release(model, folder):
     model card. A release that stood there goes, whole or not at all; other files in the folder stay."""
     if getattr(model, "int8", False):
         raise ValueError("a model with int8 weights is for answering: save the one it was made from")
-    folder = os.path.realpath(folder)
+    folder = os.path.realpath(os.path.expanduser(folder))
+    if (os.getcwd() + os.sep).startswith(folder + os.sep):
+        raise ValueError(f"{folder}: an export replaces it, and you are in it")
     readme = os.path.join(folder, "README.md")
     theirs = os.path.isfile(readme) and not open(readme, errors="replace").read(9999).count(CARD_OF_OURS)
     old = [os.path.join(path, file) for path, _, files in os.walk(folder) for file in files]

@@ -1,4 +1,4 @@
-"""Between disk and tensors: runs, published releases, encoders, devices and precisions.
+"""Between disk and tensors: runs, checkpoints and published releases.
 
     model = load("exp/sft", device="cuda", dtype=torch.bfloat16)   # a run, a checkpoint, a release, a hub id
     save_release(model, "my-release")                              # which the published code reads, too
@@ -21,49 +21,20 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import config as settings
-from data import SAMPLE_RATE
-from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks, hann_and_mel
+from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks
+from tools.devices import pick_device
+from tools.encoders import clap_state
 from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in)
-from tools.htsat import rate_of, sizes_told
+from tools.htsat import sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
 from tools.model_card import about_run, checked_about, name_of
-from tools.releases import (TABLES, UNUSED, from_published, in_two_parts, release_pieces, save_release)
+from tools.model_settings import bounded, checked
+from tools.releases import (TABLES, from_published, in_two_parts, release_pieces, save_release)
 
 # ------------------------------------------------------------------------------------------------------------
 # A model without weights, and its state
 
 RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
-BOUNDS = {"window_length": (0.02, 600), "window_overlap": (0, 600), "max_num_window": (1, 10 ** 6),
-          "clap_spec_size": (64, 1024), "clap_embed_dim": (1, 10 ** 4), "clap_depths": (0, 1000),
-          "clap_num_heads": (1, 10 ** 4), "audio_transformer_n_head": (1, 10 ** 4),
-          "audio_transformer_n_layers": (0, 1000), "audio_transformer_d_inner": (1, 10 ** 6),
-          "cross_attn_every_n_layers": (0, 10 ** 4)}
-NOT_IN_WEIGHTS = ("window_length", "window_overlap", "max_num_window", "audio_transformer_n_head")
-
-
-def checked(saved, file, given=()):
-    """The settings of a model that a file holds, or a ValueError that names it: a missing one that weights
-    do not tell, a wrong type, a value that no model has."""
-    if not isinstance(saved, dict):
-        raise ValueError(f"{file}: the settings are a {type(saved).__name__}, expected {{name: value}}")
-    saved = {name: value for name, value in saved.items() if name in settings.MODEL_SETTINGS}
-    if missing := [name for name in NOT_IN_WEIGHTS if saved and name not in saved and name not in given]:
-        raise ValueError(f"{file}: no {listed(missing)} in it: give --{missing[0]}")
-    known = settings.settings_of("config/defaults.py")
-    return bounded({name: settings.check(name, value, known, file) for name, value in saved.items()}, file)
-
-
-def bounded(sizes, file):
-    """The same settings, or a ValueError that names one that no model has."""
-    for name, (least, most) in BOUNDS.items():
-        value = sizes.get(name, least)
-        kinds, numbers = ((int,), value) if type(value) is list else ((int, float), [value])
-        stages = type(value) is list and name.startswith("clap_")
-        good = all(type(n) in kinds and least <= n <= most for n in numbers)
-        if not good or (stages and len(value) != 4):
-            raise ValueError(f"{file}: {name} = {value!r}, expected {least} to {most}" +
-                             ", for each of four stages" * stages)
-    return sizes
 
 
 class Unfilled(TorchFunctionMode):
@@ -121,39 +92,6 @@ def start(c, given=(), fresh=True, saved=None, source=None):
     trained = trained_tensors(saved, text[1], source) if saved else {}
     told = saved.get("config", ()) if saved else ()
     return skeleton(c, state | trained, text, source, given, fresh, told), state
-
-
-def clap_state(file):
-    """{our name: tensor} of a CLAP training checkpoint, {"state_dict": {"module.audio_branch.*", ...}}."""
-    path, branch = settings.place(file), "audio_branch."
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"clap_checkpoint = {file}: no such file")
-    saved = tensors_in(load_pickle(path), "state_dict", file)
-    saved = {name.removeprefix("module."): tensor for name, tensor in saved.items()}
-    state = {"clap.htsat." + n.removeprefix(branch): t for n, t in saved.items() if n.startswith(branch)}
-    if not state:
-        raise ValueError(f"{file}: no module.audio_branch.* in its state_dict")
-    mel = clap_mel(saved, file)
-    state = {n: t for n, t in state.items() if not UNUSED.search(n)}
-    return state if mel is None else state | {"clap.mel": mel}
-
-
-def clap_mel(saved, file):
-    """The mel bands of a CLAP that is not AF-CLAP; None for that. LAION's hear 48 kHz; those with a fusion
-    branch were trained on HTK bands, those without on the ones in the file (get_mel and the HTS-AT of
-    laion-clap, arXiv 2211.06687)."""
-    bands, fusion = saved.get("audio_branch.logmel_extractor.melW"), any(".fusion_model." in n for n in saved)
-    laion = "text_branch.embeddings.word_embeddings.weight" in saved  # RoBERTa; AF-CLAP's is a T5
-    if bands is None and not fusion:
-        raise ValueError(f"{file}: an encoder without a fusion branch hears by its own mel bands, but there "
-                         f"is no module.audio_branch.logmel_extractor.melW in the file")
-    try:
-        rate = rate_of(bands) if bands is not None else 48000 if laion else SAMPLE_RATE
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if not fusion:
-        return bands.float()
-    return None if rate == SAMPLE_RATE else hann_and_mel(torch.device("cpu"), rate, 14000)[1]
 
 
 def load_language_model(c, device="cpu", dtype=torch.float32):
@@ -386,37 +324,6 @@ def export_release(source, model, state, folder):
     """Write what read gave as a release, every weight in its own dtype."""
     save_release(finished(model, state, "cpu", None, source), folder)
     print(f"wrote {folder}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Devices and precisions
-
-
-def pick_device(name="auto"):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device = {name!r}, expected auto, cpu, cuda or cuda:<n>") from error
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device = {name!r}, but {f'only {count}' if count else 'no'} CUDA device is "
-                         f"available here")
-    return device
-
-
-def pick_precision(precision, device):
-    """-> (dtype of products and frozen weights, reason). bf16 where the hardware multiplies it faster than
-    float32."""
-    if precision not in ("amp_bf16", "fp32"):
-        raise ValueError(f"precision = {precision!r}, expected amp_bf16 or fp32")
-    if precision == "fp32":
-        return torch.float32, "asked for"
-    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and not units:
-        return torch.float32, "this processor has no bf16 units, emulated bf16 is 5 times slower"
-    return torch.bfloat16, "amp_bf16"
 
 
 if __name__ == "__main__":

@@ -479,7 +479,7 @@ class LanguageModel(nn.Module):
     """embed_tokens, layers, norm and the head; AudioFlamingo.hidden lets it listen between the layers."""
 
     def __init__(self, config, added):
-        """config: sizes, named as in checkpoint.text_side; added: rows of the tables beside config.vocab."""
+        """config: language_models.sizes_of; added: rows of the tables beside config.vocab."""
         super().__init__()
         self.config = config
         self.embed_tokens = TokenTable(config.vocab, added, config.width)

@@ -15,12 +15,13 @@ import sys
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import export_release, finished, newest_checkpoint, pick_device, pick_precision, read
+from checkpoint import export_release, finished, newest_checkpoint, read
 from data import unheard_note
 from model import pick_backend
 from tools import listening, page
 from tools.asking import concluded, growing, hear_clips, load_clips, read_questions, sampling
 from tools.decoding import Sampling, answer, compile_decoding
+from tools.devices import pick_device, pick_precision
 from tools.int8 import quantize
 from tools.scripts import need_place
 

@@ -28,6 +28,7 @@ import config as settings
 from data import open_manifests, train_loader, unheard_note, valid_loader
 from model import pick_backend
 from tools import meters, runs
+from tools.devices import pick_device, pick_precision
 from tools.meters import flops_per_step, parameter_table, peak_memory
 from tools.optimizers import load_optimizer, make_optimizer
 from tools.progress import changes, check_same_run, epoch_items, plan_of, rest_of_epoch
@@ -96,12 +97,12 @@ def train(c, run, rank, world, local_rank):
         raise ValueError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
 
     # --- where we run
-    device = checkpoint.pick_device(c.device)
+    device = pick_device(c.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     main_rank, control = rank == 0, None
-    dtype, reason = checkpoint.pick_precision(c.precision, device)
+    dtype, reason = pick_precision(c.precision, device)
     if world > 1:  # control: between hosts, no device waits
         control = runs.join("nccl" if device.type == "cuda" else "gloo", rank, world)
     say = tqdm.write if main_rank else (lambda *_: None)

@@ -47,7 +47,7 @@ def hearing_of(c):
     the rate of its clap_checkpoint, where that is here."""
     rate = SAMPLE_RATE
     if c.clap_checkpoint and os.path.isfile(settings.place(c.clap_checkpoint)):
-        from checkpoint import clap_state
+        from tools.encoders import clap_state
         mel = clap_state(c.clap_checkpoint).get("clap.mel")
         rate = rate if mel is None else rate_of(mel)
     hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": rate}
@@ -121,7 +121,7 @@ def tokenizer_of(c):
     """The config's tokenizer, or None where it can't be had or no language model is named."""
     if "lang_encoder_path" not in c.given and "tokenizer_path" not in c.given:
         return None
-    from checkpoint import text_side
+    from tools.language_models import text_side
     try:
         return text_side(c)[2]
     except (ValueError, OSError, ImportError) as error:

@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import load_language_model, pick_device, pick_precision
+from checkpoint import load_language_model
 from data import HEARING, Batches, Clips, open_manifests
 from model import ClapEncoder, log_mel, to_float
+from tools.devices import pick_device, pick_precision
 from tools.files import save_atomically
 
 clap_config: dict = {}  # {"Name-Task/split": any weight > 0}; outputs are the captions

@@ -21,6 +21,7 @@ from data import load_audio
 from model import AudioFlamingo, to_float
 from prepare.check import hearing_of
 from tests.helpers import ROOT, fails_with_one_line, run
+from tools.encoders import clap_state
 from tools.files import load_pickle
 from tools.releases import PUBLISHED, TABLES, rename
 
@@ -377,8 +378,8 @@ def test_mel_bands_that_tell_no_rate(tmp_path):
     bands = lambda rate, top: {"module.audio_branch.logmel_extractor.melW": triangles(rate, top).float()}
     for more in ({}, bands(16000, 8000)):
         torch.save({"state_dict": audio | fused | more}, tmp_path / "ours.pt")
-        assert len(checkpoint.clap_state(str(tmp_path / "ours.pt"))) == 2
+        assert len(clap_state(str(tmp_path / "ours.pt"))) == 2
     for more, saying in ((bands(32000, 14000), "whose last bin is 447"), ({}, "there is no module.audio")):
         torch.save({"state_dict": audio | more}, tmp_path / "other.pt")
         with pytest.raises(ValueError, match=f"other.pt: .*{saying}"):
-            checkpoint.clap_state(str(tmp_path / "other.pt"))
+            clap_state(str(tmp_path / "other.pt"))

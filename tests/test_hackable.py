@@ -6,10 +6,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint
 import config
 import model as model_file
 from model import AudioFlamingo, LanguageModel, key_mask
+from tools.language_models import text_side
 
 
 class ToyEncoder(nn.Module):
@@ -58,7 +58,7 @@ def one_step_and_an_answer(model, window):
 
 def test_another_encoder(tiny_settings):
     c = SimpleNamespace(**(config.defaults() | tiny_settings))
-    _, sizes, tokenizer = checkpoint.text_side(c)
+    _, sizes, tokenizer = text_side(c)
     model = AudioFlamingo(c, sizes, tokenizer, encoder=ToyEncoder())
     assert model.hearing["sample_rate"] == 8000  # what data.load_audio is given
     one_step_and_an_answer(model, window=20000)
@@ -70,6 +70,6 @@ def test_another_encoder(tiny_settings):
 def test_another_attention(tiny_settings, monkeypatch, lm):
     monkeypatch.setitem(model_file.BACKENDS, "softer", softer_attention)
     c = SimpleNamespace(**(config.defaults() | tiny_settings | {"attention_backend": "softer"}))
-    _, sizes, tokenizer = checkpoint.text_side(c)
+    _, sizes, tokenizer = text_side(c)
     lm = sizes if lm == "sizes" else LanguageModel(sizes, added=len(tokenizer) - sizes.vocab)
     one_step_and_an_answer(AudioFlamingo(c, lm, tokenizer), window=40000)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+from tools.encoders import clap_state
 import config
 import sample
 from tests.helpers import fails_with_one_line
@@ -273,7 +274,7 @@ def test_pickles_run_nothing(tiny_settings, tmp_path, monkeypatch, capsys, tiny_
         assert "checkpoint_0.pt" in line and "Recursion" not in line and not os.path.exists(mark)
         torch.save({"state_dict": content} if kind == "zip" else content, tmp_path / "clap.pt")
         with pytest.raises(ValueError, match=r"clap\.pt"):
-            checkpoint.clap_state(str(tmp_path / "clap.pt"))
+            clap_state(str(tmp_path / "clap.pt"))
         assert not os.path.exists(mark)
     torch.save({"model_state_dict": {"x": torch.ones(9)}}, run / "checkpoint_0.pt")
     cut(run / "checkpoint_0.pt", 0.7)

@@ -34,6 +34,9 @@ import config
 import model as modeling
 from data import MARKS, open_manifests
 from tools.bench_decode import SMOLLM2
+from tools import language_models
+from tools.devices import pick_precision
+from tools.encoders import clap_state
 from tools.meters import flops_per_step
 
 gpu: float | None = None  # GB of the card, as its maker counts (GiB); None: the config's docstring, else 80
@@ -75,13 +78,13 @@ class Marks:
 
 
 def text_side(c):
-    """checkpoint.text_side of a local folder; of the language models known here, without one."""
+    """language_models.text_side of a local folder; of the language models known here, without one."""
     name = os.path.basename(c.lang_encoder_path)
     released = re.search(RELEASED, c.pretrained_path or "")
     if released and "lang_encoder_path" not in c.given:  # the release tells its language model
         name = "Qwen2.5" + (released[1] or "-3B")
     elif os.path.isdir(config.place(c.lang_encoder_path)):
-        return checkpoint.text_side(c)
+        return language_models.text_side(c)
     if name not in KNOWN:
         raise ValueError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder; known by name are "
                          f"{', '.join(KNOWN)}")
@@ -95,7 +98,7 @@ def build(c):
         model, _ = checkpoint.read_start(c, given)
     else:
         if c.clap_checkpoint and os.path.isfile(config.place(c.clap_checkpoint)):  # it tells the encoder's
-            state = checkpoint.clap_state(c.clap_checkpoint)
+            state = clap_state(c.clap_checkpoint)
         model = checkpoint.skeleton(c, state, text_side(c), c.clap_checkpoint, given, fresh=False)
     model.recompute, model.clap.recompute = c.gradient_checkpointing, c.clap_gradient_checkpointing
     model.set_trainable(c)
@@ -264,7 +267,7 @@ def check(c):
         if value is not None and not 0 < value <= bound:
             raise ValueError(f"{name} = {value!r}, expected more than 0" +
                              f", at most {bound}" * (bound < math.inf))
-    checkpoint.pick_precision(c.precision, torch.device("cpu"))
+    pick_precision(c.precision, torch.device("cpu"))
 
 
 def hardware(c, path):

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 import config as settings
-from checkpoint import pick_device
+from tools.devices import pick_device
 from tools.files import load_pickle
 
 LENGTH = 77  # tokens

@@ -421,6 +421,9 @@ def pick_precision(precision, device):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(print(__doc__ + "\nusage: python checkpoint.py PATH [--name=value]", file=sys.stderr) or 2)
+        asked = sys.argv[1:2] in (["--help"], ["-h"])
+        print(__doc__, "usage: python checkpoint.py PATH [--name=value]", sep="\n",
+              file=None if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     path = sys.argv.pop(1)
     settings.run(lambda c: report(path, settings.given(c)), "checkpoint.py")

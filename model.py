@@ -93,7 +93,7 @@ class ClapEncoder(nn.Module):
             nn.init.normal_(self.htsat.absolute_pos_embed, std=0.5)
         share = (spec_size / 256) ** 2  # of a 10 s window: mask the same part of a shorter one
         self.htsat.spec_augmenter.time_dropper.drop_width = max(1, round(64 * share))
-        self.augment, self.width = augment, 8 * embed_dim
+        self.augment, self.recompute, self.width = augment, False, 8 * embed_dim
         self.tokens_per_window = (spec_size // 32) ** 2
         self.max_frames = spec_size * (spec_size // 64)
 
@@ -116,11 +116,11 @@ class ClapEncoder(nn.Module):
         # A window is CLAP's own length, never "longer": the fusion branch (local mel crops) is not used.
         x = h.patch_embed.proj(x).flatten(2).transpose(1, 2)
         x = h.patch_embed.norm(x)  # (n, (spec_size/4)^2, embed_dim)
-        if h.ape:
-            x = x + h.absolute_pos_embed.to(x.dtype)
+        x = x + h.absolute_pos_embed.to(x.dtype) if h.ape else x
+        call = partial(recomputed, swin_block) if self.training and self.recompute else swin_block
         for layer in h.layers:
             for block in layer.blocks:
-                x = swin_block(block, x)
+                x = call(block, x)
             if layer.downsample is not None:
                 x = layer.downsample(x)
         x = h.norm(x)  # (n, S, C), a grid of (time parts x 2 frequency bins) rows and sqrt(S) columns in time

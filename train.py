@@ -125,7 +125,7 @@ def train(c, run, rank, world, local_rank):
         model, state = checkpoint.read_start(c, given)
     else:
         model, state = checkpoint.start(c, given)
-    model.recompute = c.gradient_checkpointing
+    model.recompute, model.clap.recompute = c.gradient_checkpointing, c.clap_gradient_checkpointing
     heard = model.tokenizer, model.hearing, rank, world
     valid = {name: valid_loader(manifest, c, *heard) for name, manifest in valid.items()}
     model.set_trainable(c)

@@ -15,6 +15,7 @@ CASES = {  # clips, windows, tokens, answers | settings
     "nothing recomputed": (2, 1, 64, 30, "--clap_finetune", "--freeze_lm_embeddings=added",
                            "--cross_attn_every_n_layers=2"),
     "float32, blocks recomputed": (3, 1, 96, 60, "--precision=fp32", "--gradient_checkpointing",
+                                   "--clap_finetune", "--clap_gradient_checkpointing",
                                    "--freeze_lm_embeddings=true", "--cross_attn_every_n_layers=5")}
 
 

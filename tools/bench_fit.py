@@ -97,7 +97,7 @@ def build(c):
         if c.clap_checkpoint and os.path.isfile(config.place(c.clap_checkpoint)):  # it tells the encoder's
             state = checkpoint.clap_state(c.clap_checkpoint)
         model = checkpoint.skeleton(c, state, text_side(c), c.clap_checkpoint, given, fresh=False)
-    model.recompute = c.gradient_checkpointing
+    model.recompute, model.clap.recompute = c.gradient_checkpointing, c.clap_gradient_checkpointing
     model.set_trainable(c)
     model.clap.augment = False  # SpecAugment draws numbers; it keeps nothing
     return model.train()
@@ -359,7 +359,8 @@ def fit(c):
 
 
 def report(c, f, parameters, model):
-    how = f"{c.precision}, {'blocks recomputed' if model.recompute else 'nothing recomputed'}"
+    again = ["blocks"] * c.gradient_checkpointing + ["the encoder's blocks"] * c.clap_gradient_checkpointing
+    how = f"{c.precision}, {' and '.join(again) or 'nothing'} recomputed"
     print(f"{f['gpus']} x {f['gpu_gb']:g} GB | {f['batch_size']} clips of {f['windows']} windows and "
           f"{f['tokens']} tokens, {f['answers']} with labels | {c.gradient_accumulation_steps} micro-steps a "
           f"step | {how}")

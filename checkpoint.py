@@ -28,42 +28,12 @@ from tools.htsat import rate_of, sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
 from tools.model_card import about_run, checked_about, name_of
 from tools.releases import (TABLES, UNUSED, from_published, in_two_parts, release_pieces, save_release)
+from tools.shapes import bounded, checked
 
 # ------------------------------------------------------------------------------------------------------------
 # A model without weights, and its state
 
 RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
-BOUNDS = {"window_length": (0.02, 600), "window_overlap": (0, 600), "max_num_window": (1, 10 ** 6),
-          "clap_spec_size": (64, 1024), "clap_embed_dim": (1, 10 ** 4), "clap_depths": (0, 1000),
-          "clap_num_heads": (1, 10 ** 4), "audio_transformer_n_head": (1, 10 ** 4),
-          "audio_transformer_n_layers": (0, 1000), "audio_transformer_d_inner": (1, 10 ** 6),
-          "cross_attn_every_n_layers": (0, 10 ** 4)}
-NOT_IN_WEIGHTS = ("window_length", "window_overlap", "max_num_window", "audio_transformer_n_head")
-
-
-def checked(saved, file, given=()):
-    """The settings of a model that a file holds, or a ValueError that names it: a missing one that weights
-    do not tell, a wrong type, a value that no model has."""
-    if not isinstance(saved, dict):
-        raise ValueError(f"{file}: the settings are a {type(saved).__name__}, expected {{name: value}}")
-    saved = {name: value for name, value in saved.items() if name in settings.MODEL_SETTINGS}
-    if missing := [name for name in NOT_IN_WEIGHTS if saved and name not in saved and name not in given]:
-        raise ValueError(f"{file}: no {listed(missing)} in it: give --{missing[0]}")
-    known = settings.settings_of("config/defaults.py")
-    return bounded({name: settings.check(name, value, known, file) for name, value in saved.items()}, file)
-
-
-def bounded(sizes, file):
-    """The same settings, or a ValueError that names one that no model has."""
-    for name, (least, most) in BOUNDS.items():
-        value = sizes.get(name, least)
-        kinds, numbers = ((int,), value) if type(value) is list else ((int, float), [value])
-        stages = type(value) is list and name.startswith("clap_")
-        good = all(type(n) in kinds and least <= n <= most for n in numbers)
-        if not good or (stages and len(value) != 4):
-            raise ValueError(f"{file}: {name} = {value!r}, expected {least} to {most}" +
-                             ", for each of four stages" * stages)
-    return sizes
 
 
 class Unfilled(TorchFunctionMode):
@@ -81,7 +51,6 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
     told, every, (_, sizes, tokenizer) = sizes_told(encoder), "cross_attn_every_n_layers", text
     how = {name: told.pop(name) for name in ("position", "fusion") if name in told}
     how["mel"] = state.get("clap.mel")
-    bounded(vars(c), source or "the settings")
     if blocks := sorted({int(n.split(".")[1]) for n in state if re.match(r"xattn\.\d+\.", n)}):
         inner = [len(tensor) for name, tensor in state.items() if name.endswith("pos_ffn.w_1.weight")]
         told |= {every: blocks, "audio_transformer_n_layers": len(inner)}
@@ -93,6 +62,7 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
             raise ValueError(f"{name} = {given[name]!r}, but the {part} of {source} has {told[name]!r}")
     told |= {every: blocks[0] + 1} if blocks else {}  # a stride, as published, unless somebody says more
     c = SimpleNamespace(**(vars(c) | {n: v for n, v in told.items() if n not in (*saved, *given)}))
+    bounded(vars(c), source or "the settings")
     with torch.device("cpu") if fresh else Unfilled():
         encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, **how)
     longest = (encoder.max_frames - 1) / 100

@@ -106,8 +106,8 @@ def save_release(model, folder):
         raise ValueError(f"a release holds the weights of a model as it is loaded, not {listed(odd)}")
     table = model.lm.embed_tokens
     if (rows := len(table.weight) + len(table.added)) != len(model.tokenizer):
-        raise ValueError(f"a release has a row for each token: here are {len(model.tokenizer)} tokens and {rows} "
-                         f"rows")
+        raise ValueError(f"a release has a row for each token: here are {len(model.tokenizer)} tokens and "
+                         f"{rows} rows")
     folder = os.path.realpath(os.path.expanduser(folder))
     if (os.getcwd() + os.sep).startswith(folder + os.sep):
         raise ValueError(f"{folder}: an export replaces it, and you are in it")

@@ -28,8 +28,8 @@ from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_
 from tools.htsat import sizes_told
 from tools.language_models import by_width, check_sizes, lm_state, text_side
 from tools.model_card import about_run, checked_about, name_of
-from tools.model_settings import bounded, checked
 from tools.releases import (TABLES, from_published, in_two_parts, release_pieces, save_release)
+from tools.shapes import bounded, checked
 
 # ------------------------------------------------------------------------------------------------------------
 # A model without weights, and its state
@@ -52,7 +52,6 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
     told, every, (_, sizes, tokenizer) = sizes_told(encoder), "cross_attn_every_n_layers", text
     how = {name: told.pop(name) for name in ("position", "fusion") if name in told}
     how["mel"] = state.get("clap.mel")
-    bounded(vars(c), source or "the settings")
     if blocks := sorted({int(n.split(".")[1]) for n in state if re.match(r"xattn\.\d+\.", n)}):
         inner = [len(tensor) for name, tensor in state.items() if name.endswith("pos_ffn.w_1.weight")]
         told |= {every: blocks, "audio_transformer_n_layers": len(inner)}
@@ -64,6 +63,7 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
             raise ValueError(f"{name} = {given[name]!r}, but the {part} of {source} has {told[name]!r}")
     told |= {every: blocks[0] + 1} if blocks else {}  # a stride, as published, unless somebody says more
     c = SimpleNamespace(**(vars(c) | {n: v for n, v in told.items() if n not in (*saved, *given)}))
+    bounded(vars(c), source or "the settings")
     with torch.device("cpu") if fresh else Unfilled():
         encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, **how)
     longest = (encoder.max_frames - 1) / 100
@@ -328,6 +328,9 @@ def export_release(source, model, state, folder):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(print(__doc__ + "\nusage: python checkpoint.py PATH [--name=value]", file=sys.stderr) or 2)
+        asked = sys.argv[1:2] in (["--help"], ["-h"])
+        print(__doc__, "usage: python checkpoint.py PATH [--name=value]", sep="\n",
+              file=None if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     path = sys.argv.pop(1)
     settings.run(lambda c: report(path, settings.given(c)), "checkpoint.py")

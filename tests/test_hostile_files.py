@@ -184,6 +184,7 @@ FILES = {
     "inner": (config_with(audio_transformer_d_inner=8), ["wrong shape: audio_transformer.layer"]),
     "another encoder": (config_with(clap_embed_dim=32), ["wrong shape: "]),
     "three stages": (config_with(clap_depths=[1, 1, 1]), ["config.json: clap_depths = [1, 1, 1]", "four"]),
+    "stages": (config_with(clap_num_heads=[3, 2, 2, 4]), ["clap_num_heads = [3, 2, 2, 4] do not"]),
     "no key": (config_without("max_num_window"), ["config.json: no max_num_window in it"]),
     "no heads": (config_without("audio_transformer_n_head"), ["no audio_transformer_n_head in it"]),
     "about": (config_with(about=[1]), ["config.json: about = [1], expected an object"]),

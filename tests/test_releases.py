@@ -201,6 +201,20 @@ def test_what_is_in_the_way_of_an_export_stays(model, tmp_path, make):
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "r"] and not os.listdir(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("change, name", [
+    (lambda m: m.to("meta"), "not lm.embed_tokens.weight"),
+    (lambda m: m.tokenizer.add_tokens(["<mine>"]), "262 tokens and 261 rows"),
+    (lambda m: m.add_module("mine", torch.nn.Linear(2, 2)), "not mine.weight, mine.bias"),
+    (lambda m: setattr(m, "clap", torch.nn.Linear(2, 2)), "not clap.weight, clap.bias")])
+def test_what_a_release_has_no_place_for_is_not_written(release, tmp_path, change, name):
+    """No numbers, a part of one's own, another encoder: reading it again would fail."""
+    model = load(release)
+    change(model)
+    with pytest.raises(ValueError, match=f"a release .*{name}"):
+        model.save_pretrained(str(tmp_path / "r"))
+    assert not os.listdir(tmp_path)
+
+
 def test_the_folder_one_is_in_is_not_taken_away(model, release, tmp_path, monkeypatch):
     """Its shell would stand in a folder that is gone. A folder above is no better."""
     shutil.copytree(release, tmp_path / "r")
@@ -446,7 +460,7 @@ def test_a_hub_id_is_all_that_a_release_needs(model, release, tiny_lm, tmp_path,
     monkeypatch.chdir(tmp_path)
     given = dict(window_length=2.5, audio_transformer_n_head=4, clap_spec_size=128,
                  cache_dir=str(tmp_path / "cache"))
-    found = load("nvidia/audio-flamingo-2-SoundCoT", **given)
+    found = load("nvidia/audio-flamingo-2-SoundCoT/", **given)  # as one types it after a folder
     assert same_weights(found, model) and found.config.max_num_window == 12
     found.save_pretrained("again")
     card = open("again/README.md").read()

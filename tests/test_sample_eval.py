@@ -168,7 +168,8 @@ def test_other_bad_input_is_one_line(trained, tiny_data, tmp_path):
     ("sample", ["--output={tmp}"], "a folder, expected the name of a file"),
     ("sample", ["--output=/dev/null/x.jsonl"], "/dev/null: cannot be written to"),
     ("sample", ["--timeline=/dev/null/x"], "/dev/null: cannot be written to"),
-    ("sample", ["--export=/dev/null/x"], "/dev/null/x: cannot be written to")])
+    ("sample", ["--export=/dev/null/x"], "/dev/null/x: cannot be written to"),
+    ("sample", ["--export={tmp}/r", "--int8"], "--export writes the weights .* leave out audio, int8")])
 def test_places_are_looked_at_before_the_long_work(trained, tiny_data, tmp_path, monkeypatch, script, options,
                                                    saying):
     import config

@@ -32,7 +32,7 @@ def local_or_hub(path, patterns, cache_dir=None, setting="init_from"):
     """A folder, relative to the project's, as it is; org/name from the hub (or its cache, offline)."""
     if os.path.isdir(settings.place(path)):
         return settings.place(path)
-    cache_dir = cache_dir and settings.place(cache_dir)
+    cache_dir, path = cache_dir and settings.place(cache_dir), path.rstrip("/")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise FileNotFoundError(f"{setting} = {path!r}: no such folder, and not a hub id (org/name)")
     from huggingface_hub import snapshot_download

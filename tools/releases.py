@@ -100,6 +100,14 @@ def save_release(model, folder):
     model card. A release that stood there goes, whole or not at all; other files in the folder stay."""
     if getattr(model, "int8", False):
         raise ValueError("a model with int8 weights is for answering: save the one it was made from")
+    known = lambda name: rename(name, PUBLISHED) != name or name == "clap.mel"
+    weight = lambda x: isinstance(x, torch.Tensor) and not x.is_meta and not x.is_quantized
+    if odd := [name for name, x in model.state_dict().items() if not (known(name) and weight(x))]:
+        raise ValueError(f"a release holds the weights of a model as it is loaded, not {listed(odd)}")
+    table = model.lm.embed_tokens
+    if (rows := len(table.weight) + len(table.added)) != len(model.tokenizer):
+        raise ValueError(f"a release has a row for each token: here are {len(model.tokenizer)} tokens and "
+                         f"{rows} rows")
     folder = os.path.realpath(os.path.expanduser(folder))
     if (os.getcwd() + os.sep).startswith(folder + os.sep):
         raise ValueError(f"{folder}: an export replaces it, and you are in it")

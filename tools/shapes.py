@@ -1,4 +1,4 @@
-"""The settings of a model that a file holds: what a hand may have made of them is told in one line."""
+"""What the settings that shape a model may be, on a command line and in files."""
 import config as settings
 from tools.files import listed
 
@@ -32,4 +32,8 @@ def bounded(sizes, file):
         if not good or (stages and len(value) != 4):
             raise ValueError(f"{file}: {name} = {value!r}, expected {least} to {most}" +
                              ", for each of four stages" * stages)
+    width, heads = sizes.get("clap_embed_dim"), sizes.get("clap_num_heads")
+    if width and heads and any(width * 2 ** i % n for i, n in enumerate(heads)):
+        raise ValueError(f"{file}: clap_num_heads = {heads!r} do not divide clap_embed_dim = {width}, twice "
+                         f"as wide in every further stage")
     return sizes

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import config as settings
 from checkpoint import fingerprint
-from data import Clips, Manifest, load_audio, unheard_note
+from data import Clips, Manifest, unheard_note
 from sample import load_weights, read_model
 from tools import answers, records, report as pages, table
 from tools.captions import captioning
@@ -288,9 +288,14 @@ def main(c):
     if rank == 0 and c.scores:
         table.add_scores(settings.place(c.scores), rows)
     if rank == 0 and c.report:
-        attention = lambda item, windows: attention_over_time(model, item["prompt"], torch.as_tensor(windows))
-        load = lambda item: load_audio(item["audio"], item["start"], **model.hearing)
-        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load, attention,
+        def load(name, item):  # as the model heard it
+            clip = Clips([manifests[name]], None, model.hearing)[item["id"]]
+            if "error" in clip:
+                raise ValueError(clip["error"])
+            windows, several = clip["windows"], len(clip["n_windows"]) > 1
+            return windows, None if several else attention_over_time(model, item["prompt"], windows)
+
+        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load,
                            rate=model.hearing["sample_rate"])
     wait(world)
 

@@ -109,12 +109,18 @@ def write_manifest(path, head, items):
     return n
 
 
-def target(folder, manifest):
-    """Where a manifest made of another goes: not over it."""
-    path = os.path.join(folder, manifest.name + ".json")
-    if os.path.realpath(path) == os.path.realpath(manifest.file):
-        raise ValueError(f"{folder}: would overwrite {manifest.file}; name another folder")
-    return path
+def targets_of(folder, manifests):
+    """Where manifests made of others go: not over these, and not over each other."""
+    paths = {}
+    for manifest in manifests:
+        path = os.path.join(folder, manifest.name + ".json")
+        if os.path.realpath(path) == os.path.realpath(manifest.file):
+            raise ValueError(f"{folder}: would overwrite {manifest.file}; name another folder")
+        if path in paths:
+            raise ValueError(f"{paths[path]} and {manifest.file} are both called {manifest.name}, one would "
+                             f"be written over the other: take them one by one, into two folders")
+        paths[path] = manifest.file
+    return list(paths)
 
 
 def tokenizer_of(c):
@@ -132,7 +138,7 @@ def main(c, files):
     manifests = open_all(c, files)
     hearing, tokenizer = hearing_of(c), tokenizer_of(c)
     folder, page = (path and settings.place(path) for path in (c.write, c.page))
-    targets = [target(folder, m) for m in manifests.values()] if folder else []
+    targets = targets_of(folder, manifests.values()) if folder else []
     if folder:
         settings.need_room(folder)
     if page:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import config as settings
 from data import read_clip, read_heard
-from prepare.check import hearing_of, open_all, target, write_manifest
+from prepare.check import hearing_of, open_all, targets_of, write_manifest
 from tools.spread import spread
 
 to: str | None = None  # folder of the copies and their manifests
@@ -97,7 +97,7 @@ def main(c, files):
     audio = os.path.join(os.path.abspath(folder), "audio")
     settings.need_room(audio)
     manifests = list(open_all(c, files).values())
-    hearing, targets = hearing_of(c), [target(folder, manifest) for manifest in manifests]
+    hearing, targets = hearing_of(c), targets_of(folder, manifests)
     seconds = [np.full(len(manifest), np.nan) for manifest in manifests]
     tasks = ((m, i) for m, manifest in enumerate(manifests) for i in range(len(manifest)))
     bar = tqdm(total=sum(map(len, manifests)), desc="convert", unit="item", disable=None)

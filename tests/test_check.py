@@ -3,12 +3,14 @@ import json
 import os
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
 from data import Clips, Manifest
+from prepare.check import targets_of
 from prepare.convert import make_copy
 from tests.helpers import fails_with_one_line, run, write_manifest
 from tools.spread import spread
@@ -169,3 +171,10 @@ def test_a_task_that_ends_or_stalls_its_process_is_named():
             assert result is None and f"code {-9 if task == 17 else 11}" in why
         else:
             assert (result, why) == (task * task, None)
+
+
+def test_manifests_of_one_name_are_not_written_over_each_other():
+    two = [SimpleNamespace(name="Mine-AQA/test", file=f"{folder}/Mine-AQA/test.json") for folder in "ab"]
+    assert targets_of("to", two[:1]) == ["to/Mine-AQA/test.json"]
+    with pytest.raises(ValueError, match="a/Mine-AQA/test.json and b/Mine-AQA/test.json are both called"):
+        targets_of("to", two)

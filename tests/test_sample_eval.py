@@ -1,7 +1,10 @@
 """sample.py and eval.py as a user runs them."""
+import base64
 import importlib.util
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +54,23 @@ def test_several_clips_of_one_question(trained, tiny_data, tmp_path):
     lines = sample(trained, "--input", tmp_path / "q.jsonl").stdout.splitlines()
     answers = [json.loads(line) for line in lines]
     assert answers[0]["output"].rstrip("\n") == both.rstrip("\n") and answers[0]["path"] == clips
+
+
+def test_the_report_plays_what_was_heard(trained, tiny_data, tmp_path):
+    """Of a clip of 4.3 s: two windows of 2.5 s, or the one that `duration` leaves; of two clips both."""
+    pytest.importorskip("matplotlib")
+    names = [f"{tiny_data}/7.wav", f"{tiny_data}/1.wav"]
+    items = [(names[0], "All?", "noise"), (names[0], "Its begin?", "noise", 1.0), (names, "Both?", "noise")]
+    write_manifest(tmp_path, "toy-AQA/test", items)
+    run("eval.py", "--split", "toy-AQA/test", f"--init_from={trained}/tiny", "--max_new_tokens=2",
+        f"--dataset_file_root={tmp_path}", f"--data_root={tmp_path}", f"--results={tmp_path}/r")
+    page = (tmp_path / "r/report.html").read_text()
+    seconds = {}
+    for entry in page.split('class="item"')[1:]:
+        sound = base64.b64decode(re.search("data:audio/wav;base64,([^\"]+)", entry)[1])
+        asked = next(prompt for _, prompt, *_ in items if prompt in entry)
+        seconds[asked] = len(soundfile.read(io.BytesIO(sound))[0]) / 16000
+    assert seconds == {"All?": 5.0, "Its begin?": 2.5, "Both?": 7.5}
 
 
 def test_follow_ups(trained, tiny_data):
@@ -247,10 +267,11 @@ def test_answers_do_not_outlive_their_model(trained, tiny_config, tiny_data, tmp
     labels = tmp_path / "data/toy-AQA/test.json"
     content = json.loads(labels.read_text())
     content["data"]["0"]["output"], content["data"]["1"]["prompt"] = "kept", "Another question?"
+    content["data"]["4"]["duration"] = 1.0
     labels.write_text(json.dumps(content))
     (_, items), said = ask("--max_new_tokens=4")  # references are those of now; a changed question is asked
     assert not said and items[0]["answer"] == "kept" and items[0]["score"] == 1
-    assert items[1]["answer"] != "kept"
+    assert items[1]["answer"] != "kept" and items[4]["answer"] != "kept"
 
     soundfile.write(tmp_path / "data/2.wav", np.random.default_rng(5).standard_normal(50000) * 0.1, 16000)
     (_, items), _ = ask("--max_new_tokens=4")

@@ -732,17 +732,16 @@ def test_report_is_whole_and_escaped(tmp_path):
     row = table.row_of(scoring.closed_set(items), items, "closed_set")
     windows = np.random.default_rng(0).uniform(-1, 1, (2, 160000)).astype(np.float32)
 
-    def load(item):
+    def load(name, item):
         if item["audio"] == "0.wav":
             raise FileNotFoundError("0.wav: no such audio file")
-        return windows
+        return windows, np.ones(64) / 64
 
     report.write_report(
         str(tmp_path / "report.html"),
         {evil: row},
         {evil: items},
         load,
-        lambda item, windows: np.ones(64) / 64,
     )
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "http" not in page.replace("http-equiv", "")
@@ -761,3 +760,5 @@ def test_compare_in_python(capsys):
     assert "paired bootstrap" in capsys.readouterr().out
     with pytest.raises(ValueError, match="share no scored item"):
         compare.compare(first, [item | {"audio": "other"} for item in first])
+    parts = [first[0] | {"start": start, "score": start} for start in (0.0, 1.0)]  # of one clip, in any order
+    assert compare.compare(parts, parts[::-1])["difference"] == 0

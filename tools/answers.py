@@ -18,14 +18,15 @@ def identity(matters):
 
 
 def question_of(manifest, i):
-    """What an answer depends on, beside the model: prompt, file, start, and the file's size and time."""
+    """What an answer depends on, beside the model: prompt, file, its size and time, and the part heard."""
     item = manifest[i]
     try:
         stats = map(os.stat, item["paths"])
         stamp = [n for stat in stats for n in (stat.st_size, int(stat.st_mtime))]
     except OSError:  # it can't be read, which is an answer, too, until it is there
         stamp = None
-    return {"audio": item["path"], "start": item["start"], "prompt": item["prompt"], "file": stamp}
+    return {"audio": item["path"], "start": item["start"], "duration": item["duration"],
+            "prompt": item["prompt"], "file": stamp}
 
 
 def read_lines(path):

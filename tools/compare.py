@@ -8,11 +8,14 @@ from tools.reading import said
 
 
 def pair(first, second):
-    """[(item of the first, item of the second)] of the same clip, prompt and, where they recur, turn."""
+    """[(item of the first, item of the second)] of the same clip, where both tell it from the same start, the
+    same prompt and, where they recur, turn."""
+    starts = all("start" in item for item in [*first, *second])
+
     def keyed(items):
         turns, found = Counter(), {}
         for item in items:
-            what = item["prompt"], item.get("audio") or item["output"]
+            what = item["prompt"], item.get("audio") or item["output"], starts and item["start"]
             found[what, turns[what]] = item
             turns[what] += 1
         return found

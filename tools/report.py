@@ -82,7 +82,7 @@ def sound(windows, attention, rate):
     return f'<audio controls src="data:audio/wav;base64,{heard}"></audio><br>{picture(figure)}'
 
 
-def item_of(item, load, attention, rate):
+def item_of(name, item, load, rate):
     """Sound, if it can be read, and texts of one item."""
     texts = {"score": f"{item['score']:.3g}", "clip": item.get("audio"), "prompt": item["prompt"],
              "references": "\n".join(item.get("references") or [item["output"]]), "answer": item["answer"],
@@ -90,17 +90,16 @@ def item_of(item, load, attention, rate):
     heard = ""
     if load is not None and item.get("audio") and not item.get("error"):
         try:
-            windows = load(item)
-            heard = sound(windows, attention(item, windows) if attention else None, rate)
+            heard = sound(*load(name, item), rate)
         except (OSError, ValueError) as error:  # the file is gone, or is none
             texts["error"] = str(error)
     table = "".join(f"<tr><th>{key}<td><pre>{html.escape(text)}</pre>" for key, text in texts.items() if text)
     return f'<div class="item">{heard}<table>{table}</table></div>'
 
 
-def write_report(path, rows, items, load=None, attention=None, title="Scores", rate=16000):
-    """rows and items by split; load(item) -> windows (n, L) at `rate` Hz; attention(item, windows) -> (time
-    steps,)."""
+def write_report(path, rows, items, load=None, title="Scores", rate=16000):
+    """rows and items by split; load(split, item) -> windows (n, L) at `rate` Hz, and attention (time steps,)
+    or None."""
     if importlib.util.find_spec("matplotlib") is None:
         return print("no report.html: pip install -r requirements-eval.txt (matplotlib)", file=sys.stderr)
     body, worst = ["<table><tr><th>split<th>figure<th>n"], min(WORST, -(-MOST // len(rows)))
@@ -110,11 +109,12 @@ def write_report(path, rows, items, load=None, attention=None, title="Scores", r
             body.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells))
     body.append("</table>")
     for name, row in rows.items():
-        scored = {(i.get("audio", i["id"]), i["prompt"]): i for i in items[name] if i["score"] is not None}
+        what = lambda i: (i.get("audio", i["id"]), i.get("start"), i["prompt"])
+        scored = {what(item): item for item in items[name] if item["score"] is not None}
         body += [f"<h2>{html.escape(name)}</h2>", *(f"<p>{html.escape(t)}</p>" for t in lines_of(name, row))]
         body += [bars(row["groups"]) if row["groups"] else "", confusion(items[name]), "<h3>worst items</h3>"]
         for item in sorted(scored.values(), key=lambda item: item["score"])[:worst]:
-            body.append(item_of(item, load, attention, rate))
+            body.append(item_of(name, item, load, rate))
     with written(path) as f:
         f.write(PAGE.format(title=html.escape(title), body="\n".join(body)))
     print(f"report: {path}", file=sys.stderr)

@@ -62,13 +62,15 @@ def check(name, value, known, where):
         expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
         raise ValueError(f"{wrong} is a {type(value).__name__}, expected {expected}")
     if type(value) in (int, float):
-        if not math.isfinite(value) or value < LEAST.get(name, value) or (name in POSITIVE and value <= 0):
+        wild = abs(value) >= 2 ** 63 if type(value) is int else not math.isfinite(value)
+        if wild or value < LEAST.get(name, value) or (name in POSITIVE and value <= 0):
             at_least = f", {LEAST[name]} or more" if name in LEAST else ", more than 0" * (name in POSITIVE)
             raise ValueError(f"{wrong}, expected a finite number{at_least}")
     for key, weight in value.items() if type(value) is dict else ():
         if type(weight) not in (int, float) or not 0 < weight < math.inf:
             raise ValueError(f"{where}: {name}: {key} = {weight!r}, expected a weight, more than 0")
-    if name in ("run_name", "expdir") and not value.strip():
+    outside = name == "run_name" and (os.path.isabs(value) or ".." in value.split("/"))  # of expdir
+    if outside or (name in ("run_name", "expdir") and not value.strip()):
         raise ValueError(f"{wrong}, expected the name of a folder")
     return value
 

@@ -44,7 +44,9 @@ def test_values():
     ("--batch_size=1.5", "expected int"), ("--clap_finetune=1", "expected bool"),
     ("--learning_rate=fast", "expected float"), ("nowhere.py", "nowhere.py"),
     ("--seed", "no value"), ("config/defaults.txt", "config file"), ("--learning_rate=1e999", "finite"),
-    ("--window_length=-1", "window_length = -1, expected .*more than 0"), ("--run_name= ", "run_name = ' '")])
+    ("--window_length=-1", "window_length = -1, expected .*more than 0"), ("--run_name= ", "run_name = ' '"),
+    ("--run_name=../x", "expected the name of a folder"), ("--run_name=/x", "expected the name of a folder"),
+    ("--seed=" + "9" * 400, "seed = 99.* expected a finite number")])
 def test_refusals(argument, message):
     with pytest.raises(ValueError, match=message):
         load(argument)

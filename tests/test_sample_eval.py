@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -158,20 +159,22 @@ def test_bad_clips_are_one_line(trained, tmp_path, content, saying):
 
 def test_other_bad_input_is_one_line(trained, tiny_data, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    model, clip = f"--init_from={trained}/tiny", f"{tiny_data}/0.wav"
-    fails_with_one_line("sample.py", model, "--audio", tmp_path / "empty.wav", saying="no audio")
-    fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}/none", saying="none")
-    fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}", saying="no checkpoint_<ep")
-    fails_with_one_line("sample.py", saying="--audio")
     (tmp_path / "bad.pt").write_text("x")
-    fails_with_one_line("sample.py", "--audio", clip, f"--init_from={tmp_path}/bad.pt", saying="bad.pt")
     (tmp_path / "bad.jsonl").write_text('{"path": "a.wav"}\n')
-    fails_with_one_line("sample.py", "--input", tmp_path / "bad.jsonl", saying="line 1")
-    fails_with_one_line("eval.py", "--split", "no-AQA/test", model, saying="no-AQA/test.json")
-    fails_with_one_line("eval.py", "--split", "toy-AQA/test", "--metric=x", saying="multiple_choice")
-    # told before the model is looked for, default or not
-    fails_with_one_line("eval.py", "--split", "no-AQA/test", "--dataset_file_root=data/manifests",
-                        "--init_from=none", saying="data/manifests/no-AQA/test.json")
+    model, clip = f"--init_from={trained}/tiny", f"{tiny_data}/0.wav"
+    cases = [  # the last: told before the model is looked for, default or not
+        (("sample.py", model, "--audio", tmp_path / "empty.wav"), "no audio"),
+        (("sample.py", "--audio", clip, f"--init_from={tmp_path}/none"), "none"),
+        (("sample.py", "--audio", clip, f"--init_from={tmp_path}"), "no checkpoint_<ep"),
+        (("sample.py",), "--audio"),
+        (("sample.py", "--audio", clip, f"--init_from={tmp_path}/bad.pt"), "bad.pt"),
+        (("sample.py", "--input", tmp_path / "bad.jsonl"), "line 1"),
+        (("eval.py", "--split", "no-AQA/test", model), "no-AQA/test.json"),
+        (("eval.py", "--split", "toy-AQA/test", "--metric=x"), "multiple_choice"),
+        (("eval.py", "--split", "no-AQA/test", "--dataset_file_root=data/manifests", "--init_from=none"),
+         "data/manifests/no-AQA/test.json")]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda case: fails_with_one_line(*case[0], saying=case[1]), cases))
 
 
 @pytest.mark.parametrize("script, options, saying", [

@@ -211,6 +211,19 @@ def test_rates_and_decay_of_a_resumed_run_are_the_new_ones(tiny_config, tmp_path
     assert all(float(s["step"]) == 4 for s in saved["optimizer_state_dict"]["state"].values())
 
 
+def test_what_trained_is_frozen_from_a_resume_on(tiny_config, tmp_path, capsys):
+    options = ["--valid_dataset_config={}", "--precision=fp32"]
+    here(tiny_config, tmp_path, "run", *options, "--clap_finetune", "--max_steps=2")
+    here(tiny_config, tmp_path, "run", *options)
+    assert "clap_finetune True -> False" in capsys.readouterr().out
+    before, after = weights(tmp_path, "run", 0), weights(tmp_path, "run", 1)
+    same = {n for n in after if torch.equal(after[n], before[n])}
+    assert {n for n in after if n.startswith("clap.")} == {n for n in same if n.startswith("clap.")} != set()
+    assert "xattn.0.attn_gate" not in same
+    names = load_pickle(tmp_path / "run/checkpoint_1.pt")["optimizer_names"]
+    assert names and not any(n.startswith("clap.") for n in names)
+
+
 def test_another_blend_is_refused(straight, tiny_config):
     out, _ = straight
     with pytest.raises(ValueError, match="the blend is not what it was"):

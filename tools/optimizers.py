@@ -27,9 +27,9 @@ def make_optimizer(model, c, world):
 
 
 def load_optimizer(optimizer, names, saved):
-    """State by the names of parameters: rates, decay and so the groups may be other ones now."""
-    at = {name: i for i, name in enumerate(names)}
-    state = {at[saved["optimizer_names"][i]]: s for i, s in saved["optimizer_state_dict"]["state"].items()}
+    """State by the names of parameters: rates, decay, what trains and so the groups may be other ones now."""
+    at, before = {name: i for i, name in enumerate(names)}, saved["optimizer_names"]
+    state = {at[before[i]]: s for i, s in saved["optimizer_state_dict"]["state"].items() if before[i] in at}
     groups, first = [], 0
     for group in optimizer.param_groups:
         options = {key: value for key, value in group.items() if key != "params"}

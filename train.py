@@ -210,6 +210,19 @@ def train(c, run, rank, world, local_rank):
             run.save(name, runs.on_host(content))
         watch.newest = os.path.join(run.folder, name)
 
+    def look_at_valid(epoch):
+        losses, unread = validate(model, c, valid, device, autocast, world, control)
+        for name, value in losses.items():
+            say(f"epoch {epoch} | {name} | loss {value:.4f}")
+        for cause in unread:
+            note(f"skipped: {cause}")
+        run.write(epoch=epoch, step=at["step"], valid=losses, skipped=unread)
+
+    ended = at["next_epoch"] if valid and saved and not at["steps_in_epoch"] and at["only"] is None else 0
+    due = ended and (ended == c.num_epochs or ended % c.valid_epochs == 0)
+    if runs.agreed([main_rank and due and not run.validated(at["step"])], control)[0]:
+        look_at_valid(ended - 1)  # the process died between checkpoint and validation
+
     # --- the loop: an epoch is a window of the blend; a step is `accumulation` micro-batches
     steps_in = lambda items: sum(math.ceil(n / per_step) for n in items)  # rounded up in every epoch
     bar = tqdm(initial=at["step"], desc="train", unit="step", disable=None if main_rank else True)
@@ -320,12 +333,7 @@ def train(c, run, rank, world, local_rank):
             save(f"checkpoint_{epoch}.pt")
             saved_at = time.time()
         if valid and not stop and (last or (epoch + 1) % c.valid_epochs == 0):
-            losses, unread = validate(model, c, valid, device, autocast, world, control)
-            for name, value in losses.items():
-                say(f"epoch {epoch} | {name} | loss {value:.4f}")
-            for cause in unread:
-                note(f"skipped: {cause}")
-            run.write(epoch=epoch, step=at["step"], valid=losses, skipped=unread)
+            look_at_valid(epoch)
             window["start"] = time.time()
     bar.close()
     if world > 1:

@@ -224,6 +224,17 @@ def test_what_trained_is_frozen_from_a_resume_on(tiny_config, tmp_path, capsys):
     assert names and not any(n.startswith("clap.") for n in names)
 
 
+def test_a_validation_that_a_kill_prevented_is_done_on_resume(tiny_config, tmp_path):
+    here(tiny_config, tmp_path, "run")
+    file = tmp_path / "run/log.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert '"valid"' in lines[-1]
+    file.write_text("".join(lines[:-1]))
+    for _ in range(2):  # and no second time
+        here(tiny_config, tmp_path, "run")
+        assert file.read_text().splitlines(keepends=True) == lines
+
+
 def test_another_blend_is_refused(straight, tiny_config):
     out, _ = straight
     with pytest.raises(ValueError, match="the blend is not what it was"):

@@ -202,6 +202,11 @@ class Run:
         if self.record_file:
             cut_from(self.record_file, lambda entry: entry["epoch"] >= epoch)
 
+    def validated(self, step):
+        """Whether the log has the validation losses of this step."""
+        self.log.seek(0)
+        return any("valid" in entry and entry["step"] == step for entry in map(json.loads, self.log))
+
     def write(self, **entry):
         self.tell()
         if self.log:

@@ -64,11 +64,12 @@ def inspect(manifests, hearing, task):
     for path in item["paths"]:
         try:
             x, low, high, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
-            rate = rate or sound.rate_of(path)
+            here, lacking = sound.told(path)
         except (FileNotFoundError, ValueError) as error:
             problem = problem or str(error).removeprefix(path + ": ")
             continue
-        held = len(x) / hearing["sample_rate"]
+        held, rate = len(x) / hearing["sample_rate"], rate or here
+        rest += 0 if item["duration"] else lacking
         if held < min(longest, rest) - 0.1:  # the sound ends before the header says so
             problem = problem or f"truncated: {held:.2f} s, its header says {rest:.2f} s"
         elif max(high, -low) <= sound.SILENT:

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from data import Clips, Manifest
-from prepare.check import targets_of
+from prepare.check import inspect, targets_of
 from prepare.convert import make_copy
 from tests.helpers import fails_with_one_line, run, write_manifest
 from tools.spread import spread
@@ -128,6 +128,18 @@ def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
     again = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
     assert set(again) == set(files) and {p for p in files if again[p] != files[p]} == {min(files)}
     run("data.py", "check", f"{tmp_path}/to/good-AQA/train.json")
+
+
+@pytest.mark.parametrize("kind", ["wav", "w64", "rf64", "aiff", "au"])
+def test_files_cut_short_that_decoders_take_for_whole(tmp_path, kind):
+    soundfile.write(tmp_path / f"x.{kind}", rng.standard_normal(64000) * 0.1, 16000, format=kind.upper())
+    content = (tmp_path / f"x.{kind}").read_bytes()
+    (tmp_path / f"half.{kind}").write_bytes(content[:len(content) // 2])
+    names = [(f"x.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise", 2.0)]
+    manifest = Manifest(write_manifest(tmp_path, "cut-AQA/test", names), tmp_path)
+    whole, cut, told = (inspect([manifest], HEARING, (0, i))[0] for i in range(3))
+    assert whole is None and told is None
+    assert re.fullmatch(r"truncated: 2\.00 s, its header says [34]\.\d\d s", cut), cut
 
 
 def all_files(folder):

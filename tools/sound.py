@@ -5,6 +5,7 @@ import io
 import math
 import mmap
 import os
+import re
 import sys
 import threading
 
@@ -195,9 +196,15 @@ def decode(path, start, seconds, count=False):
     return x, rate, frames
 
 
-def rate_of(path):
+def told(path):
+    """-> sample rate, and seconds that the header tells of and the file lacks: libsndfile takes a file's end
+    for the sound's. Encoders that stream write 2 GB or more: no length."""
     with quiet():
-        return soundfile.info(path).samplerate
+        info = soundfile.info(path)
+    chunks = r"(?im)^ *(?:riff|form|data|ssnd)(?: size)? *: (\d+) \(should be (\d+)\)"
+    sizes = [tuple(map(int, pair)) for pair in re.findall(chunks, info.extra_info)]
+    lacking = max((said - held for said, held in sizes if said < 2 ** 31 - 2 ** 16), default=0)
+    return info.samplerate, max(0, lacking) * info.duration / os.path.getsize(path)
 
 
 def read(path, start, seconds, sample_rate, count=False):

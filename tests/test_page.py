@@ -184,23 +184,25 @@ def browser():
 
 
 def test_in_a_browser(address, folder, browser):
+    from selenium.common.exceptions import ElementClickInterceptedException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
     find = lambda selector: browser.find_elements(By.CSS_SELECTOR, selector)
-    wait = lambda what: WebDriverWait(browser, 60, 0.1).until(lambda _: what())
+    covered = [ElementClickInterceptedException]  # while the page is being laid out
+    wait = lambda what: WebDriverWait(browser, 60, 0.1, covered).until(lambda _: what())
     texts = lambda selector: [one.text for one in find(selector)]
     note = lambda: (find("#note textarea") or [None])[0] and find("#note textarea")[0].get_attribute("value")
 
     def drop(name):
         if removal := find("#clip button[aria-label='Clear']"):
-            removal[0].click()
+            wait(lambda: removal[0].click() or True)
         wait(lambda: find("#clip input[type=file]"))[0].send_keys(str(folder / name))
 
     def put(question):
         field = wait(lambda: find("#question textarea"))[0]
         field.clear()
         field.send_keys(question)
-        find("#question button")[-1].click()
+        wait(lambda: find("#question button")[-1].click() or True)
 
     browser.get(address)
     put("Is anybody there?")

@@ -151,6 +151,32 @@ def test_halves_of_characters_are_named(tmp_path, field):
         Manifest(put(tmp_path, told))
 
 
+ITEM = '"name": "x.wav", "prompt": "p: ü", "output": "o"'
+
+
+@pytest.mark.parametrize("data, more, where", [
+    (f'{{"0": {{{ITEM}, "name": "y.wav"}}}}', "", r"data\['0'\] name"),
+    (f'{{"0": {{{ITEM}}}, "1": {{"pr\\u006fmpt" : "q", {ITEM}}}}}', "", r"data\['1'\] prompt"),
+    (f'{{"0": {{{ITEM}, "ö": 1, "x": {{}}, "ö": 2}}}}', "", r"data\['0'\] ö"),
+    (f'{{"0": {{{ITEM}}}}}', f', "data": {{"0": {{{ITEM}}}}}', "data"),
+    (f'{{"0": {{{ITEM}}}}}', ', "data": []', "data"),
+    (f'{{"0": {{{ITEM}}}}}', ', "split_path": "other"', "split_path"),
+    (f'{{"0": {{{ITEM}}}}}', ', "ü": 1, "\\u00fc": 2', "ü")])
+def test_keys_that_are_there_twice_are_named(tmp_path, data, more, where):
+    """json.load would keep the last, and half of the items might be gone."""
+    path = put(tmp_path, {})
+    head = '"split": "train", "split_path": ".", "flamingo_task": "x", "total_num": 1'
+    open(path, "w", encoding="utf-8").write(f'{{{head}, "data": {data}{more}}}')
+    with pytest.raises(ValueError, match=rf"train\.json: {where} is there twice, expected once"):
+        Manifest(path)
+
+
+def test_keys_keep_their_characters(tmp_path):
+    told = content(3) | {"Küche 音 \u2028": {"ö": 1}, 'a "\n': 2}
+    for form in ({}, {"ensure_ascii": False}):
+        assert Manifest(put(tmp_path, told, **form)).head == told | {"data": {}}
+
+
 def limited(bytes):
     """For a process that may write files of so many bytes at most: what a full disk does to it."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))

@@ -71,7 +71,7 @@ def test_items_are_those_of_the_json(tmp_path, monkeypatch, n, form):
     assert sorted(os.listdir(tmp_path / "a-AQA")) == files
 
 
-def test_other_content_of_the_same_size_and_time_is_noticed(tmp_path):
+def test_other_told_the_same_size_and_time_is_noticed(tmp_path):
     told = content(1200)
     told["data"]["7"]["output"] = "before"
     path = put(tmp_path, told)
@@ -89,7 +89,12 @@ def test_damaged_indexes_are_made_again(tmp_path):
     path = put(tmp_path, told)
     Manifest(path)
     whole = open(path + ".index", "rb").read()
-    for damaged in (b"", whole[:40], whole[:-1], whole[:5000], whole + b"x", b"x" * len(whole), whole[::-1]):
+    flipped = [bytearray(whole) for _ in range(60)]
+    text = len(whole) - os.path.getsize(path)  # where it begins
+    for i, copy in enumerate(flipped):  # in the first line, what is told, the columns, the text
+        copy[rng.integers(*[(0, 40), (64, 300), (300, text), (text, len(whole))][i % 4])] ^= 1 << i % 8
+    for damaged in (b"", whole[:40], whole[:-1], whole[:5000], whole + b"x", b"x" * len(whole), whole[::-1],
+                    *map(bytes, flipped)):
         open(path + ".index", "wb").write(damaged)
         assert list(Manifest(path).items) == list(told["data"].values())
         assert open(path + ".index", "rb").read() == whole

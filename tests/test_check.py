@@ -146,10 +146,14 @@ def test_copies_of_odd_signals(tmp_path, kind):
     assert seconds == len(x) / 16000 and len(all_files(tmp_path / "to")) == 1
 
 
-def test_convert_without_a_place_is_one_line(folder):
+def test_convert_without_a_place_is_one_line(folder, tmp_path):
     manifest = f"{folder}/good-AQA/val.json"
     fails_with_one_line("data.py", "convert", manifest, "--to=/dev/null/x", saying="cannot be written to")
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    fails_with_one_line("data.py", "convert", manifest, f"--to={tmp_path}/link",
+                        saying="link/audio: cannot be written to")
     fails_with_one_line("data.py", "convert", manifest, saying="--to=DIR")
+    assert os.listdir(tmp_path) == ["link"]
     fails_with_one_line("data.py", "pack", manifest, saying="expected check or convert")
 
 

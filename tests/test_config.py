@@ -50,6 +50,13 @@ def test_refusals(argument, message):
         load(argument)
 
 
+@pytest.mark.parametrize("script", ["check", "convert"])
+def test_fewer_workers_than_none_are_refused(script):
+    """They would have looked at no item: all are good, or none is."""
+    with pytest.raises(ValueError, match="workers = -1, expected a finite number, 0 or more"):
+        config.load(["--workers=-1"], f"prepare/{script}.py")
+
+
 def test_config_file_errors_name_the_file(tmp_path):
     file = tmp_path / "c.py"
     file.write_text("bach_size = 4\n")

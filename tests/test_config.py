@@ -50,13 +50,6 @@ def test_refusals(argument, message):
         load(argument)
 
 
-@pytest.mark.parametrize("script", ["check", "convert"])
-def test_fewer_workers_than_none_are_refused(script):
-    """They would have looked at no item: all are good, or none is."""
-    with pytest.raises(ValueError, match="workers = -1, expected a finite number, 0 or more"):
-        config.load(["--workers=-1"], f"prepare/{script}.py")
-
-
 def test_config_file_errors_name_the_file(tmp_path):
     file = tmp_path / "c.py"
     file.write_text("bach_size = 4\n")
@@ -90,7 +83,7 @@ def test_a_config_file_may_compute(tmp_path):
 @pytest.mark.parametrize("name", config.LEAST)
 def test_counts_have_a_least_value(name):
     """Of every script that has the setting: the least is taken, less is refused in one line."""
-    scripts = ("train.py", "prepare/clap.py", "eval.py")
+    scripts = ("train.py", "prepare/clap.py", "eval.py", "prepare/check.py")
     shared = config.settings_of("config/defaults.py")
     script = next(s for s in scripts if name in config.settings_of(s) | shared)
     least = config.LEAST[name]

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -155,6 +156,23 @@ def test_convert_without_a_place_is_one_line(folder, tmp_path):
     fails_with_one_line("data.py", "convert", manifest, saying="--to=DIR")
     assert os.listdir(tmp_path) == ["link"]
     fails_with_one_line("data.py", "pack", manifest, saying="expected check or convert")
+
+
+def half_written(folder, task):
+    try:
+        open(f"{folder}/{task}.tmp", "w").close()
+        time.sleep(0 if task == 0 else 30)
+    finally:
+        os.remove(f"{folder}/{task}.tmp")
+
+
+def test_an_interrupted_work_leaves_nothing_half_written(tmp_path):
+    todo = spread(partial(half_written, str(tmp_path)), range(3), 2)
+    assert next(todo) == (0, None, None)
+    while not os.path.exists(tmp_path / "1.tmp"):
+        time.sleep(0.01)
+    todo.close()  # as Ctrl-C does
+    assert os.listdir(tmp_path) == []
 
 
 def fate(task):

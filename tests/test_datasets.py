@@ -535,12 +535,13 @@ ROWS = [{"path": "a.wav", "label": "dog, small"}, {"path": "b.wav", "label": "ca
     ("t.csv", 'path,label\na.wav,"dog, small"\n\nb.wav,café\n'),
     ("t.csv", 'path;label\r\na.wav;"dog, small"\r\nb.wav;café\r\n'),
     ("t.csv", '\ufeffpath|label\na.wav|dog, small\nb.wav|café\n'),
+    ("t.csv", '\n\npath;label\na.wav;dog, small\nb.wav;café'),
     ("t.txt", 'label\tpath\ndog, small\ta.wav\ncafé\tb.wav\n'),
     ("t.tsv", 'path\tlabel, or so\tlabel\na.wav\t,\tdog, small\nb.wav\t,\tcafé\n'),
     ("t.csv", 'path,label\na.wav,"dog, small"\nb.wav,café\n'.encode("latin-1")),
     ("t.csv", 'path,label\na.wav,"dog, small"\nb.wav,café\n'.encode("utf-16")),
     ("t.json", ROWS), ("t.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
-], ids=["comma", "semicolon, crlf", "bar, bom", "tab", "tsv", "latin-1", "utf-16", "json", "jsonl"])
+], ids=["comma", "semicolon, crlf", "bar, bom", "blank", "tab", "tsv", "latin-1", "utf-16", "json", "jsonl"])
 def test_tables(name, content, mine, capsys):
     assert mine(name, content, *ASK) == 0
     assert mine.items() == [DOG, CAT]
@@ -595,6 +596,12 @@ def test_table_with_clips_that_are_missing(mine, capsys):
     (b"path,label\na.wav,caf\xe9\n", ["t.csv: byte", "utf-8"], (*ASK, "--encoding=utf-8")),
     ("path,label\na.wav,dog\n", ["encoding = 'utf-9'"], (*ASK, "--encoding=utf-9")),
     ("path,label\na.wav,dog\n", ["--kepe"], (*ASK, "--kepe=x")),
+    ("path,label\na.wav,dog\nb.wav,\"cat\nc.wav,cow\n", ["t.csv line 3", "a quote", "never ends"], ASK),
+    ("path,label\na.wav,\"two\nlines\"\nb.wav,\"cat", ["t.csv line 4", "a quote", "never ends"], ASK),
+    ("path,label\n\"[a.wav\"\"]\",dog\n", ["row 1 (line 2), column 'path'", "no list"], ASK),
+    ("path,label\na.wav,dog\n", ["delimiter = ',,', expected one"], (*ASK, "--delimiter=,,")),
+    ("path,label,prompt\na.wav,dog,x\n", ["--keep=prompt", "--prompt=prompt"], (*ASK, "--keep=prompt")),
+    ("path,label,audio_start\na.wav,dog,1\n", ["--audio_start=audio_start"], (*ASK, "--keep=audio_start")),
 ])
 def test_table_errors(content, saying, options, mine):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
@@ -609,9 +616,16 @@ def test_table_errors_of_json(mine, tmp_path):
                             ('{"path": "a.wav", "label": NaN}\n', "t.jsonl row 1, column 'label': NaN"),
                             ('{"path": "a.wav", "label": "x"}\n{"path": "a.wav"}\n',
                              "row 2, column 'label': empty"),
+                            ('{"path": "a.wav", "path": "b.wav", "label": "x"}', "row 1: not JSON ('path'"),
+                            ('{"path": "a.wav", "label": []}', "row 1, column 'label': empty"),
+                            ('{"path": "a.wav", "label": ["x", []]}', "row 1, column 'label': empty"),
+                            ('{"path": "a.wav", "label": {"x": 1}}', "column 'label': an object, expected"),
+                            ("[" * 100_000, "t.jsonl: not JSON"), ("", "t.jsonl: holds no row"),
                             ('["a.wav"]', "row 1: a str, expected an object")):
         with pytest.raises(ValueError, match=re.escape(saying)):
             mine("t.jsonl", content, *ASK)
+    with pytest.raises(ValueError, match="row 1, column 'd': True, expected seconds"):
+        mine("t.jsonl", '{"path": "a.wav", "label": "x", "d": true}', *ASK, "--duration=d")
     lay_out(tmp_path / "root", {"x.wav": .1})
     with pytest.raises(ValueError, match="inside data_root"):
         mine("t.jsonl", '{"path": "../../root/x.wav", "label": "x"}', *ASK)

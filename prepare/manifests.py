@@ -268,7 +268,11 @@ def paths_of(item, folder):
 
 
 def with_duration(item, folder, seconds):
-    """The item with the seconds that it hears from audio_start on, of all its clips; or why it can't."""
+    """The item with the seconds that it hears from audio_start on, of all its clips; or why it can't be."""
+    if not item["prompt"].strip():
+        return "without a question"
+    if not item["output"].strip() and "choices" not in item:  # there are tests that keep their answers back
+        return "without an answer"
     start, total = item.get("audio_start", 0), 0
     for path in paths_of(item, folder):
         if isinstance(seconds[path], str):

@@ -443,6 +443,17 @@ def test_missing_clips_and_git_lfs_pointers_are_counted(tmp_path, capsys):
     assert len(Manifest(str(tmp_path / "to/ESC50-EventClassification/test.json"), "anywhere")) == 1
 
 
+def test_items_without_a_text_are_counted(tmp_path, capsys):
+    """An empty cell would be learnt as the answer."""
+    rows = "0.wav,dog\n1.wav,\n2.wav,  \n"
+    clips = {f"audio/{i}.wav": .1 for i in range(3)}
+    lay_out(tmp_path / "esc", {"meta/esc50.csv": "filename,category\n" + rows} | clips)
+    code, out = esc50(tmp_path, capsys)
+    assert code == 1 and "2 of 3 items are without an answer: 'audio/1.wav', 'audio/2.wav'" in out
+    content = json.load(open(tmp_path / "to/ESC50-EventClassification/test.json"))
+    assert [item["output"] for item in content["data"].values()] == ["dog"]
+
+
 def test_names_that_are_there_twice_are_not_guessed(tmp_path, capsys):
     lay_out(tmp_path / "esc", {"esc50.csv": "filename,category\n1.wav,dog\n2.wav,cat\n3.wav,cow\n",
                                "a/audio/1.wav": .1, "b/audio/1.wav": .1, "audio/2.wav": .1, "c/3.wav": .1})
@@ -463,6 +474,8 @@ def test_columns_and_files_that_are_not_as_they_should_be(tmp_path):
     fails("nsynth", {"nsynth-test/examples.json": {"a": {"pitch": 1}}}, "nsynth-test/examples.json",
           "instrument_family_str")
     fails("music_avqa", {"json/avqa-test.json": "{"}, "json/avqa-test.json", "not JSON")
+    for text in ('files:\n- filename: "a', "files:\n- x\nx\n", "[]"):
+        fails("macs", {"MACS.yaml": text}, "MACS.yaml: not ")
     fails("ESC_51", {"x": "y"}, "ESC_51", "esc50", "clotho_aqa")
     assert not os.path.exists(tmp_path / "to")
 

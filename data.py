@@ -190,8 +190,8 @@ class Manifest:
         if type(item) is not dict:
             self._fail("", item, "an object with name, prompt, output", i)
         names = item.get("name")
-        if type(names) is not list or len(names) < 2 or not all(type(name) is str for name in names):
-            names = [self._expect(item, "name", str, i)]  # or two clips and more, of one question
+        clips = [{"name": name} for name in names] if type(names) is list and len(names) > 1 else [item]
+        names = [self._expect(clip, "name", str, i) for clip in clips]  # two and more are of one question
         self._expect(item, "prompt", str, i)
         self._expect(item, "output", str, i)
         for field in ("duration", "audio_start"):

@@ -93,6 +93,6 @@ LEAST = dict.fromkeys((
     "seed", "learning_rate", "clap_learning_rate", "gate_learning_rate", "warmup_steps", "weight_decay",
     "grad_clip", "max_bad_steps", "save_steps", "save_minutes", "max_steps", "keep_last", "keep_every",
     "num_workers", "max_bad_fraction", "window_overlap", "audio_transformer_n_layers", "clap_text_bank",
-    "clap_text_layers"), 0)
+    "clap_text_layers", "workers", "examples"), 0)
 POSITIVE = ("window_length", "dataset_blending_global_weight", "clap_peak_lr", "clap_muon_lr",
             "clap_temperature")

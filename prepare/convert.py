@@ -56,13 +56,23 @@ def quantised(y):
     return ((y.astype(np.int32) + 32768) // 2).astype(np.int16)  # 2 y / max - 1 is to come
 
 
+def frames_of(copy):
+    """Samples of a copy that is there and whole to its last one, else 0: disks lose what was just written."""
+    try:
+        with soundfile.SoundFile(copy) as f:
+            f.seek(f.frames - 1)
+            return f.frames * len(f.read(1))
+    except soundfile.LibsndfileError:
+        return 0
+
+
 def make_copy(clip, folder, hearing):
-    """-> seconds of the copy, made and checked if it is not there. ValueError names what is wrong."""
+    """-> seconds of the copy, made and checked if it is not there whole. ValueError names what is wrong."""
     path, start, seconds = clip
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such audio file")
     copy, rate = os.path.join(folder, name_of(*clip, hearing)), hearing["sample_rate"]
-    if not os.path.exists(copy):
+    if not frames_of(copy):
         os.makedirs(os.path.dirname(copy), exist_ok=True)
         windows, _ = read_clip(path, start, seconds=seconds, **hearing)
         y, _ = read_heard(path, start, seconds=seconds, **hearing)
@@ -76,7 +86,7 @@ def make_copy(clip, folder, hearing):
         finally:
             if os.path.exists(part):
                 os.remove(part)
-    return soundfile.info(copy).frames / rate
+    return frames_of(copy) / rate
 
 
 def convert(manifests, folder, hearing, task):

@@ -113,8 +113,12 @@ def macs(source):
     """
     import yaml
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: seconds instead of a minute
-    with open(source.need("MACS.yaml"), encoding="utf-8") as f:
-        files = yaml.load(f, loader)["files"]
+    source.reading = source.need("MACS.yaml")
+    try:
+        with open(source.reading, encoding="utf-8") as f:
+            files = yaml.load(f, loader)["files"]
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source.reading}: not YAML that can be read ({error})") from error
     for file in files:
         clip = source.clip("audio/" + file["filename"], file["filename"])
         captions = [annotation["sentence"] for annotation in file["annotations"]]

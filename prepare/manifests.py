@@ -6,6 +6,7 @@ A manifest's item here is {"name": file below the folder, or a list of two and m
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -45,18 +46,29 @@ def decode(path, encoding=None):
     raise ValueError(wrong)
 
 
+END = "(the end of the table)"  # a line behind the last
+
+
 def read_csv(path, delimiter=None, encoding=None):
     """-> [(row number and line, {column: text})], [the columns], how it was read. Cells are not stripped."""
     text, encoding = decode(path, encoding)
-    first = text.partition("\n")[0]
+    first = text.lstrip("\r\n").partition("\n")[0]
     likely = "\t" if path.lower().endswith(".tsv") else max(",;\t|", key=first.count)
     delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) or likely
-    reader, rows, columns = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [], None
+    if len(delimiter) > 1 or delimiter in '"\r\n':
+        raise ValueError(f"delimiter = {delimiter!r}, expected one character, or tab")
+    lines = itertools.chain(io.StringIO(text, newline=""), [END])  # which a quote without its other takes in
+    reader, rows, columns, before = csv.reader(lines, delimiter=delimiter), [], None, 0
     try:
         for cells in reader:
             where = f"row {len(rows) + 1} (line {reader.line_num})"
+            if cells and cells[-1].endswith(END):
+                if cells != [END]:
+                    raise ValueError(f"{path} line {before + 1}: a quote begins in this row that never ends")
+                break
+            before = reader.line_num
             if columns is None:
-                columns = cells
+                columns = cells or None  # blank lines may stand before it
             elif cells and len(cells) != len(columns):
                 raise ValueError(f"{path} {where}: {len(cells)} cells, expected {len(columns)}: "
                                  f"{', '.join(columns)} (delimiter {delimiter!r})")
@@ -67,14 +79,24 @@ def read_csv(path, delimiter=None, encoding=None):
     return rows, columns or [], f"delimiter {delimiter!r}, {encoding}"
 
 
+def once(pairs):
+    """The object of these pairs, of which json.load would keep the last of a name."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} is there twice")
+    return row
+
+
 def read_json_rows(path, encoding=None):
     """A JSON list of objects, or one object a line -> as read_csv."""
     text, encoding = decode(path, encoding)
     listed, found = text.lstrip().startswith("["), []
     for i, line in enumerate([text] if listed else text.split("\n"), 1):
         try:
-            found += json.loads(line) if listed else [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+            read = json.loads(line, object_pairs_hook=once) if line.strip() else []
+            found += read if listed or not line.strip() else [read]
+        except (ValueError, RecursionError) as error:  # the second: nested a thousand deep
             where = "" if listed else f" row {i}"
             raise ValueError(f"{path}{where}: not JSON ({error}); expected a list of objects, or an object a "
                              f"line") from error
@@ -246,7 +268,11 @@ def paths_of(item, folder):
 
 
 def with_duration(item, folder, seconds):
-    """The item with the seconds that it hears from audio_start on, of all its clips; or why it can't."""
+    """The item with the seconds that it hears from audio_start on, of all its clips; or why it can't be."""
+    if not item["prompt"].strip():
+        return "without a question"
+    if not item["output"].strip() and "choices" not in item:  # there are tests that keep their answers back
+        return "without an answer"
     start, total = item.get("audio_start", 0), 0
     for path in paths_of(item, folder):
         if isinstance(seconds[path], str):

@@ -23,11 +23,16 @@ import config as settings
 from prepare.manifests import SOUNDS, Parser, place_for, read_table, run, write
 
 
+FIELDS = ("name", "prompt", "output", "audio_start", "duration")
+
+
 def text_of(value, where):
-    """A cell as text: lists joined by ", "; an empty one and NaN are errors."""
-    if isinstance(value, list):
+    """A cell as text: lists joined by ", "; an empty one, NaN and objects are errors."""
+    if isinstance(value, dict):
+        raise ValueError(f"{where}: an object, expected a text")
+    if isinstance(value, list) and value:
         return ", ".join(text_of(part, where) for part in value)
-    text = str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+    text = str(value).lower() if isinstance(value, bool) else "" if value in (None, []) else str(value)
     if not text.strip() or text.strip().lower() == "nan":
         raise ValueError(f"{where}: {'NaN' if text.strip() else 'empty'}, expected a text")
     return text
@@ -35,7 +40,7 @@ def text_of(value, where):
 
 def number_of(value, where):
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
@@ -50,7 +55,10 @@ def clips_of(row, columns, where):
     names = []
     for column, value in filled or cells[:1]:
         if isinstance(value, str) and value.startswith("[") and value.endswith('"]'):
-            value = json.loads(value)  # a list in a cell of text
+            try:
+                value = json.loads(value)  # a list in a cell of text
+            except ValueError as error:
+                raise ValueError(f"{where}, column {column!r}: {value!r} is no list ({error})") from error
         for name in value if isinstance(value, list) else [value]:
             text_of(name, f"{where}, column {column!r}")
             names.append(str(name))
@@ -59,6 +67,8 @@ def clips_of(row, columns, where):
 
 def checked(path, rows, columns, wanted):
     """The wanted columns, of which every one has to be there."""
+    if not rows:
+        raise ValueError(f"{path}: holds no row" + " below its header" * bool(columns))
     for option, column in wanted:
         if columns.count(column) > 1:
             raise ValueError(f"{path}: {columns.count(column)} columns named {column!r}, expected one")
@@ -68,8 +78,6 @@ def checked(path, rows, columns, wanted):
             raise ValueError(f"{path}: no column {column!r} for --{option}; it has {', '.join(columns)}" + (
                 "; its first line looks like data: the header is missing" if no_header else
                 f"; nearest: {near[0]}" if near else ""))
-    if not rows:
-        raise ValueError(f"{path}: holds no row below its header")
 
 
 def items_of(path, options):
@@ -83,6 +91,10 @@ def items_of(path, options):
     wanted += [(option, getattr(options, option)) for option in ("audio_start", "duration")
                if getattr(options, option)] + [("keep", column) for column in keep]
     checked(path, rows, columns, wanted)
+    for column in keep:  # what the manifest says by these names is not another column's
+        if column in FIELDS and column != getattr(options, column):
+            raise ValueError(f"--keep={options.keep}: {column!r} is a field of every item; "
+                             f"--{column}={column} takes it from that column")
     items, seen = [], {}
     for where, row in rows:
         cell = lambda column: f"{path} {where}, column {column!r}"

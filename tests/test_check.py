@@ -3,6 +3,7 @@ import json
 import os
 import re
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,10 +124,13 @@ def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
             assert "audio_start" not in told and abs(told["duration"] - seconds) < 1e-3
     assert (after.windows() == [sum(after[i]["n_windows"]) for i in range(len(after))]).all()
     files = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
-    os.remove(min(files))
+    lost = sorted(files)[:3]
+    os.remove(lost[0])
+    os.truncate(lost[1], 0)  # as a machine leaves it that went down
+    os.truncate(lost[2], os.path.getsize(lost[2]) // 2)
     run("data.py", "convert", config, f"--to={tmp_path}/to", ok=False)
     again = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
-    assert set(again) == set(files) and {p for p in files if again[p] != files[p]} == {min(files)}
+    assert set(again) == set(files) and [p for p in sorted(files) if again[p] != files[p]] == lost
     run("data.py", "check", f"{tmp_path}/to/good-AQA/train.json")
 
 
@@ -160,11 +164,32 @@ def test_copies_of_odd_signals(tmp_path, kind):
     assert seconds == len(x) / 16000 and len(all_files(tmp_path / "to")) == 1
 
 
-def test_convert_without_a_place_is_one_line(folder):
+def test_convert_without_a_place_is_one_line(folder, tmp_path):
     manifest = f"{folder}/good-AQA/val.json"
     fails_with_one_line("data.py", "convert", manifest, "--to=/dev/null/x", saying="cannot be written to")
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    fails_with_one_line("data.py", "convert", manifest, f"--to={tmp_path}/link",
+                        saying="link/audio: cannot be written to")
     fails_with_one_line("data.py", "convert", manifest, saying="--to=DIR")
+    assert os.listdir(tmp_path) == ["link"]
     fails_with_one_line("data.py", "pack", manifest, saying="expected check or convert")
+
+
+def half_written(folder, task):
+    try:
+        open(f"{folder}/{task}.tmp", "w").close()
+        time.sleep(0 if task == 0 else 30)
+    finally:
+        os.remove(f"{folder}/{task}.tmp")
+
+
+def test_an_interrupted_work_leaves_nothing_half_written(tmp_path):
+    todo = spread(partial(half_written, str(tmp_path)), range(3), 2)
+    assert next(todo) == (0, None, None)
+    while not os.path.exists(tmp_path / "1.tmp"):
+        time.sleep(0.01)
+    todo.close()  # as Ctrl-C does
+    assert os.listdir(tmp_path) == []
 
 
 def fate(task):

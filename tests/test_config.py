@@ -85,7 +85,7 @@ def test_a_config_file_may_compute(tmp_path):
 @pytest.mark.parametrize("name", config.LEAST)
 def test_counts_have_a_least_value(name):
     """Of every script that has the setting: the least is taken, less is refused in one line."""
-    scripts = ("train.py", "prepare/clap.py", "eval.py")
+    scripts = ("train.py", "prepare/clap.py", "eval.py", "prepare/check.py")
     shared = config.settings_of("config/defaults.py")
     script = next(s for s in scripts if name in config.settings_of(s) | shared)
     least = config.LEAST[name]

@@ -111,7 +111,9 @@ def test_broken_manifest_names_file_key_and_expectation(tmp_path, key):
 
 
 @pytest.mark.parametrize("item, message", [
-    ({"name": ["a"]}, "name"), ({"prompt": None}, "prompt"), ({"duration": "10"}, "duration"),
+    ({"name": ["a"]}, "name"), ({"name": ["a", 3]}, "name = '3', expected a str"),
+    ({"name": ["a", "b\ud800"]}, "name = .*expected text"),
+    ({"prompt": None}, "prompt"), ({"duration": "10"}, "duration"),
     ({"name": "../../x.wav"}, "inside data_root")])
 def test_broken_items(tmp_path, item, message):
     path = write_manifest(tmp_path, "a-AQA/train", [("x.wav", "p", "o")] * 2)

@@ -443,6 +443,17 @@ def test_missing_clips_and_git_lfs_pointers_are_counted(tmp_path, capsys):
     assert len(Manifest(str(tmp_path / "to/ESC50-EventClassification/test.json"), "anywhere")) == 1
 
 
+def test_items_without_a_text_are_counted(tmp_path, capsys):
+    """An empty cell would be learnt as the answer."""
+    rows = "0.wav,dog\n1.wav,\n2.wav,  \n"
+    clips = {f"audio/{i}.wav": .1 for i in range(3)}
+    lay_out(tmp_path / "esc", {"meta/esc50.csv": "filename,category\n" + rows} | clips)
+    code, out = esc50(tmp_path, capsys)
+    assert code == 1 and "2 of 3 items are without an answer: 'audio/1.wav', 'audio/2.wav'" in out
+    content = json.load(open(tmp_path / "to/ESC50-EventClassification/test.json"))
+    assert [item["output"] for item in content["data"].values()] == ["dog"]
+
+
 def test_names_that_are_there_twice_are_not_guessed(tmp_path, capsys):
     lay_out(tmp_path / "esc", {"esc50.csv": "filename,category\n1.wav,dog\n2.wav,cat\n3.wav,cow\n",
                                "a/audio/1.wav": .1, "b/audio/1.wav": .1, "audio/2.wav": .1, "c/3.wav": .1})
@@ -463,6 +474,8 @@ def test_columns_and_files_that_are_not_as_they_should_be(tmp_path):
     fails("nsynth", {"nsynth-test/examples.json": {"a": {"pitch": 1}}}, "nsynth-test/examples.json",
           "instrument_family_str")
     fails("music_avqa", {"json/avqa-test.json": "{"}, "json/avqa-test.json", "not JSON")
+    for text in ('files:\n- filename: "a', "files:\n- x\nx\n", "[]"):
+        fails("macs", {"MACS.yaml": text}, "MACS.yaml: not ")
     fails("ESC_51", {"x": "y"}, "ESC_51", "esc50", "clotho_aqa")
     assert not os.path.exists(tmp_path / "to")
 
@@ -535,12 +548,13 @@ ROWS = [{"path": "a.wav", "label": "dog, small"}, {"path": "b.wav", "label": "ca
     ("t.csv", 'path,label\na.wav,"dog, small"\n\nb.wav,café\n'),
     ("t.csv", 'path;label\r\na.wav;"dog, small"\r\nb.wav;café\r\n'),
     ("t.csv", '\ufeffpath|label\na.wav|dog, small\nb.wav|café\n'),
+    ("t.csv", '\n\npath;label\na.wav;dog, small\nb.wav;café'),
     ("t.txt", 'label\tpath\ndog, small\ta.wav\ncafé\tb.wav\n'),
     ("t.tsv", 'path\tlabel, or so\tlabel\na.wav\t,\tdog, small\nb.wav\t,\tcafé\n'),
     ("t.csv", 'path,label\na.wav,"dog, small"\nb.wav,café\n'.encode("latin-1")),
     ("t.csv", 'path,label\na.wav,"dog, small"\nb.wav,café\n'.encode("utf-16")),
     ("t.json", ROWS), ("t.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
-], ids=["comma", "semicolon, crlf", "bar, bom", "tab", "tsv", "latin-1", "utf-16", "json", "jsonl"])
+], ids=["comma", "semicolon, crlf", "bar, bom", "blank", "tab", "tsv", "latin-1", "utf-16", "json", "jsonl"])
 def test_tables(name, content, mine, capsys):
     assert mine(name, content, *ASK) == 0
     assert mine.items() == [DOG, CAT]
@@ -595,6 +609,12 @@ def test_table_with_clips_that_are_missing(mine, capsys):
     (b"path,label\na.wav,caf\xe9\n", ["t.csv: byte", "utf-8"], (*ASK, "--encoding=utf-8")),
     ("path,label\na.wav,dog\n", ["encoding = 'utf-9'"], (*ASK, "--encoding=utf-9")),
     ("path,label\na.wav,dog\n", ["--kepe"], (*ASK, "--kepe=x")),
+    ("path,label\na.wav,dog\nb.wav,\"cat\nc.wav,cow\n", ["t.csv line 3", "a quote", "never ends"], ASK),
+    ("path,label\na.wav,\"two\nlines\"\nb.wav,\"cat", ["t.csv line 4", "a quote", "never ends"], ASK),
+    ("path,label\n\"[a.wav\"\"]\",dog\n", ["row 1 (line 2), column 'path'", "no list"], ASK),
+    ("path,label\na.wav,dog\n", ["delimiter = ',,', expected one"], (*ASK, "--delimiter=,,")),
+    ("path,label,prompt\na.wav,dog,x\n", ["--keep=prompt", "--prompt=prompt"], (*ASK, "--keep=prompt")),
+    ("path,label,audio_start\na.wav,dog,1\n", ["--audio_start=audio_start"], (*ASK, "--keep=audio_start")),
 ])
 def test_table_errors(content, saying, options, mine):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
@@ -609,9 +629,16 @@ def test_table_errors_of_json(mine, tmp_path):
                             ('{"path": "a.wav", "label": NaN}\n', "t.jsonl row 1, column 'label': NaN"),
                             ('{"path": "a.wav", "label": "x"}\n{"path": "a.wav"}\n',
                              "row 2, column 'label': empty"),
+                            ('{"path": "a.wav", "path": "b.wav", "label": "x"}', "row 1: not JSON ('path'"),
+                            ('{"path": "a.wav", "label": []}', "row 1, column 'label': empty"),
+                            ('{"path": "a.wav", "label": ["x", []]}', "row 1, column 'label': empty"),
+                            ('{"path": "a.wav", "label": {"x": 1}}', "column 'label': an object, expected"),
+                            ("[" * 100_000, "t.jsonl: not JSON"), ("", "t.jsonl: holds no row"),
                             ('["a.wav"]', "row 1: a str, expected an object")):
         with pytest.raises(ValueError, match=re.escape(saying)):
             mine("t.jsonl", content, *ASK)
+    with pytest.raises(ValueError, match="row 1, column 'd': True, expected seconds"):
+        mine("t.jsonl", '{"path": "a.wav", "label": "x", "d": true}', *ASK, "--duration=d")
     lay_out(tmp_path / "root", {"x.wav": .1})
     with pytest.raises(ValueError, match="inside data_root"):
         mine("t.jsonl", '{"path": "../../root/x.wav", "label": "x"}', *ASK)

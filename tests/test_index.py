@@ -71,7 +71,7 @@ def test_items_are_those_of_the_json(tmp_path, monkeypatch, n, form):
     assert sorted(os.listdir(tmp_path / "a-AQA")) == files
 
 
-def test_other_content_of_the_same_size_and_time_is_noticed(tmp_path):
+def test_other_told_the_same_size_and_time_is_noticed(tmp_path):
     told = content(1200)
     told["data"]["7"]["output"] = "before"
     path = put(tmp_path, told)
@@ -89,7 +89,12 @@ def test_damaged_indexes_are_made_again(tmp_path):
     path = put(tmp_path, told)
     Manifest(path)
     whole = open(path + ".index", "rb").read()
-    for damaged in (b"", whole[:40], whole[:-1], whole[:5000], whole + b"x", b"x" * len(whole), whole[::-1]):
+    flipped = [bytearray(whole) for _ in range(60)]
+    text = len(whole) - os.path.getsize(path)  # where it begins
+    for i, copy in enumerate(flipped):  # in the first line, what is told, the columns, the text
+        copy[rng.integers(*[(0, 40), (64, 300), (300, text), (text, len(whole))][i % 4])] ^= 1 << i % 8
+    for damaged in (b"", whole[:40], whole[:-1], whole[:5000], whole + b"x", b"x" * len(whole), whole[::-1],
+                    *map(bytes, flipped)):
         open(path + ".index", "wb").write(damaged)
         assert list(Manifest(path).items) == list(told["data"].values())
         assert open(path + ".index", "rb").read() == whole
@@ -149,6 +154,32 @@ def test_halves_of_characters_are_named(tmp_path, field):
     told["data"]["3"][field] = "a \ud83d b"
     with pytest.raises(ValueError, match=rf"data\['3'\] {field} = .*expected text"):
         Manifest(put(tmp_path, told))
+
+
+ITEM = '"name": "x.wav", "prompt": "p: ü", "output": "o"'
+
+
+@pytest.mark.parametrize("data, more, where", [
+    (f'{{"0": {{{ITEM}, "name": "y.wav"}}}}', "", r"data\['0'\] name"),
+    (f'{{"0": {{{ITEM}}}, "1": {{"pr\\u006fmpt" : "q", {ITEM}}}}}', "", r"data\['1'\] prompt"),
+    (f'{{"0": {{{ITEM}, "ö": 1, "x": {{}}, "ö": 2}}}}', "", r"data\['0'\] ö"),
+    (f'{{"0": {{{ITEM}}}}}', f', "data": {{"0": {{{ITEM}}}}}', "data"),
+    (f'{{"0": {{{ITEM}}}}}', ', "data": []', "data"),
+    (f'{{"0": {{{ITEM}}}}}', ', "split_path": "other"', "split_path"),
+    (f'{{"0": {{{ITEM}}}}}', ', "ü": 1, "\\u00fc": 2', "ü")])
+def test_keys_that_are_there_twice_are_named(tmp_path, data, more, where):
+    """json.load would keep the last, and half of the items might be gone."""
+    path = put(tmp_path, {})
+    head = '"split": "train", "split_path": ".", "flamingo_task": "x", "total_num": 1'
+    open(path, "w", encoding="utf-8").write(f'{{{head}, "data": {data}{more}}}')
+    with pytest.raises(ValueError, match=rf"train\.json: {where} is there twice, expected once"):
+        Manifest(path)
+
+
+def test_keys_keep_their_characters(tmp_path):
+    told = content(3) | {"Küche 音 \u2028": {"ö": 1}, 'a "\n': 2}
+    for form in ({}, {"ensure_ascii": False}):
+        assert Manifest(put(tmp_path, told, **form)).head == told | {"data": {}}
 
 
 def limited(bytes):

@@ -3,7 +3,7 @@
     head, items = open_items("train.json", check_item, check_head)    # items[i] -> the item as a dict
 
 A manifest is parsed once. <manifest>.index, beside it or in cache_dir, then holds its text, where every item
-lies in that, and what planning an epoch needs; it counts as long as it names the hash of these bytes.
+lies in that, and what planning an epoch needs; it counts as long as it is what was written, of these bytes.
 Processes read items by pread and share the system's pages: none grows with what it has read.
 """
 import contextlib
@@ -27,13 +27,15 @@ import config as settings
 
 ODD = np.random.default_rng(0).integers(0, 2 ** 63, 2 ** 17, np.uint64) * 2 + 1  # of the fingerprint
 SMALL = 1000  # items that are parsed faster than a file is worth leaving beside them: 5 ms
-MAGIC = "items of a manifest 2 "
+MAGIC = "items of a manifest 3 "
 COLUMNS = {"place": "2i8", "seconds": "f4", "clips": "i4"}  # from where to where; nan: no duration is told
 
 KEY = re.compile(r'([ \t\n\r]*)"([^"\\]*(?:\\.[^"\\]*)*)"([ \t\n\r]*:[ \t\n\r]*)')
+COLON = re.compile(r'"[ \t\n\r]*:')
 EMPTY = re.compile(r"{[ \t\n\r]*}")
 SPACE = re.compile(r"[ \t\n\r]*")
 scan = json.JSONDecoder().scan_once  # (text, where a value begins) -> value, where it ends
+pairs = json.JSONDecoder(object_pairs_hook=list).scan_once  # an object's (key, value)s, repeated ones too
 
 
 class Items(Sequence):
@@ -45,15 +47,18 @@ class Items(Sequence):
         if path:
             weakref.finalize(self, os.close, image)
         first = self._read(0, 64)
+        size = os.fstat(image).st_size if path else len(image)
         if not first.startswith(MAGIC.encode()):
             raise ValueError("not an index")
-        self.start = int(first[len(MAGIC):].split(b"\n")[0])  # of the columns
+        start, self.sum = first[len(MAGIC):].split()
+        self.start = int(start)  # of the columns
+        if not 64 <= self.start <= size:
+            raise ValueError("not whole")
         self.told = json.loads(self._read(64, self.start - 64))
         self.n = self.told["items"]
         ends = np.cumsum([0, *(self.n * np.dtype(kind).itemsize for kind in COLUMNS.values())]) + self.start
         *begins, self.text = map(int, ends)
         self.begin = dict(zip(COLUMNS, begins))
-        size = os.fstat(image).st_size if path else len(image)
         if size != self.text + self.told["bytes"]:
             raise ValueError("not whole")
 
@@ -100,7 +105,8 @@ def walk(text, at, visit):
             if not key:
                 raise ValueError(f"no key at {at}")
             gap, name, colon, at = key[1], key[2], key[3], key.end()
-            name = name if "\\" not in name else json.loads(f'"{name}"')
+            if "\\" in name or not (name.isascii() and name.isprintable()):
+                name = json.loads(f'"{name}"'.encode("latin-1").decode())  # its characters, not its bytes
         at = visit(i, name, at)
         i += 1
         if text[at:at + 1] != ",":
@@ -113,10 +119,11 @@ def walk(text, at, visit):
 
 
 def parse(raw, check_item):
-    """A manifest's bytes -> its keys (data: {}), columns, and the first error among its items or None."""
+    """A manifest's bytes -> its keys (data: {}), columns, the first error among its items, and the first key
+    that is there twice, of which json.load would keep the last; lists, empty where there is none."""
     text = raw.decode("latin-1")  # a character a byte: positions are those of the file
     raw.isascii() or raw.decode()  # UTF-8 or an error
-    head, columns, wrong = {}, {}, []
+    head, columns, wrong, twice = {}, {}, [], []
 
     def items(at):
         place, seconds, clips = array("q"), array("f"), array("i")
@@ -124,6 +131,10 @@ def parse(raw, check_item):
 
         def item(i, key, at):
             value, end = scan(text, at)
+            if (type(value) is dict and text.count(":", at, end) > len(value)  # every key has one
+                    and len(COLON.findall(text, at, end)) > len(value)):
+                names = [name for name, _ in pairs(raw[at:end].decode(), 0)[0]]
+                twice.extend(f"data['{i}'] {name}" for name in names if names.count(name) > 1)
             numbers = math.nan, 1
             if not wrong:
                 try:
@@ -139,6 +150,7 @@ def parse(raw, check_item):
         return walk(text, at, item)
 
     def member(_, key, at):
+        twice.extend([key] * (key in head))
         if key == "data" and text[at:at + 1] == "{":
             head[key] = {}
             return items(at)
@@ -152,7 +164,7 @@ def parse(raw, check_item):
     end = walk(text, begin, member)
     if SPACE.match(text, end).end() != len(text):
         raise ValueError("more after its end")
-    return head, columns, wrong
+    return head, columns, wrong, twice
 
 
 def build(file, check_item, check_head):
@@ -160,11 +172,13 @@ def build(file, check_item, check_head):
     with open(file, "rb") as f:
         raw = f.read()
     try:
-        head, columns, wrong = parse(raw, check_item)
+        head, columns, wrong, twice = parse(raw, check_item)
     except (ValueError, StopIteration, RecursionError) as error:  # told by the library, in its own words
         content = settings.read_json(file)
         check_head(content, len(content.get("data", ())) if isinstance(content, dict) else 0)
         raise ValueError(f"{file}: not read ({error})") from error
+    if twice:
+        raise ValueError(f"{file}: {twice[0]} is there twice, expected once")
     n = len(columns.get("clips", ()))
     check_head(head, n)
     if wrong:
@@ -172,8 +186,9 @@ def build(file, check_item, check_head):
     told = {"digest": digest_of(io.BytesIO(raw)), "items": n, "bytes": len(raw), "head": head}
     told = json.dumps(told).encode()
     start = -(-(64 + len(told)) // 64) * 64
-    first = f"{MAGIC}{start}\n".encode().ljust(64)
-    return [first, told.ljust(start - 64), *map(np.asarray, columns.values()), raw]
+    numbers = [told.ljust(start - 64), *map(np.asarray, columns.values())]
+    first = f"{MAGIC}{start} {digest_of(io.BytesIO(b''.join(numbers)))[:16]}\n".encode().ljust(64)
+    return [first, *numbers, raw]
 
 
 def digest_of(f):
@@ -182,18 +197,21 @@ def digest_of(f):
     block, sums, size = np.empty(ODD.nbytes, np.uint8), [], 0
     while n := f.readinto(block):
         block[n:] = 0
-        sums.append((block.view(np.uint64) * ODD).sum())
+        sums.append(np.einsum("i,i", block.view(np.uint64), ODD))  # half the time of a product and its sum
         size += n
     return hashlib.sha256(np.array([size, *sums], np.uint64).tobytes()).hexdigest()
 
 
 def open_index(path, digest):
-    """The index at a path, if it is whole and of these bytes; else None."""
+    """The index at a path, if every byte of it is what was written of these bytes; else None."""
     try:
         items = Items(os.open(path, os.O_RDONLY), path)
-    except (OSError, ValueError, KeyError):
+        numbers = digest_of(io.BytesIO(items._read(64, items.text - 64)))[:16]
+        with open(items.image, "rb", closefd=False) as f:
+            f.seek(items.text)
+            return items if (numbers.encode(), digest_of(f)) == (items.sum, digest) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # damaged before its sum can be taken
         return None
-    return items if items.told.get("digest") == digest else None
 
 
 @contextlib.contextmanager

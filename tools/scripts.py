@@ -23,7 +23,7 @@ def commit():
 def need_room(folder):
     """Write a block where a folder is or will be: what will not work is said before the long work starts."""
     there = os.path.abspath(folder)
-    while not os.path.exists(there):
+    while not os.path.lexists(there):  # a link to nowhere is no folder
         there = os.path.dirname(there)
     try:
         with tempfile.TemporaryFile(dir=there) as f:

@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from multiprocessing.connection import wait
 
@@ -11,6 +12,7 @@ import torch
 def serve(work, pipe):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # what is half-written is removed on the way out
     parent = os.getppid()
     while os.getppid() == parent:  # else nobody waits for us
         if pipe.poll(2):
@@ -59,4 +61,7 @@ def spread(work, tasks, workers, limit=900):
                     process.kill()  # the next round finds its pipe at an end
     finally:
         for process, *_ in busy.values():
+            process.terminate()
+        for process, *_ in busy.values():
+            process.join(2)
             process.kill()

@@ -190,14 +190,15 @@ class Manifest:
         if type(item) is not dict:
             self._fail("", item, "an object with name, prompt, output", i)
         names = item.get("name")
-        clips = [{"name": name} for name in names] if type(names) is list and len(names) > 1 else [item]
-        names = [self._expect(clip, "name", str, i) for clip in clips]  # two and more are of one question
+        names = names if type(names) is list and len(names) > 1 else [self._expect(item, "name", str, i)]
         self._expect(item, "prompt", str, i)
         self._expect(item, "output", str, i)
         for field in ("duration", "audio_start"):
             if field in item and not (type(item[field]) in (int, float) and 0 <= item[field] < MOST_SECONDS):
                 self._fail(field, item[field], f"seconds, not negative, below {MOST_SECONDS:g}", i)
         for name in names:
+            if len(names) > 1:  # clips of one question
+                self._expect({"name": name}, "name", str, i)
             if ".." in name:
                 self.dotted.append((i, name))
         return item.get("duration") or math.nan, len(names)

@@ -127,6 +127,8 @@ def main(c, files):
             for i in np.flatnonzero(np.isfinite(lengths)).tolist():
                 told = manifest.items[i]
                 names = [name_of(*clip, hearing) for clip in clips_of(manifest[i])]
+                if not all(os.path.exists(os.path.join(audio, name)) for name in names):
+                    raise ValueError(f"{manifest[i]['path']}: changed while it was converted, start again")
                 told["name"] = names if len(names) > 1 else names[0]
                 told.pop("audio_start", None)
                 yield told | {"duration": round(float(lengths[i]), 4)}

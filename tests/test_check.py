@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
+import config
 from data import Clips, Manifest
+from prepare import convert
 from prepare.check import inspect, targets_of
 from prepare.convert import make_copy
 from tests.helpers import fails_with_one_line, run, write_manifest
@@ -173,6 +175,28 @@ def test_convert_without_a_place_is_one_line(folder, tmp_path):
     fails_with_one_line("data.py", "convert", manifest, saying="--to=DIR")
     assert os.listdir(tmp_path) == ["link"]
     fails_with_one_line("data.py", "pack", manifest, saying="expected check or convert")
+
+
+def test_a_clip_that_changes_while_it_is_converted_is_told(tmp_path, monkeypatch):
+    """Its copy has another name: the manifest must not point at one that is not there."""
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", rng.standard_normal(9000) * 0.1, 16000)
+    path = write_manifest(tmp_path, "a-AQA/train", [(f"{i}.wav", "p", "o") for i in range(2)])
+
+    def then_change(*arguments):
+        yield from spread(*arguments)
+        soundfile.write(tmp_path / "1.wav", rng.standard_normal(8000) * 0.1, 16000)
+
+    monkeypatch.setattr(convert, "spread", then_change)
+    c = config.load([f"--to={tmp_path}/to", f"--data_root={tmp_path}"], "prepare/convert.py")
+    with pytest.raises(ValueError, match=r"1\.wav: changed while it was converted"):
+        convert.main(c, [path])
+    assert os.listdir(tmp_path / "to/a-AQA") == []
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="0"):
+        convert.main(c, [path])
+    after = Clips([Manifest(f"{tmp_path}/to/a-AQA/train.json")], None, HEARING)
+    assert all(after[i]["windows"] is not None for i in range(2))
 
 
 def half_written(folder, task):

@@ -468,10 +468,10 @@ def test_accumulated_micro_steps_cast_once(tiny_config, tmp_path):
             return f(*args, **(kwargs or {}))
 
     counted = []
-    import checkpoint as files
+    import train as script
     for accumulation in (1, 4):
         with pytest.MonkeyPatch.context() as patch, Casts() as casts:
-            patch.setattr(files, "pick_precision", lambda *_: (torch.bfloat16, "to be counted"))
+            patch.setattr(script, "pick_precision", lambda *_: (torch.bfloat16, "to be counted"))
             here(tiny_config, tmp_path, f"a{accumulation}", "--batch_size=1", "--max_steps=1",
                  f"--gradient_accumulation_steps={accumulation}", "--valid_dataset_config={}")
         counted.append(casts.n)

@@ -169,9 +169,8 @@ def main(c):
     if c.export:
         settings.need_room(c.export)
         asks = ("audio", "input", "output", "serve", "chat", "timeline", "int8")
-        if more := [name for name in asks if getattr(c, name)]:
-            raise ValueError(f"--export writes the weights as they are, and asks nothing: leave out "
-                             f"{', '.join(more)}")
+        if more := ", ".join(name for name in asks if getattr(c, name)):
+            raise ValueError(f"--export writes the weights as they are, and asks nothing: leave out {more}")
         return export_release(*read_model(c), c.export)
     if bool(c.audio) + bool(c.input) + c.serve != 1:
         raise ValueError("give one of --audio clip.wav (again for each further clip of the same prompt), "

@@ -86,7 +86,7 @@ class ClapEncoder(nn.Module):
             num_heads=num_heads, window_size=8, config=FRONT_END, ape=position, enable_fusion=fusion,
             fusion_type="aff_2d" if fusion else "None", drop_path_rate=0.1 if augment else 0.0)
         self.register_buffer("mel", mel)
-        self.sample_rate = SAMPLE_RATE if mel is None else rate_of(mel)
+        self.sample_rate = rate_of(mel)
         for unused in ("spectrogram_extractor", "logmel_extractor", "tscam_conv", "head"):
             delattr(self.htsat, unused)  # its own waveform front end and AudioSet classifier
         if position:  # beside patches of size 1: heard from the first step on

@@ -48,8 +48,7 @@ def hearing_of(c):
     rate = SAMPLE_RATE
     if c.clap_checkpoint and os.path.isfile(settings.place(c.clap_checkpoint)):
         from tools.encoders import clap_state
-        mel = clap_state(c.clap_checkpoint).get("clap.mel")
-        rate = rate if mel is None else rate_of(mel)
+        rate = rate_of(clap_state(c.clap_checkpoint).get("clap.mel"))
     hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": rate}
     return hearing if "max_num_window" in c.given else hearing | {"max_num_window": 30}
 

@@ -72,7 +72,7 @@ def make_copy(clip, folder, hearing):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such audio file")
     copy, rate = os.path.join(folder, name_of(*clip, hearing)), hearing["sample_rate"]
-    if not frames_of(copy):
+    if not (frames := frames_of(copy)):
         os.makedirs(os.path.dirname(copy), exist_ok=True)
         windows, _ = read_clip(path, start, seconds=seconds, **hearing)
         y, _ = read_heard(path, start, seconds=seconds, **hearing)
@@ -86,7 +86,8 @@ def make_copy(clip, folder, hearing):
         finally:
             if os.path.exists(part):
                 os.remove(part)
-    return frames_of(copy) / rate
+        frames = frames_of(copy)
+    return frames / rate
 
 
 def convert(manifests, folder, hearing, task):

@@ -36,7 +36,7 @@ def clap_mel(saved, file):
         raise ValueError(f"{file}: an encoder without a fusion branch hears by its own mel bands, but there "
                          f"is no module.audio_branch.logmel_extractor.melW in the file")
     try:
-        rate = rate_of(bands) if bands is not None else 48000 if laion else SAMPLE_RATE
+        rate = 48000 if laion and bands is None else rate_of(bands)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if not fusion:

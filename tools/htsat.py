@@ -44,8 +44,10 @@ def load_htsat_class():
 
 
 def rate_of(mel):
-    """The sample rate (Hz) of mel bands (513, 64), by the last bin that counts: AF-CLAP's end at 8 of 8 kHz,
-    those of LAION's checkpoints at 14 of 24."""
+    """The sample rate (Hz) of mel bands (513, 64), by the last bin that counts: AF-CLAP's, which are meant by
+    None, end at 8 of 8 kHz, those of LAION's checkpoints at 14 of 24."""
+    if mel is None:
+        return FRONT_END.sample_rate
     counts = (mel > 1e-5 * mel.max()).any(1).nonzero() if mel.shape == (513, 64) else ()
     top, rates = int(counts.max()) if len(counts) else 0, {511: 16000, 298: 48000}
     if top not in rates:

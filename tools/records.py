@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import config as settings
 from tools.reading import said
-from tools.scripts import written
+from tools.scripts import need_place, written
 from tools.table import GROUPS, read_scores
 
 KEPT = ("output", "choices", "references", "audio_start", *GROUPS)  # what a manifest's item tells the rules
@@ -81,6 +81,7 @@ def check_places(c, folder):
     if folder:
         settings.need_room(folder)
     if c.scores:
+        need_place(settings.place(c.scores))
         read_scores(settings.place(c.scores))
     if c.labels:
         read_labels(c.labels)

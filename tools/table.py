@@ -6,7 +6,7 @@ import re
 
 from tools.intervals import interval
 from tools.reading import conclusion
-from tools.scripts import need_place, read_json, written
+from tools.scripts import read_json, written
 
 # Keys of a manifest's items that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
@@ -118,7 +118,6 @@ def lines_of(name, row):
 
 def read_scores(path):
     """{"tasks": {split: row}} of a JSON file that rows can be added to; ValueError where none can."""
-    need_place(path)
     kept = read_json(path) if os.path.exists(path) else {}
     if type(kept) is not dict or type(kept.setdefault("tasks", {})) is not dict:
         raise ValueError(f'{path}: not a file of scores, expected {{"tasks": {{split: row}}}}')

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import sys
-import zipfile
 from types import SimpleNamespace
 
 import torch
@@ -24,11 +23,13 @@ import config as settings
 from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks
 from tools.devices import pick_device
 from tools.encoders import clap_state
-from tools.files import (brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in)
+from tools.files import brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in
 from tools.htsat import sizes_told
-from tools.language_models import by_width, check_sizes, lm_state, text_side
+from tools.language_models import by_width, check_sizes, lm_state, of_published, text_side
 from tools.model_card import about_run, checked_about, name_of
-from tools.releases import (TABLES, from_published, in_two_parts, release_pieces, save_release)
+from tools.records import take_files
+from tools.releases import TABLES, from_published, in_two_parts, release_pieces, save_release
+from tools.run_folder import newest_checkpoint, own_parts
 from tools.shapes import bounded, checked
 
 # ------------------------------------------------------------------------------------------------------------
@@ -89,8 +90,7 @@ def start(c, given=(), fresh=True, saved=None, source=None):
     if c.clap_checkpoint:
         state |= clap_state(c.clap_checkpoint)
     source = source or c.clap_checkpoint
-    trained = trained_tensors(saved, text[1], source) if saved else {}
-    told = saved.get("config", ()) if saved else ()
+    trained, told = (trained_tensors(saved, text[1], source), saved.get("config", ())) if saved else ({}, ())
     return skeleton(c, state | trained, text, source, given, fresh, told), state
 
 
@@ -150,7 +150,7 @@ def read_checkpoint(file, given):
             model, state = read_start(c, below)
         else:
             if not own and "lang_encoder_path" not in given:  # of the published code: its gated blocks tell
-                c.lang_encoder_path = published_lm(saved["model_state_dict"], file)
+                c.lang_encoder_path = of_published(saved["model_state_dict"], file)
             model, state = start(c, given, False, saved, file)
             # our marks' rows were drawn at random just now: they come from the file, or are missing
             state = {name: tensor for name, tensor in state.items() if not name.endswith(".added")}
@@ -165,23 +165,6 @@ def read_checkpoint(file, given):
                          f"{saved.get('frozen_from')}")
     model.about = about_run(saved, os.path.dirname(file), model.about)
     return model, state | trained
-
-
-def published_lm(state, file):
-    """The language model that a published training checkpoint belongs to: its token table, or its blocks."""
-    widths = [t.shape[-1] for n, t in state.items() if n.endswith(("embed_tokens.weight", "ff.1.weight"))]
-    return by_width(widths[0] if widths else None, file)
-
-
-def own_parts(own, folder):
-    """Settings whose path lay inside the run when it was saved and is in this folder now: runs move."""
-    home, moved = settings.place(os.path.join(own.get("expdir", ""), own.get("run_name", ""))) + os.sep, {}
-    for name, value in own.items():
-        path = os.path.normpath(settings.place(value)) if name in settings.PATHS and value else ""
-        inside = os.path.join(os.path.abspath(folder), path.removeprefix(home))
-        if path.startswith(home) and os.path.exists(inside):
-            moved[name] = inside
-    return moved
 
 
 def trained_tensors(saved, lm, source="checkpoint", skipped=None):
@@ -227,21 +210,6 @@ def read_release(folder, given):
     return model, state
 
 
-def checkpoints(run):
-    """A run's checkpoints, newest first: the interim one is newer than any epoch's."""
-    names = os.listdir(run) if os.path.isdir(run) else []
-    epochs = [int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint_(\d+)\.pt", name))]
-    names = ["checkpoint_interim.pt"] * ("checkpoint_interim.pt" in names)
-    names += [f"checkpoint_{epoch}.pt" for epoch in sorted(epochs, reverse=True)]
-    return [os.path.join(run, name) for name in names]
-
-
-def newest_checkpoint(run):
-    """The newest that is not cut off; of files that all are, the newest, which load_pickle refuses."""
-    files = checkpoints(run)
-    return next(filter(zipfile.is_zipfile, files), files[0] if files else None)
-
-
 def fingerprint(tensors):
     """A short hash that tells one set of weights from another, from some 256 values of each, rounded to
     bf16."""
@@ -273,10 +241,9 @@ def place_weights(model, state, device, frozen, source):
         raise ValueError(f"{source} does not fit the model: " +
                          "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names))
     places = [(path, module, table, name) for path, module in model.named_modules()
-              for table in (module._parameters, module._buffers) for name in table]
+              for table in (module._parameters, module._buffers) for name in table if table[name] is not None]
     for path, module, table, name in tqdm(places, "load", unit="tensor", disable=None, delay=2, leave=False):
-        if (p := table[name]) is None:
-            continue
+        p = table[name]
         tensor = state.pop(f"{path}.{name}".lstrip("."), p.data)
         exact = isinstance(module, (nn.modules.batchnorm._BatchNorm, ClapEncoder))  # the latter's mel bands
         dtype = torch.float32 if exact or p.requires_grad else frozen or tensor.dtype
@@ -305,10 +272,12 @@ def finished(model, state, device, dtype, source):
     return model.eval()
 
 
-def report(path, given):
-    """Print what a run, a checkpoint or a release gives to its model, and what it does not; exit code 1 if
+def report(paths, given):
+    """Print what a run, a checkpoint or a release gives to its model, and what it does not -> exit code, 1 if
     the two do not fit."""
-    model, state = read(path, given)
+    if len(paths) != 1:
+        raise ValueError("usage: python checkpoint.py PATH [--name=value]")
+    path, (model, state) = paths[0], read(paths[0], given)
     wrong = misfits(model.requires_grad_(False), state)
     loaded = [name for name in state if name not in wrong["unexpected"]]
     numbers = sum(state[name].numel() for name in loaded)
@@ -317,7 +286,7 @@ def report(path, given):
     rows = {"loaded": loaded, "duplicates": [], "unused": []} | model.skipped | wrong
     for what, names in rows.items():
         print(f"{what:12}{len(names):6}  {listed(names)}")
-    sys.exit(1 if any(wrong.values()) else 0)
+    return int(any(wrong.values()))
 
 
 def export_release(source, model, state, folder):
@@ -327,10 +296,5 @@ def export_release(source, model, state, folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        asked = sys.argv[1:2] in (["--help"], ["-h"])
-        print(__doc__, "usage: python checkpoint.py PATH [--name=value]", sep="\n",
-              file=None if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
-    path = sys.argv.pop(1)
-    settings.run(lambda c: report(path, settings.given(c)), "checkpoint.py")
+    sys.argv, paths = take_files(sys.argv)
+    settings.run(lambda c: report(paths, settings.given(c)), "checkpoint.py", settings.LOADING)

@@ -27,7 +27,7 @@ from sample import load_weights, read_model
 from tools import answers, records, report as pages, table
 from tools.captions import captioning
 from tools.clap_text import text_tower
-from tools.closed_sets import closed_set, multi_label, nsynth
+from tools.closed_sets import closed_set, cmm, entailment, multi_label, nsynth
 from tools.compare import compare
 from tools.decoding import answer
 from tools.listening import attention_over_time
@@ -118,28 +118,6 @@ def exact_match(items):
         item["score"] = float(bool(said(item)) and labels_of(said(item)) == labels_of(item["output"]))
     return {"accuracy": [item["score"] for item in items],
             "chance": 1 / len({normalise(item["output"]) for item in items})}
-
-
-def entailment(items):
-    """The first of entailment, neutral, contradiction that the answer names and does not deny."""
-    name = re.compile(r"(?<!not )(?<!not an )(?<!not a )(?<!no )(?:entail|neutral|contradict)")
-    whole = {"entail": "entailment", "contradict": "contradiction"}
-    for item in items:
-        told, right = (name.search(text.lower()) for text in (said(item), item["output"]))
-        item["predicted"] = whole.get(told[0], told[0]) if told else None
-        item["score"] = float(bool(told and right) and told[0] == right[0])
-    return {"accuracy": [item["score"] for item in items], "chance": 1 / 3}
-
-
-def cmm(items):
-    """CMM: yes or no within the first five characters. Yes items tell perception, no items hallucination."""
-    words = [normalise(item["output"]) for item in items]
-    for word, item in zip(words, items):
-        item["score"] = float(word in said(item).lower()[:5])
-    right = [item["score"] for item in items]
-    return {"accuracy": right, "perception": [s if word == "yes" else None for s, word in zip(right, words)],
-            "hallucination resistance": [s if word == "no" else None for s, word in zip(right, words)],
-            "chance": 0.5}
 
 
 # The first pattern found in Name-Task decides; of the last two, prompts with options go by multiple_choice.

@@ -15,7 +15,7 @@ import sys
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import export_release, finished, newest_checkpoint, read
+from checkpoint import export_release, finished, read
 from data import unheard_note
 from model import pick_backend
 from tools import listening, page
@@ -23,6 +23,7 @@ from tools.asking import concluded, growing, hear_clips, load_clips, read_questi
 from tools.decoding import Sampling, answer, compile_decoding
 from tools.devices import pick_device, pick_precision
 from tools.int8 import quantize
+from tools.run_folder import newest_run
 from tools.scripts import need_place
 
 audio: list = []  # audio file; again for each further clip of the same prompt
@@ -47,19 +48,6 @@ temperature: float = 0.0  # 0: greedy
 top_k: int | None = None  # sample among the k likeliest tokens
 top_p: float | None = None  # sample among the likeliest tokens of this total probability
 READS = (*settings.LOADING, "expdir", "batch_size", "seed", "device", "precision")  # of config/defaults.py
-
-
-def newest_run(folders):
-    """The run (a folder with a checkpoint) changed last; FileNotFoundError says how to get one."""
-    runs = []
-    for folder in filter(os.path.isdir, map(settings.place, folders)):
-        runs += [run for run, _, _ in os.walk(folder)]  # a run's name may have a slash
-    files = {run: file for run in runs if (file := newest_checkpoint(run))}
-    if not files:
-        where = " or ".join(f"{folder}/" for folder in folders)
-        raise FileNotFoundError(f"no --init_from given and no run under {where}: train one (make demo, or "
-                                f"python train.py config/sft.py) or give --init_from=nvidia/audio-flamingo-2")
-    return max(files, key=lambda run: os.path.getmtime(files[run]))
 
 
 def read_model(c):

@@ -32,6 +32,7 @@ from tools.devices import pick_device, pick_precision
 from tools.meters import flops_per_step, parameter_table, peak_memory
 from tools.optimizers import load_optimizer, make_optimizer
 from tools.progress import changes, check_same_run, epoch_items, plan_of, rest_of_epoch
+from tools.run_folder import newest_whole
 from tools.watch import COUNTS, Watch, count, count_tokens
 
 
@@ -120,7 +121,7 @@ def train(c, run, rank, world, local_rank):
     counts = epoch_items(manifests, valid, c)
     blend = {n: [len(m), c.dataset_blending_config[n] * c.dataset_blending_global_weight]
              for n, m in manifests.items()}
-    saved_file = runs.newest_whole(run.folder, say)
+    saved_file = newest_whole(run.folder, say)
     given = settings.given(c)
     if c.pretrained_path:  # sizes that were not given are its own
         model, state = checkpoint.read_start(c, given)

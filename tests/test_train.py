@@ -433,7 +433,7 @@ def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
 
 
 def test_a_run_whose_name_has_a_slash_is_the_newest(tiny_config, tmp_path):
-    from sample import newest_run
+    from tools.run_folder import newest_run
     here(tiny_config, tmp_path, "old", "--max_steps=1", "--valid_dataset_config={}")
     here(tiny_config, tmp_path, "group/new", "--max_steps=1", "--valid_dataset_config={}")
     assert newest_run([str(tmp_path)]) == f"{tmp_path}/group/new"

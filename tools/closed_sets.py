@@ -81,3 +81,25 @@ def multi_label(items, labels=None, embed=None):
 def indicator(sets, names):
     """(items, names): 1 where the item's set holds the name."""
     return np.array([[name in found for name in names] for found in sets], float)
+
+
+def entailment(items):
+    """The first of entailment, neutral, contradiction that the answer names and does not deny."""
+    name = re.compile(r"(?<!not )(?<!not an )(?<!not a )(?<!no )(?:entail|neutral|contradict)")
+    whole = {"entail": "entailment", "contradict": "contradiction"}
+    for item in items:
+        told, right = (name.search(text.lower()) for text in (said(item), item["output"]))
+        item["predicted"] = whole.get(told[0], told[0]) if told else None
+        item["score"] = float(bool(told and right) and told[0] == right[0])
+    return {"accuracy": [item["score"] for item in items], "chance": 1 / 3}
+
+
+def cmm(items):
+    """CMM: yes or no within the first five characters. Yes items tell perception, no items hallucination."""
+    words = [normalise(item["output"]) for item in items]
+    for word, item in zip(words, items):
+        item["score"] = float(word in said(item).lower()[:5])
+    right = [item["score"] for item in items]
+    return {"accuracy": right, "perception": [s if word == "yes" else None for s, word in zip(right, words)],
+            "hallucination resistance": [s if word == "no" else None for s, word in zip(right, words)],
+            "chance": 0.5}

@@ -26,6 +26,12 @@ def by_width(width, source):
     return BY_WIDTH[width]
 
 
+def of_published(state, file):
+    """The language model that a published training checkpoint belongs to: its token table, or its blocks."""
+    widths = [t.shape[-1] for n, t in state.items() if n.endswith(("embed_tokens.weight", "ff.1.weight"))]
+    return by_width(widths[0] if widths else None, file)
+
+
 def opened(kind, folder):
     """transformers' own reading of a folder's config.json or tokenizer; never of code that lies there."""
     try:

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import uuid
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,8 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import checkpoints
 from tools.files import save_atomically
+from tools.run_folder import checkpoints
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
@@ -131,24 +130,6 @@ def arrived(batch, device):
 
 # ------------------------------------------------------------------------------------------------------------
 # The folder
-
-
-def whole(file):
-    """Whether a checkpoint is what was written: torch.save keeps a checksum (CRC-32) of every tensor."""
-    try:
-        with zipfile.ZipFile(file) as f:
-            return f.testzip() is None
-    except (zipfile.BadZipFile, OSError):
-        return False
-
-
-def newest_whole(folder, say):
-    """The newest checkpoint of a run that is not damaged; None if there is none."""
-    for file in checkpoints(folder):
-        if whole(file):
-            return file
-        say(f"{file} is damaged (cut, or its checksum differs): not used")
-    return None
 
 
 def cut_from(f, redone):

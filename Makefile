@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python prepare/demo.py
 
 test: setup data/smollm2
-	$(BIN)/python -m pytest -q -rs tests
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
 
 # A GPU machine's own torch and triton: PYTHON if given, else .venv's, else python3.
 DEVICE ?= cuda

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import config as settings
 from tools import sound
+from tools.batches import Batches, about_tokens
 from tools.index import open_items
 from tools.records import take_files
-from tools.sizes import about_tokens, padding, share
 
 SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
@@ -240,12 +240,13 @@ class Manifest:
 
     def _pass(self, k):
         """The order of pass k, (N,); the latest is kept: 200 epochs are a few passes."""
-        if self.order[0] != k:
+        last, order = self.order
+        if last != k:
             order = np.arange(len(self), dtype=np.int32)
             for text in [self.name] + [f"{self.name}-epoch-{k}"] * (k > 0):
                 np.random.default_rng(sum(map(ord, text))).shuffle(order)
             self.order = k, order
-        return self.order[1]
+        return order
 
 
 def open_manifests(config, names):
@@ -324,55 +325,6 @@ class Clips(Dataset):
         return np.stack([self.windows(), np.array(texts, np.int64)], 1)
 
 
-class Batches(Sampler):
-    """Index lists of one rank for one epoch: seeded, the same plan on every rank, from micro-step `start` on;
-    every item once.
-
-    The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
-    (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
-    A rank's batch has at most batch_size items and, if that is given, at most max_windows, padded: then how
-    many it has is for its work to equal the other ranks'. Pool order stays random. `multiple` batches of all
-    ranks are one optimizer step: the same items whatever they are divided into. The last may have fewer, then
-    some batches are empty. steps: micro-steps; stats: see tools/sizes.py.
-    """
-
-    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None,
-                 multiple=1):
-        order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
-        most, plan, left = pool * batch_size * world * multiple, [], order[:0]
-        for part in np.split(order, range(most, len(order), most)):
-            part = np.concatenate([left, part])
-            windows, text = sizes[part].T
-            if max_windows:  # to and fro: texts are alike where the number of windows changes, too
-                text = np.where(windows % 2, text, -text)
-            part, step = part[np.lexsort((text, windows))], []
-            left = part  # to the next pool
-            while micro := share(part, sizes, batch_size, world, max_windows):
-                step, part = [*step, micro], part[sum(map(len, micro)):]
-                if len(step) == multiple:
-                    plan, left, step = [*plan, step], part, []
-        last = []
-        while len(left):
-            B = batch_size
-            while B > 1 and max_windows and B * sizes[left[:B * world][-1], 0] > max_windows:
-                B -= 1
-            last.append([left[:B * world][r::world] for r in range(world)])
-            left = left[B * world:]
-        last += [[left] * world] * (-len(last) % multiple)  # empty
-        plan += [last[i:i + multiple] for i in range(0, len(last), multiple)]
-        order = np.random.default_rng([*seed, 1]).permutation(len(plan))
-        plan = [micro for i in order for micro in plan[i]]
-        self.mine = [micro[(rank + k) % world].tolist() for k, micro in enumerate(plan)][start:]
-        self.plan = [np.concatenate(micro) for micro in plan]  # of all ranks
-        self.steps, self.stats = len(plan), padding(sizes, plan)
-
-    def __len__(self):
-        return len(self.mine)
-
-    def __iter__(self):
-        return iter(self.mine)
-
-
 class Collate:
     """List of Clips items -> a batch: input_ids and labels (B, T), windows (sum W, L) int16, n_windows (B,),
     and what is to be reported: bad (why clips could not be read), cut (outputs beyond max_tokens), long
@@ -410,14 +362,25 @@ class Collate:
                 "paths": [item["path"] for item in good]}
 
 
+class EpochLoader(DataLoader):
+    """A DataLoader that plans the epoch after its own in a thread, once its workers are there: training does
+    not wait for that. Its batch_sampler is a list; plan(): what that becomes, or None."""
+    plan, planned, thread = None, None, ThreadPoolExecutor(1)
+
+    def __iter__(self):
+        batches = super().__iter__()
+        self.planned = self.plan and self.thread.submit(self.plan)
+        return batches
+
+
 def make_loader(clips, batches, tokenizer, config, live=False):
     """live: its workers wait for the next batches that are put into the list."""
     workers, hearing = config.num_workers, clips.hearing
     collate = Collate(tokenizer, config.max_tokens, round(hearing["window_length"] * hearing["sample_rate"]),
                       64 if config.compile else 1)
     ahead = {"prefetch_factor": 4, "worker_init_fn": _one_thread, "persistent_workers": live}
-    return DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), **(ahead if workers else {}))
+    return EpochLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                       pin_memory=torch.cuda.is_available(), **(ahead if workers else {}))
 
 
 def _one_thread(_):
@@ -427,11 +390,9 @@ def _one_thread(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None,
-                 only=None):
-    """Loader of this rank's micro-batches of one epoch (or of `only` some of its rows), and what the blending
-    record says of it. The loader of the epoch before, if given, goes on: its workers live, and so does what
-    they cached. loader.plan: rows of each micro-batch of all ranks, loader.stats: see tools/sizes.py."""
+def plan_epoch(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, only=None):
+    """One epoch (or `only` some of its rows) -> this rank's micro-batches, each a list of (manifest, item);
+    all ranks': arrays of rows; stats of tools/batches.py; what the blending record says."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
         w = config.dataset_blending_global_weight * config.dataset_blending_config[name]
@@ -452,13 +413,25 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
     sizes = Clips(list(manifests.values()), rows, hearing).sizes(tokenizer)
     batches = Batches(sizes, config.batch_size, [config.seed, epoch], rank, world, start,
                       config.bucket_batches, config.max_windows_per_batch, config.gradient_accumulation_steps)
-    pairs = [list(map(tuple, rows[batch].tolist())) for batch in batches]  # an empty list stays one
+    mine = [list(map(tuple, rows[batch].tolist())) for batch in batches]  # an empty list stays one
+    return mine, [only[part] for part in batches.plan], batches.stats, record
+
+
+def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None,
+                 only=None):
+    """Loader of this rank's micro-batches of one epoch, and what the blending record says of it. The loader
+    of an epoch before, if given, goes on: its workers live, and so does what they cached. loader.rows: those
+    of each micro-batch of all ranks, loader.stats: see tools/batches.py."""
+    plan = lambda e, *part: plan_epoch(manifests, config, tokenizer, hearing, e, rank, world, *part)
+    planned = loader and loader.upcoming == epoch and not start and only is None and loader.planned
+    mine, rows, stats, record = planned.result() if planned else plan(epoch, start, only)
     if loader is None:
-        clips = Clips(list(manifests.values()), rows[:0], hearing, config.cache_audio)
-        loader = make_loader(clips, pairs, tokenizer, config, live=True)
-    loader.batch_sampler[:] = pairs
-    loader.steps, loader.stats = batches.steps, batches.stats
-    loader.plan = [only[part] for part in batches.plan]
+        clips = Clips(list(manifests.values()), np.empty((0, 2), int), hearing, config.cache_audio)
+        loader = make_loader(clips, mine, tokenizer, config, live=True)
+    loader.batch_sampler[:], loader.rows, loader.stats, loader.upcoming = mine, rows, stats, epoch + 1
+    # without workers it is this process that uses the tokenizer, which two threads must not
+    more = config.num_workers and epoch + 1 < config.num_epochs
+    loader.plan, loader.planned = (lambda: plan(epoch + 1)) if more else None, None
     return loader, record
 
 

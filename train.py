@@ -30,7 +30,7 @@ from model import pick_backend
 from tools import meters, runs
 from tools.devices import pick_device, pick_precision
 from tools.meters import flops_per_step, parameter_table, peak_memory
-from tools.optimizers import load_optimizer, make_optimizer
+from tools.optimizers import clip, load_optimizer, make_optimizer
 from tools.progress import changes, check_same_run, epoch_items, plan_of, rest_of_epoch
 from tools.run_folder import newest_whole
 from tools.watch import COUNTS, Watch, count, count_tokens
@@ -185,9 +185,12 @@ def train(c, run, rank, world, local_rank):
     if abs(passes - 1) > 1e-6:
         say(f"note: num_epochs x dataset_blending_global_weight = {passes:g}: so many passes over the "
             f"weighted blend, not one")
-    limit, per_step, total_items = c.max_steps or math.inf, plan["items per step"], sum(counts)
+    limit, per_step, total_items = c.max_steps or math.inf, plan["items per step"], int(counts.sum())
     if c.max_steps:
         total_items = min(total_items, at["done_items"] + max(0, limit - at["step"]) * per_step)
+    if c.warmup_steps * per_step > total_items:
+        say(f"note: warmup_steps = {c.warmup_steps}, and there are about {total_items // per_step} steps: "
+            f"learning_rate = {c.learning_rate:g} is never reached")
 
     watch = Watch(c, run, at, seen, device, control, saved_file)
     forward = lambda batch: model(*on_device(batch, device))[1]
@@ -225,7 +228,7 @@ def train(c, run, rank, world, local_rank):
         look_at_valid(ended - 1)  # the process died between checkpoint and validation
 
     # --- the loop: an epoch is a window of the blend; a step is `accumulation` micro-batches
-    steps_in = lambda items: sum(math.ceil(n / per_step) for n in items)  # rounded up in every epoch
+    steps_in = lambda items: int(np.ceil(items / per_step).sum())  # rounded up in every epoch
     bar = tqdm(initial=at["step"], desc="train", unit="step", disable=None if main_rank else True)
     peak, first_epoch, saved_at = meters.peak_flops(device), at["next_epoch"], time.time()
     window = dict.fromkeys(("steps", "good", "loss", "tokens", "slots", "seconds", "flops"), 0)
@@ -246,7 +249,7 @@ def train(c, run, rank, world, local_rank):
             for entry in chosen:
                 if entry["stop"] == entry["first"]:
                     say(f"note: epoch {epoch} selects no item of {entry['dataset']}")
-            parts = list(map(len, loader.plan))
+            parts = list(map(len, loader.rows))
             taken = [sum(parts[i:i + accumulation]) for i in range(first, len(parts), accumulation)]
             per_step = sum(taken) / max(1, len(taken)) if c.max_windows_per_batch else per_step
             batches = runs.ahead(loader, device)
@@ -277,7 +280,7 @@ def train(c, run, rank, world, local_rank):
                     step_loss += loss.detach()
             if world > 1:
                 dist.all_reduce(step_loss)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
+            norm = clip(optimizer, parameters, c.grad_clip)
             # 1: not finite, 2: nothing to learn from: AdamW leaves everything as it is, on all ranks alike
             flag = torch.where(of_step[0] == 0, 2.0, (~(norm + step_loss).isfinite()).float())
             getattr(optimizer, "optim", optimizer).found_inf = (flag > 0).float()

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import config as settings
 from checkpoint import load_language_model
-from data import HEARING, Batches, Clips, open_manifests
+from data import HEARING, Clips, open_manifests
 from model import ClapEncoder, log_mel, to_float
+from tools.batches import Batches
 from tools.devices import pick_device, pick_precision
 from tools.files import save_atomically
 

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import struct
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 
 import config
 import data
-from data import Batches, Clips, Collate, Manifest, make_labels, open_manifests, train_loader
+from data import Clips, Collate, Manifest, make_labels, open_manifests, train_loader
 from prepare.manifests import seconds_of
 from tests.helpers import GOLDEN_SPEC, fails_with_one_line, run, write_manifest
-from tools import sizes as costs
+from tools import batches as costs
+from tools.batches import Batches
 from tools import sound
 
 rng = np.random.default_rng(0)
@@ -442,10 +444,18 @@ def loader_config(folder, **options):
 
 
 def test_workers_live_through_epochs(tiny_data, tokenizer, monkeypatch):
-    """The loader that goes on gives what a new one does, by the same processes."""
-    collate = Collate.__call__
+    """The loader that goes on gives what a new one does, by the same processes; a whole epoch was planned by
+    a thread while the one before was read."""
+    collate, plan, threads = Collate.__call__, data.plan_epoch, []
+
+    def plan_somewhere(manifests, config, tokenizer, hearing, epoch, *place):
+        if config.num_workers:
+            threads.append((epoch, threading.current_thread() is threading.main_thread()))
+        return plan(manifests, config, tokenizer, hearing, epoch, *place)
+
+    monkeypatch.setattr(data, "plan_epoch", plan_somewhere)
     monkeypatch.setattr(Collate, "__call__", lambda self, items: collate(self, items) | {"pid": os.getpid()})
-    c, hearing = loader_config(tiny_data), HEARING | {"sample_rate": 16000}
+    c, hearing = loader_config(tiny_data, num_epochs=4), HEARING | {"sample_rate": 16000}
     manifests, loader, pids = open_manifests(c, c.dataset_blending_config), None, set()
     for epoch in range(4):
         start = 1 if epoch == 2 else 0
@@ -454,11 +464,14 @@ def test_workers_live_through_epochs(tiny_data, tokenizer, monkeypatch):
         fresh, other = train_loader(*arguments[:1], loader_config(tiny_data, num_workers=0), *arguments[2:])
         batches, naive = list(loader), list(fresh)
         assert record == other and loader.stats == fresh.stats
-        assert len(batches) == len(naive) == loader.steps - start
+        assert len(batches) == len(naive) == len(loader.rows) - start
         for a, b in zip(batches, naive):
             assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["windows"], b["windows"])
         pids |= {batch["pid"] for batch in batches}
     assert len(pids) == 2
+    here, beside = {e for e, main in threads if main}, {e for e, main in threads if not main}
+    assert here == {0, 2} and beside == {1, 2, 3}  # of epoch 2 only a part was wanted
+    assert loader.plan is None  # there is no epoch 4
 
 
 def test_a_rank_without_an_item_takes_part(tiny_data, tokenizer):

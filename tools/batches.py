@@ -1,7 +1,8 @@
-"""What a batch costs: tokens without a tokenizer's time, equal work for all ranks, what padding wastes."""
+"""Batches of equal work: tokens without a tokenizer's time, a share for every rank, what padding wastes."""
 import re
 
 import numpy as np
+from torch.utils.data import Sampler
 
 TOKENS_PER_WINDOW = 10  # a window of 10 s costs a training step of the 3B model as much as ten tokens of text
 WORD = re.compile(r"\0| ?\w+| ?[^\w\s\0]+|\s+")  # about what tokenizers cut a text into first
@@ -17,6 +18,55 @@ def about_tokens(tokenizer, texts):
     counts = np.fromiter(map(known.__getitem__, words), np.int64, len(words))
     totals = np.maximum(counts, 0).cumsum()[counts < 0]
     return dict(zip(texts, np.diff(totals, prepend=0).tolist()))
+
+
+class Batches(Sampler):
+    """Index lists of one rank for one epoch: seeded, the same plan on every rank, from micro-step `start` on;
+    every item once.
+
+    The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
+    (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
+    A rank's batch has at most batch_size items and, if that is given, at most max_windows, padded: then how
+    many it has is for its work to equal the other ranks'. Pool order stays random. `multiple` batches of all
+    ranks are one optimizer step: the same items whatever they are divided into. The last may have fewer, then
+    some batches are empty. stats: see padding.
+    """
+
+    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None,
+                 multiple=1):
+        order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
+        most, plan, left = pool * batch_size * world * multiple, [], order[:0]
+        for part in np.split(order, range(most, len(order), most)):
+            part = np.concatenate([left, part])
+            windows, text = sizes[part].T
+            if max_windows:  # to and fro: texts are alike where the number of windows changes, too
+                text = np.where(windows % 2, text, -text)
+            part, step = part[np.lexsort((text, windows))], []
+            left = part  # to the next pool
+            while micro := share(part, sizes, batch_size, world, max_windows):
+                step, part = [*step, micro], part[sum(map(len, micro)):]
+                if len(step) == multiple:
+                    plan, left, step = [*plan, step], part, []
+        last = []
+        while len(left):
+            B = batch_size
+            while B > 1 and max_windows and B * sizes[left[:B * world][-1], 0] > max_windows:
+                B -= 1
+            last.append([left[:B * world][r::world] for r in range(world)])
+            left = left[B * world:]
+        last += [[left] * world] * (-len(last) % multiple)  # empty
+        plan += [last[i:i + multiple] for i in range(0, len(last), multiple)]
+        order = np.random.default_rng([*seed, 1]).permutation(len(plan))
+        plan = [micro for i in order for micro in plan[i]]
+        self.mine = [micro[(rank + k) % world].tolist() for k, micro in enumerate(plan)][start:]
+        self.plan = [np.concatenate(micro) for micro in plan]  # of all ranks
+        self.stats = padding(sizes, plan)
+
+    def __len__(self):
+        return len(self.mine)
+
+    def __iter__(self):
+        return iter(self.mine)
 
 
 def share(part, sizes, batch_size, world, max_windows):

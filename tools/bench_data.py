@@ -18,8 +18,9 @@ import soxr
 import torch
 
 import config as settings
-from data import Batches, Clips, Manifest, load_audio, train_loader
-from tools.sizes import padding as waste
+from data import Clips, Manifest, load_audio, plan_epoch, train_loader
+from tools.batches import Batches
+from tools.batches import padding as waste
 
 MANIFESTS, WORLD, EPOCH = 40, 8, 50_000
 HEARING = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 30}
@@ -104,7 +105,8 @@ def worker_memory(manifests):
 
 
 def start_again(folder, names, tokenizer_path, items):
-    """Seconds to open all, MB, microseconds an item, seconds for an epoch's plan, MB of a worker."""
+    """Seconds to open all, MB, microseconds an item, seconds of an epoch's plan and of waiting for it, MB of
+    a worker."""
     from data import open_manifests
     empty = worker_memory([])
     c = SimpleNamespace(**settings.defaults())
@@ -129,10 +131,17 @@ def start_again(folder, names, tokenizer_path, items):
     hearing, plans = HEARING | {"sample_rate": 16000}, []
     for epoch in (0, 1, 300):  # the first pass, again, another pass
         start = time.perf_counter()
-        loader, _ = train_loader(manifests, c, tokenizer, hearing, epoch, 0, WORLD)
+        plan_epoch(manifests, c, tokenizer, hearing, epoch, 0, WORLD)
         plans.append(time.perf_counter() - start)
+    c.num_workers = 1
+    loader, _ = train_loader(manifests, c, tokenizer, hearing, 1, 0, WORLD)
+    next(iter(loader))
+    time.sleep(5)  # of the half minute that an epoch takes
+    start = time.perf_counter()
+    train_loader(manifests, c, tokenizer, hearing, 2, 0, WORLD, loader=loader)
+    wait = time.perf_counter() - start
     return {"restart_s": restart, "rss_main_mb": memory(), "peak_main_mb": memory(peak=True),
-            "item_us": item * 1e6, "plan_s": max(plans), "plans_s": plans,
+            "item_us": item * 1e6, "plan_s": max(plans), "plans_s": plans, "wait_s": wait,
             "rss_worker_mb": worker_memory(list(manifests.values())) - empty}
 
 

@@ -16,7 +16,7 @@ from model import AudioFlamingo
 from tests import plain
 from tools.bench_decode import HTSAT_TINY, SMOLLM2, Letters, clips, seconds_of
 from tools.meters import peak_memory
-from tools.optimizers import parameter_groups
+from tools.optimizers import clip, parameter_groups
 
 B, T, ANSWERS = 4, 64, 44
 LENGTHS = {"3 windows": (3, 3, 3, 3), "1, 2, 5, 12": (1, 2, 5, 12)}
@@ -50,7 +50,10 @@ def stepper(ours, dtype, device):
             else:
                 loss = plain.loss(model, ids, *plain.padded(windows, n_windows), labels.to(device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
+        if ours:
+            clip(optimizer, trained, c.grad_clip)
+        else:
+            torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -16,14 +16,25 @@ def parameter_groups(model, c):
 
 
 def make_optimizer(model, c, world):
-    """-> AdamW, and the names of its parameters in its order."""
+    """-> AdamW, and the names of its parameters in its order. ValueError where every rate is 0."""
     groups, options = parameter_groups(model, c), {"betas": (0.9, 0.999), "fused": True}
+    if not any(group["peak"] for group in groups):
+        raise ValueError(f"learning_rate = {c.learning_rate:g}: nothing would train")
     name_of = {p: name for name, p in model.named_parameters()}
     names = [name_of[p] for group in groups for p in group["params"]]
     if c.shard_optimizer and world > 1:  # each rank keeps and updates a share of the state
         from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options), names
     return torch.optim.AdamW(groups, **options), names
+
+
+def clip(optimizer, parameters, most):
+    """-> the norm of all gradients together. If it is above `most` (0: any may be), the optimizer's next step
+    takes them as that much shorter: it reads them anyway, a pass of their own is saved."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer = getattr(optimizer, "optim", optimizer)  # of a shard
+    optimizer.grad_scale = (norm / most).clamp(min=1) if most else None  # the fused step divides by it
+    return norm
 
 
 def load_optimizer(optimizer, names, saved):

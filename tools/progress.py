@@ -3,18 +3,19 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data import train_loader
+from data import plan_epoch
 
 
 def epoch_items(manifests, valid, c):
-    """Items of every epoch: [number]; ValueError if there are none, or none in a manifest."""
+    """Items of every epoch: (num_epochs,) int64; ValueError if there are none, or none in a manifest."""
     for m in (*manifests.values(), *valid.values()):
         if not len(m):
             raise ValueError(f"{m.file}: total_num = 0, expected items")
     weights = [(len(m), c.dataset_blending_global_weight * c.dataset_blending_config[name])
                for name, m in manifests.items()]
-    counts = [sum(int((e + 1) * N * w) - int(e * N * w) for N, w in weights) for e in range(c.num_epochs)]
-    if not sum(counts):
+    e = np.arange(c.num_epochs + 1)
+    counts = sum(np.diff((e * N * w).astype(np.int64)) for N, w in weights)
+    if not counts.sum():
         raise ValueError(f"dataset_blending_global_weight = {c.dataset_blending_global_weight}: "
                          f"{c.num_epochs} epochs select no item of {sum(N for N, _ in weights)}")
     return counts
@@ -33,9 +34,9 @@ def rest_of_epoch(manifests, tokenizer, saved):
     """Rows of its epoch that a saved run, whose steps took other items than ours, has not trained yet."""
     old, sizes = SimpleNamespace(**saved["config"]), saved["plan"]["hearing"]
     hearing = dict(zip(("window_length", "window_overlap", "max_num_window", "sample_rate"), sizes))
-    loader, _ = train_loader(manifests, old, tokenizer, hearing, saved["next_epoch"], 0, saved["world"],
+    _, rows, *_ = plan_epoch(manifests, old, tokenizer, hearing, saved["next_epoch"], 0, saved["world"],
                              only=saved["only"])
-    return np.sort(np.concatenate(loader.plan[saved["steps_in_epoch"] * old.gradient_accumulation_steps:]))
+    return np.sort(np.concatenate(rows[saved["steps_in_epoch"] * old.gradient_accumulation_steps:]))
 
 
 def changes(saved, c, world):

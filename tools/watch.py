@@ -27,6 +27,7 @@ class Watch:
         self.recent, self.totals = [], torch.zeros(len(COUNTS), dtype=torch.float64, device=device)
         self.sick, self.probe = 0, None  # steps in a row without an update; a batch that had a loss
         self.newest = newest  # good checkpoint
+        self.rates = f"learning_rate = {c.learning_rate:g}, weight_decay = {c.weight_decay:g}"
 
     def add(self, step, flag, counts, group):
         """flag and counts: tensors on the device; 0: the step made an update, 1: it was not finite, 2: it had
@@ -66,7 +67,7 @@ class Watch:
             raise ValueError(f"{seen['bad']:.0f} of the {files:.0f} audio files so far could not be used "
                              f"(more than max_bad_fraction = {c.max_bad_fraction}); last: {cause}")
         if self.sick > c.max_bad_steps or self.sick == at["step"] == last_step:
-            why = f"learning_rate = {c.learning_rate:g}, precision = {c.precision}"
+            why = f"{self.rates}, precision = {c.precision}"
             if flag == 2:
                 why = (f"{seen['cut']:.0f} of {seen['items']:.0f} answers were cut off by max_tokens = "
                        f"{c.max_tokens}, {seen['bad']:.0f} clips not read")
@@ -81,5 +82,4 @@ class Watch:
         model.train()
         if runs.agreed([not finite], self.control)[0]:
             raise ValueError(f"step {self.at['step']}: the weights give no finite loss any more "
-                             f"(learning_rate = {self.c.learning_rate:g}): not saved; the last good "
-                             f"checkpoint: {self.newest}")
+                             f"({self.rates}): not saved; the last good checkpoint: {self.newest}")

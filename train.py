@@ -151,7 +151,7 @@ def train(c, run, rank, world, local_rank):
     if saved_file:
         saved = read_saved(saved_file)
         trained = checkpoint.trained_tensors(saved, model.lm.config)
-        check_same_run(saved, saved_file, frozen_hash, kept, trained, blend, c.num_epochs)
+        check_same_run(saved, saved_file, frozen_hash, kept, trained, blend, c)
         manifests = {name: manifests[name] for name in saved["blend"]}  # in this order its rows are counted
         state |= trained
     source = c.pretrained_path or c.lang_encoder_path

@@ -275,6 +275,8 @@ def test_a_validation_that_a_kill_prevented_is_done_on_resume(tiny_config, tmp_p
 
 def test_another_blend_is_refused(straight, tiny_config):
     out, _ = straight
+    with pytest.raises(ValueError, match="trained parts .*freeze_lm_embeddings False -> True"):
+        here(tiny_config, out, "straight", "--freeze_lm_embeddings=true")
     with pytest.raises(ValueError, match="the blend is not what it was"):
         here(tiny_config, out, "straight", '--dataset_blending_config={"toy-AQA/train": 2.0}')
 
@@ -412,6 +414,9 @@ def test_nothing_labelled_is_an_error(tiny_config, tiny_data, tmp_path, monkeypa
         with pytest.raises(ValueError, match="no labelled token; .* cut off by max_tokens = 9"):
             here(tiny_config, tmp_path, "train", "--max_tokens=9", "--valid_dataset_config={}", *options)
         assert os.listdir(tmp_path / "train") == ["log.jsonl"]
+    here(tiny_config, tmp_path, "on", "--max_steps=1", "--valid_dataset_config={}")
+    with pytest.raises(ValueError, match="step 4: 3 steps in a row made no update .* no labelled token"):
+        here(tiny_config, tmp_path, "on", "--max_tokens=9", "--valid_dataset_config={}")
     write_manifest(tmp_path / "m", "toy-AQA/train", [(f"{i}.wav", "Tone?", "tone") for i in range(8)])
     write_manifest(tmp_path / "m", "long-AQA/val", [("1.wav", "Is it a tone or not? " * 9, "tone")])
     options = [f"--dataset_file_root={tmp_path}/m", "--max_tokens=40"]
@@ -466,6 +471,32 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
     assert log(tmp_path, "run", "step")[-1] == 6
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint_0.pt", "log.jsonl"]
     assert open(tmp_path / "run/checkpoint_0.pt", "rb").read() == before
+
+
+def test_a_log_that_finds_no_room_ends_nothing(tiny_config, tmp_path, monkeypatch, capsys):
+    """From its second step on files may not grow beyond 1.1 kB: a step's line is half as long."""
+    import errno
+    import fcntl
+    import resource
+
+    from tools import runs
+    limits, write = resource.getrlimit(resource.RLIMIT_FSIZE), runs.append
+
+    def small(f, entries):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1100, limits[1]))
+        write(f, entries)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(runs, "append", small)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    here(tiny_config, tmp_path, "run", "--valid_dataset_config={}")
+    text = capsys.readouterr().err
+    assert text.count("lines are lost, is the disk full?") >= 2 and "log.jsonl cannot be locked" in text
+    assert log(tmp_path, "run", "step")[0] == 1 and len(log(tmp_path, "run")) < 4  # whole lines alone
+    assert load_pickle(tmp_path / "run/checkpoint_1.pt")["step"] == 4
 
 
 def test_an_unwritable_folder_is_found_first(tiny_config, tmp_path):

@@ -74,15 +74,17 @@ def read_saved(file):
     return saved
 
 
-def check_same_run(saved, file, frozen_hash, kept, trained, blend, num_epochs):
+def check_same_run(saved, file, frozen_hash, kept, trained, blend, c):
     """ValueError where a checkpoint of a run's folder is not one that these settings can go on from."""
     again = "give another run_name, or remove that folder"
     if saved["frozen_hash"] != frozen_hash or set(trained) != kept:
-        raise ValueError(f"{file}: this run was started with other frozen weights or trained parts; {again}")
-    last = os.path.join(os.path.dirname(file), f"checkpoint_{num_epochs - 1}.pt")
-    if saved["next_epoch"] + (saved["steps_in_epoch"] > 0) > num_epochs and not os.path.exists(last):
-        raise ValueError(f"num_epochs = {num_epochs}, but {file} has trained longer, and what it was then is "
-                         f"not kept ({last}); {again}")
+        other = changes(saved, c, saved["world"], saved.get("digests", {})) or "no setting is another one"
+        raise ValueError(f"{file}: this run was started with other frozen weights or trained parts "
+                         f"({other}); {again}")
+    last = os.path.join(os.path.dirname(file), f"checkpoint_{c.num_epochs - 1}.pt")
+    if saved["next_epoch"] + (saved["steps_in_epoch"] > 0) > c.num_epochs and not os.path.exists(last):
+        raise ValueError(f"num_epochs = {c.num_epochs}, but {file} has trained longer, and what it was "
+                         f"then is not kept ({last}); {again}")
     if saved["blend"] != blend:
         names = [n for n in {*blend, *saved["blend"]} if saved["blend"].get(n) != blend.get(n)]
         raise ValueError(f"{file}: the blend is not what it was (items or weight of "

@@ -147,7 +147,7 @@ def forget(f, redone):
     """Take those lines out of a file of JSON objects, open to read and append bytes, that will come again,
     and what a crash tore; what stands before them is not written anew."""
     f.seek(0)
-    lines, kept = f.readlines(), []
+    lines, kept = f.read().splitlines(keepends=True), []
     for line in lines:
         entry = entry_of(line)
         if entry is not None and not redone(entry):
@@ -156,7 +156,21 @@ def forget(f, redone):
         alike = next((i for i, pair in enumerate(zip(lines, kept)) if pair[0] != pair[1]), len(kept))
         f.truncate(sum(map(len, lines[:alike])))
         f.writelines(kept[alike:])
-        f.flush()
+
+
+def append(f, entries):
+    """Lines of JSON. Where a full disk has no room for them they are lost, loudly: a long run goes on."""
+    lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+    size = os.fstat(f.fileno()).st_size
+    try:
+        if f.write(lines) == len(lines):
+            return
+        f.truncate(size)  # half a line
+        why = "no room"
+    except OSError as error:
+        why = error
+    tqdm.write(f"WARNING: {f.name}: lines are lost, is the disk full? ({why}); training goes on",
+               file=sys.stderr)
 
 
 def at_least(value, least):
@@ -166,11 +180,13 @@ def at_least(value, least):
 def locked(file, taken):
     """A file, open to read and append bytes; ValueError(taken) if another process has it. By process, not by
     file: what workers inherit does not hold it."""
-    f = open(file, "ab+")
+    f = open(file, "ab+", buffering=0)
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise ValueError(taken) from error
+    except OSError as error:  # some file systems have none
+        tqdm.write(f"note: {file} cannot be locked ({error}): start no second run with it", file=sys.stderr)
     return f
 
 
@@ -211,7 +227,8 @@ class Run:
     def validated(self, step):
         """Whether the log has the validation losses of this step."""
         self.log.seek(0)
-        return any("valid" in entry and entry["step"] == step for entry in map(json.loads, self.log))
+        entries = filter(None, map(entry_of, self.log.read().splitlines()))
+        return any("valid" in entry and entry.get("step") == step for entry in entries)
 
     def write(self, **entry):
         self.tell()
@@ -219,14 +236,11 @@ class Run:
             for name, value in entry.items():
                 if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
                     entry[name] = None
-            self.log.write(json.dumps(entry).encode() + b"\n")
-            self.log.flush()
+            append(self.log, [entry])
 
     def write_blend(self, entries):
         if self.record_file:
-            entries = [{"run": self.name} | entry for entry in entries]  # several may share the file
-            self.record_file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
-            self.record_file.flush()
+            append(self.record_file, [{"run": self.name} | entry for entry in entries])  # runs may share it
 
     def save(self, name, content):
         """Write a checkpoint in the background; content belongs to the writer from now on."""

@@ -26,7 +26,7 @@ class Watch:
         self.c, self.run, self.at, self.seen, self.control = c, run, at, seen, control
         self.recent, self.totals = [], torch.zeros(len(COUNTS), dtype=torch.float64, device=device)
         self.sick, self.probe = 0, None  # steps in a row without an update; a batch that had a loss
-        self.newest = newest  # good checkpoint
+        self.newest, self.first = newest, at["step"]  # good checkpoint; the step it goes on from
         self.rates = f"learning_rate = {c.learning_rate:g}, weight_decay = {c.weight_decay:g}"
 
     def add(self, step, flag, counts, group):
@@ -66,7 +66,9 @@ class Watch:
         if seen["bad"] > c.max_bad_fraction * max(files, 100):
             raise ValueError(f"{seen['bad']:.0f} of the {files:.0f} audio files so far could not be used "
                              f"(more than max_bad_fraction = {c.max_bad_fraction}); last: {cause}")
-        if self.sick > c.max_bad_steps or self.sick == at["step"] == last_step:
+        mine = at["step"] - self.first  # a resumed run may have one step left, and it may be sick
+        all_sick = self.sick == mine > min(1, self.first) and at["step"] == last_step
+        if self.sick > c.max_bad_steps or all_sick:
             why = f"{self.rates}, precision = {c.precision}"
             if flag == 2:
                 why = (f"{seen['cut']:.0f} of {seen['items']:.0f} answers were cut off by max_tokens = "

@@ -760,7 +760,7 @@ def test_unreadable_clips_are_skipped_counted_and_bounded(tiny_config, tiny_data
                         "--max_bad_fraction=0", saying=["max_bad_fraction", "gone.wav"])
 
 
-def test_blending_record(tiny_config, tmp_path):
+def test_blending_record(tiny_config, tmp_path, monkeypatch):
     options = [f"--dataset_blending_output={tmp_path}/blend.jsonl", "--valid_dataset_config={}"]
     here(tiny_config, tmp_path, "blend", *options, "--max_steps=1")
     here(tiny_config, tmp_path, "other", *options, "--max_steps=1")  # two runs may share the file
@@ -770,6 +770,15 @@ def test_blending_record(tiny_config, tmp_path):
         ("blend", 0, 0, 4), ("other", 0, 0, 4), ("blend", 1, 4, 8)]
     here(tiny_config, tmp_path, "none", "--dataset_blending_output=/dev/null", "--max_steps=1")
     assert os.path.exists("/dev/null")
+
+    def taken(f, _):
+        if f.name.endswith("blend.jsonl"):
+            raise BlockingIOError
+
+    monkeypatch.setattr("fcntl.lockf", taken)
+    with pytest.raises(ValueError, match="dataset_blending_output = .*blend.jsonl: another run writes it"):
+        here(tiny_config, tmp_path, "at-once", *options)
+    assert not os.path.exists(tmp_path / "at-once")
 
 
 @pytest.mark.parametrize("options, saying", [

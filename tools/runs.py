@@ -214,7 +214,12 @@ class Run:
             os.remove(file)
         if record:
             os.makedirs(os.path.dirname(record), exist_ok=True)
-            self.record_file = locked(record, f"dataset_blending_output = {record}: another run writes it")
+            try:
+                taken = f"dataset_blending_output = {record}: another run writes it"
+                self.record_file = locked(record, taken)
+            except ValueError:
+                self.end()
+                raise
 
     def begin(self, epoch, step):
         """What was logged after this step, and selected from this epoch on, will come again."""

@@ -310,6 +310,30 @@ def test_nothing_labelled_is_an_error(tiny_config, tiny_data, tmp_path, monkeypa
         here(tiny_config, tmp_path, "gone", *options, '--valid_dataset_config={"gone-AQA/val": 1.0}')
 
 
+def test_the_optimizers_own_clipping_is_torchs():
+    """Gradients of norm 10, 0.5 and 3: moments and weights as after clip_grad_norm_."""
+    from tools.optimizers import clip
+    torch.manual_seed(0)
+    gradients = [[torch.randn(20, 30), torch.randn(7)] for _ in range(3)]
+    sizes = [torch.cat([g.flatten() for g in step]).norm() for step in gradients]
+    results = []
+    for how in ("ours", "torch's", "none"):
+        p = [torch.nn.Parameter(torch.ones(size)) for size in ((20, 30), (7,), (3,))]
+        optimizer = torch.optim.AdamW(p, 0.1, fused=True)
+        for step, size, norm in zip(gradients, sizes, (10.0, 0.5, 3.0)):
+            for x, g in zip(p, step):  # the third has none
+                x.grad = g * norm / size
+            if how == "ours":
+                assert clip(optimizer, p, 1.0).item() == pytest.approx(norm, rel=1e-5)
+            elif how == "torch's":
+                torch.nn.utils.clip_grad_norm_(p, 1.0)
+            optimizer.step()
+        results.append([x for q in p[:2] for x in (q.data, *optimizer.state[q].values())])
+    ours, theirs, none = results
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(ours, theirs))
+    assert not torch.allclose(ours[2], none[2], rtol=0.1)  # the first moment
+
+
 def test_grad_clip_0_is_off(tiny_config, tmp_path):
     for name, value in (("off", 0), ("large", 1e9)):
         here(tiny_config, tmp_path, name, f"--grad_clip={value}", "--valid_dataset_config={}")
@@ -607,7 +631,8 @@ def test_blending_record(tiny_config, tmp_path):
     (["--batch_size=x"], "batch_size.*int"),
     (["--batch_size=0"], "batch_size = 0, expected.* 1 or more"),
     (["--gradient_accumulation_steps=-2"], "gradient_accumulation_steps = -2"),
-    (["--num_epochs=0"], "num_epochs = 0"), (["--logging_steps=0"], "logging_steps = 0"),
+    (["--num_epochs=0"], "num_epochs = 0"), (["--num_epochs=1000001"], "num_epochs = 1000001, .* a million"),
+    (["--logging_steps=0"], "logging_steps = 0"),
     (["--max_steps=-1"], "max_steps = -1"), (["--max_tokens=0"], "max_tokens = 0"),
     (["--bucket_batches=0"], "bucket_batches = 0"), (["--seed=-1"], "seed = -1"),
     (["--cross_attn_every_n_layers=0"], "cross_attn_every_n_layers = 0"),

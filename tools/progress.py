@@ -13,6 +13,8 @@ def epoch_items(manifests, valid, c):
             raise ValueError(f"{m.file}: total_num = 0, expected items")
     weights = [(len(m), c.dataset_blending_global_weight * c.dataset_blending_config[name])
                for name, m in manifests.items()]
+    if c.num_epochs > 10 ** 6:
+        raise ValueError(f"num_epochs = {c.num_epochs}, expected at most a million")
     e = np.arange(c.num_epochs + 1)
     counts = sum(np.diff((e * N * w).astype(np.int64)) for N, w in weights)
     if not counts.sum():

@@ -11,7 +11,9 @@ from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import checkpoint
@@ -377,6 +379,32 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
     assert log(tmp_path, "run", "step")[-1] == 6
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint_0.pt", "log.jsonl"]
     assert open(tmp_path / "run/checkpoint_0.pt", "rb").read() == before
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(straight, tiny_config, tiny_data, tmp_path):
+    """As above, scripts that write at their end, one after the other in a process."""
+    out, _ = straight
+    script = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (66000, 66000)); sys.path.insert(0, '.')\n"
+              "import json\nfor sys.argv in json.loads(sys.argv[1]):\n"
+              "    try: runpy.run_path(sys.argv[0], run_name='__main__'); print('done', *sys.argv)\n"
+              "    except SystemExit as end: print('code', end.code)")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p" * 99999, "output": "a", "answer": "a"}))
+    loud = tmp_path / "noise.wav"
+    soundfile.write(loud, np.random.default_rng(0).uniform(-1, 1, 80000), 16000)
+    write_manifest(tmp_path / "m", "loud-AQA/train", [(str(loud), "Noise?", "yes")])
+    scripts = {"rel": ["sample.py", f"--init_from={out}/straight", f"--export={tmp_path}/rel"],
+               "p.png": ["tools/plot.py", f"{out}/straight", f"--output={tmp_path}/p.png"],
+               "AQA.jsonl": ["eval.py", "score", f"{tmp_path}/a.jsonl", "--task=AQA",
+                             f"--results={tmp_path}"],
+               "audio": ["data.py", "convert", f"{tmp_path}/m/loud-AQA/train.json",
+                         f"--to={tmp_path}/packed"]}
+    result = run("-c", script, json.dumps(list(scripts.values())), ok=False)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.stdout.count("code 2") == len(lines) == len(scripts), result.stdout + result.stderr[-3000:]
+    for (name, _), line in zip(scripts.items(), lines):
+        assert f"{tmp_path}" in line and name in line and ("disk full" in line or name == "rel"), line
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "m", "noise.wav", "packed"]
 
 
 def test_an_unwritable_folder_is_found_first(tiny_config, tmp_path):

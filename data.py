@@ -387,7 +387,8 @@ def _one_thread(_):
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process to answer
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # clusters send it to every process, and the training process still saves: the second one ends a worker
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def plan_epoch(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, only=None):
@@ -402,11 +403,11 @@ def plan_epoch(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, st
         record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": w,
                        "first": first, "stop": first + len(chosen)})
     rows = np.concatenate(rows)
-    only = np.arange(len(rows)) if only is None else np.array(only)
-    rows = rows[only]
     if not len(rows):
         raise ValueError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "
                          f"{config.dataset_blending_global_weight} is too small for these manifests")
+    only = np.arange(len(rows)) if only is None else np.array(only, np.int64)  # none left is none
+    rows = rows[only]
     if config.max_windows_per_batch and config.max_windows_per_batch < hearing["max_num_window"]:
         raise ValueError(f"max_windows_per_batch = {config.max_windows_per_batch}: one clip may have "
                          f"max_num_window = {hearing['max_num_window']}")

@@ -31,7 +31,8 @@ from tools import meters, runs
 from tools.devices import pick_device, pick_precision
 from tools.meters import flops_per_step, parameter_table, peak_memory
 from tools.optimizers import clip, load_optimizer, make_optimizer
-from tools.progress import changes, check_same_run, epoch_items, plan_of, rest_of_epoch
+from tools.progress import (STANDS, changes, check_same_run, epoch_items, plan_of, read_saved, rest_of_epoch,
+                            what_is_left)
 from tools.run_folder import newest_whole
 from tools.watch import COUNTS, Watch, count, count_tokens
 
@@ -61,20 +62,24 @@ def on_device(batch, device):
 
 
 @torch.no_grad()
-def validate(model, c, loaders, device, autocast, world, control):
-    """Mean loss per labelled token of every validation manifest, over all ranks: {name: loss}; and what could
-    not be read. ValueError where no token is labelled."""
+def validate(model, c, loaders, device, autocast, world, control, came):
+    """Mean loss per labelled token of every validation manifest, over all ranks: {name: loss}, None if a
+    signal came; and what could not be read. ValueError where no token is labelled."""
     model.eval()
     losses, bad = {}, []
     for name, loader in loaders.items():
         total = torch.zeros(3, dtype=torch.float64, device=device)  # summed loss, tokens, outputs cut off
         unread = []
         for batch in runs.ahead(loader, device):
+            if came:
+                break
             n = count_tokens(batch)
             unread += batch["bad"]
             with autocast():
                 _, loss = model(*on_device(batch, device))
             total += torch.stack([loss.double() * n, *total.new_tensor([n, batch["cut"]])])
+        if runs.agreed([bool(came)], control)[0]:
+            return None, []
         if world > 1:
             dist.all_reduce(total)
         unread = runs.gathered(unread, control)
@@ -121,6 +126,7 @@ def train(c, run, rank, world, local_rank):
     counts = epoch_items(manifests, valid, c)
     blend = {n: [len(m), c.dataset_blending_config[n] * c.dataset_blending_global_weight]
              for n, m in manifests.items()}
+    digests = {n: m.items.told["digest"] for n, m in manifests.items()}
     saved_file = newest_whole(run.folder, say)
     given = settings.given(c)
     if c.pretrained_path:  # sizes that were not given are its own
@@ -141,9 +147,10 @@ def train(c, run, rank, world, local_rank):
     frozen_hash = checkpoint.fingerprint({n: t for n, t in state.items() if n not in kept})
     saved = {}
     if saved_file:
-        saved = checkpoint.load_pickle(saved_file)
+        saved = read_saved(saved_file)
         trained = checkpoint.trained_tensors(saved, model.lm.config)
-        check_same_run(saved, saved_file, frozen_hash, kept, trained, blend)
+        check_same_run(saved, saved_file, frozen_hash, kept, trained, blend, c.num_epochs)
+        manifests = {name: manifests[name] for name in saved["blend"]}  # in this order its rows are counted
         state |= trained
     source = c.pretrained_path or c.lang_encoder_path
     checkpoint.place_weights(model, state, device, dtype, saved_file or source)
@@ -156,14 +163,14 @@ def train(c, run, rank, world, local_rank):
 
     # --- where it stands: whole epochs, optimizer steps of this one, items of the blend
     plan, accumulation = plan_of(c, world, model.hearing), c.gradient_accumulation_steps
-    at = {"step": 0, "next_epoch": 0, "steps_in_epoch": 0, "only": None, "done_items": 0, "skipped_steps": 0}
+    at = dict.fromkeys(STANDS, 0) | {"only": None}
     seen = dict.fromkeys(COUNTS, 0)
     if saved:
         load_optimizer(optimizer, names, saved)
         at = {name: saved[name] for name in at}
         seen |= saved["seen"]
         say(f"resumed {saved_file}: epoch {at['next_epoch']}, step {at['step']}")
-        if changed := changes(saved, c, world):
+        if changed := changes(saved, c, world, digests):
             say(f"note: other settings than before, in effect from now on: {changed}")
         if at["steps_in_epoch"] and saved["plan"] != plan:
             at["only"] = rest_of_epoch(manifests, model.tokenizer, saved).tolist()
@@ -206,8 +213,8 @@ def train(c, run, rank, world, local_rank):
         if main_rank:
             content = at | {
                 "epoch": at["next_epoch"] - (at["steps_in_epoch"] == 0), "seen": seen, "plan": plan,
-                "world": world, "blend": blend, "config": vars(c) | sizes, "frozen_hash": frozen_hash,
-                "frozen_from": source,
+                "world": world, "blend": blend, "digests": digests, "config": vars(c) | sizes,
+                "frozen_hash": frozen_hash, "frozen_from": source,
                 "model_state_dict": {n: t for n, t in model.state_dict().items() if n in kept},
                 "optimizer_state_dict": optimizer.state_dict(), "optimizer_names": names,
                 "lr_scheduler_state_dict": {"step": at["step"]}}
@@ -215,17 +222,20 @@ def train(c, run, rank, world, local_rank):
         watch.newest = os.path.join(run.folder, name)
 
     def look_at_valid(epoch):
-        losses, unread = validate(model, c, valid, device, autocast, world, control)
-        for name, value in losses.items():
+        losses, unread = validate(model, c, valid, device, autocast, world, control, came)
+        for name, value in (losses or {}).items():
             say(f"epoch {epoch} | {name} | loss {value:.4f}")
         for cause in unread:
             note(f"skipped: {cause}")
-        run.write(epoch=epoch, step=at["step"], valid=losses, skipped=unread)
+        if losses:
+            run.write(epoch=epoch, step=at["step"], valid=losses, skipped=unread)
+        return losses is None
 
     ended = at["next_epoch"] if valid and saved and not at["steps_in_epoch"] and at["only"] is None else 0
     due = ended and (ended == c.num_epochs or ended % c.valid_epochs == 0)
+    came, stop, loader = runs.catch_signals(), False, None
     if runs.agreed([main_rank and due and not run.validated(at["step"])], control)[0]:
-        look_at_valid(ended - 1)  # the process died between checkpoint and validation
+        stop = look_at_valid(ended - 1)  # the process died between checkpoint and validation
 
     # --- the loop: an epoch is a window of the blend; a step is `accumulation` micro-batches
     steps_in = lambda items: int(np.ceil(items / per_step).sum())  # rounded up in every epoch
@@ -233,7 +243,6 @@ def train(c, run, rank, world, local_rank):
     peak, first_epoch, saved_at = meters.peak_flops(device), at["next_epoch"], time.time()
     window = dict.fromkeys(("steps", "good", "loss", "tokens", "slots", "seconds", "flops"), 0)
     window["start"] = time.time()
-    came, stop, loader = runs.catch_signals(), False, None
     profiler = runs.profiler(run.folder, device) if c.profile and main_rank else None
     for epoch in range(first_epoch, c.num_epochs):
         if stop or at["step"] >= limit:
@@ -251,7 +260,7 @@ def train(c, run, rank, world, local_rank):
                     say(f"note: epoch {epoch} selects no item of {entry['dataset']}")
             parts = list(map(len, loader.rows))
             taken = [sum(parts[i:i + accumulation]) for i in range(first, len(parts), accumulation)]
-            per_step = sum(taken) / max(1, len(taken)) if c.max_windows_per_batch else per_step
+            per_step = sum(taken) / len(taken) if c.max_windows_per_batch and taken else per_step
             batches = runs.ahead(loader, device)
         last_step = min(limit, at["step"] + len(taken) + steps_in(counts[epoch + 1:]))
         bar.total = last_step
@@ -337,7 +346,7 @@ def train(c, run, rank, world, local_rank):
             save(f"checkpoint_{epoch}.pt")
             saved_at = time.time()
         if valid and not stop and (last or (epoch + 1) % c.valid_epochs == 0):
-            look_at_valid(epoch)
+            stop = look_at_valid(epoch)
             window["start"] = time.time()
     bar.close()
     if world > 1:
@@ -346,11 +355,8 @@ def train(c, run, rank, world, local_rank):
     run.close()
     skipped = at["skipped_steps"] and f", {at['skipped_steps']} of them without an update (see log.jsonl)"
     say(f"{run.folder}: {at['step']} steps done{skipped or ''}")
-    if at["next_epoch"] < c.num_epochs:
-        number = f"stopped by {signal.Signals(came[0]).name if came else 'a signal to another rank'}"
-        why = number if stop else f"max_steps = {c.max_steps}"
-        say(f"{why}: epoch {at['next_epoch']} of {c.num_epochs} is not finished; the same command"
-            f"{'' if stop else ' without max_steps'} goes on from {watch.newest}")
+    if left := what_is_left(c, at, stop, came, watch.newest):
+        say(left)
     return 130 if came and came[0] == signal.SIGINT else 0
 
 

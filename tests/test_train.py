@@ -138,6 +138,43 @@ def test_signals_save_and_a_resumed_run_is_the_straight_one_bit_for_bit(ten_step
     assert all(same(a, b) for a, b in zip(*(state.values() for state in states)))
 
 
+def test_a_signal_in_the_validation_ends_it_and_a_resume_does_it(tiny_config, tmp_path, monkeypatch, capsys):
+    import train as script
+    count, came = script.count_tokens, []
+
+    def counted(batch):
+        if not torch.is_grad_enabled():
+            came.append(1)
+            signal.raise_signal(signal.SIGTERM)
+        return count(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "count_tokens", counted)
+        assert here(tiny_config, tmp_path, "run", "--num_epochs=1") == 0 and came == [1]
+    assert "by SIGTERM: the last validation is not finished; the same command goes" in capsys.readouterr().out
+    assert not log(tmp_path, "run", "valid") and os.path.exists(tmp_path / "run/checkpoint_0.pt")
+    here(tiny_config, tmp_path, "run", "--num_epochs=1")
+    assert len(log(tmp_path, "run", "valid")) == 1 and "not finished" not in capsys.readouterr().out
+
+
+def test_a_signal_to_all_processes_leaves_workers_at_work(ten_steps, tiny_config):
+    """Clusters send SIGTERM to every process of a job, terminals Ctrl-C; a second Ctrl-C has no traceback."""
+    out, options = ten_steps
+    command = ["train.py", tiny_config, f"--expdir={out}", "--run_name=all", "--num_workers=2", *options]
+    for numbers, codes in (([signal.SIGTERM], [0]), ([signal.SIGINT] * 2, [130, -signal.SIGINT])):
+        done = len(log(out, "all")) if os.path.exists(f"{out}/all/log.jsonl") else 0
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+        wait_for_steps(out, "all", done + 1)
+        for number in numbers:
+            os.killpg(process.pid, number)
+            time.sleep(0.3)
+        stderr = process.communicate()[1]
+        assert process.returncode in codes and "Traceback" not in stderr and "error" not in stderr, stderr
+    run(*command)
+    assert log(out, "all") == log(out, "whole") and same(weights(out, "all", 4), weights(out, "whole", 4))
+
+
 def test_max_steps_stops_and_without_it_a_run_goes_on(ten_steps, tiny_config, capsys):
     out, options = ten_steps
     for most in (3, 4):
@@ -258,6 +295,81 @@ def test_a_damaged_checkpoint_is_not_used(ten_steps, tiny_config, capsys):
     assert text.count("is damaged") == 2 and "resumed" in text and "checkpoint_2.pt: epoch 3, step 6" in text
     assert same(weights(out, "damaged", 4), weights(out, "whole", 4))
     assert log(out, "damaged") == log(out, "whole")  # no step twice
+
+
+def test_a_log_with_other_lines_loses_none_of_its_own(ten_steps, tiny_config):
+    """Torn, without its last newline, with lines of somebody else's: only what comes again is taken out."""
+    out, options = ten_steps
+    whole = open(f"{out}/whole/log.jsonl", "rb").read().splitlines(keepends=True)
+    odd = [b"# mine\n", b"\xff\xfe\x00\n", b"[1]\n", b"null\r\n", b"\n", b'{"step": "x"}\n']
+    shutil.copytree(f"{out}/whole", f"{out}/log")
+    file = f"{out}/log/log.jsonl"
+    for end in (b"", b"\n", b'\n{"epoch": 4, "st'):
+        os.remove(f"{out}/log/checkpoint_4.pt")
+        with open(file, "wb") as f:
+            f.write(b"".join(odd + whole).rstrip(b"\n") + end)
+        here(tiny_config, out, "log", *options)
+        assert log(out, "log", "step") == log(out, "whole", "step") and log(out, "log") == log(out, "whole")
+    assert open(file, "rb").read().startswith(odd[-1] + b"".join(whole[:-3]))
+
+
+def test_the_newest_checkpoint_is_never_removed(ten_steps, tiny_config):
+    out, options = ten_steps
+    shutil.copytree(f"{out}/whole", f"{out}/kept")
+    for epoch in (2, 3, 4):
+        os.truncate(f"{out}/kept/checkpoint_{epoch}.pt", 5000)
+    here(tiny_config, out, "kept", *options, "--max_steps=6", "--keep_last=1")  # not 3, which is damaged
+    assert load_pickle(f"{out}/kept/checkpoint_2.pt")["step"] == 6
+    here(tiny_config, out, "kept", *options, "--keep_last=1")
+    assert os.listdir(f"{out}/kept").count("checkpoint_4.pt") == 1 and len(os.listdir(f"{out}/kept")) == 2
+    with pytest.raises(ValueError, match="num_epochs = 3, but .*checkpoint_4.pt has trained longer"):
+        here(tiny_config, out, "kept", *options, "--num_epochs=3")
+
+
+def test_resumed_between_an_epochs_last_step_and_its_end(tiny_config, tmp_path, monkeypatch):
+    """The interim checkpoint of that step: nothing of the epoch is left to divide."""
+    from tools import runs
+    options = ["--save_epochs=9", "--save_steps=2", "--valid_dataset_config={}"]
+    for name, then, steps in (("same", [], 4), ("windows", ["--max_windows_per_batch=4"], 4),
+                              ("other", ["--batch_size=1"], 6)):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Run, "_save", lambda run, file, content, save=runs.Run._save: (
+                save(run, file, content) if file == "checkpoint_interim.pt" else None))
+            here(tiny_config, tmp_path, name, *options, "--num_epochs=2", *then[:name == "windows"])
+        assert "checkpoint_interim.pt" in os.listdir(tmp_path / name)
+        here(tiny_config, tmp_path, name, *options, *then)
+        assert log(tmp_path, name, "step") == list(range(1, steps + 1))
+
+
+def test_manifests_named_in_another_order_or_edited_before_a_resume(tiny_config, tmp_path, capsys):
+    for name, first in (("x", 0), ("y", 3)):
+        items = [(f"{i}.wav", f"Tone or {name}?", ["noise", "tone"][i % 2]) for i in range(first, first + 5)]
+        write_manifest(tmp_path / "m", f"{name}-AQA/train", items)
+    options = ["--valid_dataset_config={}", f"--dataset_file_root={tmp_path}/m", *EXACT]
+    blend = lambda names: "--dataset_blending_config=" + json.dumps({f"{n}-AQA/train": 1.0 for n in names})
+    here(tiny_config, tmp_path, "whole", *options, blend("xy"))
+    here(tiny_config, tmp_path, "part", *options, blend("xy"), "--max_steps=1")
+    here(tiny_config, tmp_path, "part", *options, blend("yx"))
+    assert log(tmp_path, "part") == log(tmp_path, "whole")
+    assert "the items of" not in capsys.readouterr().out
+    write_manifest(tmp_path / "m", "y-AQA/train", items[::-1])
+    here(tiny_config, tmp_path, "part", *options, blend("xy"))
+    assert "in effect from now on: the items of y-AQA/train\n" in capsys.readouterr().out
+
+
+def test_what_is_no_checkpoint_of_a_run_is_named(tiny_config, tmp_path):
+    for name in ("log.jsonl", "checkpoint_1.pt", "checkpoint_interim.pt", "checkpoint_0.pt.tmp"):
+        os.makedirs(tmp_path / name / name)
+        with pytest.raises(ValueError, match=f"{name}/{name}: a folder"):
+            here(tiny_config, tmp_path, name)
+        assert os.listdir(tmp_path / name) == [name]
+    (tmp_path / "x").mkdir()
+    torch.save({"epoch": 3, "model_state_dict": {}}, tmp_path / "x/checkpoint_3.pt")
+    with pytest.raises(ValueError, match="checkpoint_3.pt: no 'step' in it"):
+        here(tiny_config, tmp_path, "x")
+    with pytest.raises(ValueError, match=f"{tmp_path}: a folder"):
+        here(tiny_config, tmp_path, "y", f"--dataset_blending_output={tmp_path}")
+    assert not (tmp_path / "y").exists()
 
 
 def test_what_is_not_finite_is_skipped_named_and_bounded(tiny_config, tmp_path, monkeypatch, capsys):
@@ -649,9 +761,13 @@ def test_unreadable_clips_are_skipped_counted_and_bounded(tiny_config, tiny_data
 def test_blending_record(tiny_config, tmp_path):
     options = [f"--dataset_blending_output={tmp_path}/blend.jsonl", "--valid_dataset_config={}"]
     here(tiny_config, tmp_path, "blend", *options, "--max_steps=1")
+    here(tiny_config, tmp_path, "other", *options, "--max_steps=1")  # two runs may share the file
     here(tiny_config, tmp_path, "blend", *options)
     rows = [json.loads(line) for line in open(f"{tmp_path}/blend.jsonl")]
-    assert [(row["epoch"], row["first"], row["stop"]) for row in rows] == [(0, 0, 4), (1, 4, 8)]
+    assert [(row["run"], row["epoch"], row["first"], row["stop"]) for row in rows] == [
+        ("blend", 0, 0, 4), ("other", 0, 0, 4), ("blend", 1, 4, 8)]
+    here(tiny_config, tmp_path, "none", "--dataset_blending_output=/dev/null", "--max_steps=1")
+    assert os.path.exists("/dev/null")
 
 
 @pytest.mark.parametrize("options, saying", [

@@ -1,9 +1,16 @@
 """Where a run stands in its blend, counted in items: what a step takes, and what is left of an epoch."""
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 
 from data import plan_epoch
+from tools.files import load_pickle
+
+STANDS = ("step", "next_epoch", "steps_in_epoch", "only", "done_items", "skipped_steps")
+SAVED = (*STANDS, "seen", "plan", "world", "blend", "config", "frozen_hash", "model_state_dict",
+         "optimizer_state_dict", "optimizer_names")
 
 
 def epoch_items(manifests, valid, c):
@@ -38,28 +45,54 @@ def rest_of_epoch(manifests, tokenizer, saved):
     hearing = dict(zip(("window_length", "window_overlap", "max_num_window", "sample_rate"), sizes))
     _, rows, *_ = plan_epoch(manifests, old, tokenizer, hearing, saved["next_epoch"], 0, saved["world"],
                              only=saved["only"])
-    return np.sort(np.concatenate(rows[saved["steps_in_epoch"] * old.gradient_accumulation_steps:]))
+    left = rows[saved["steps_in_epoch"] * old.gradient_accumulation_steps:]  # none: it was the last step
+    return np.sort(np.concatenate([np.empty(0, np.int64), *left]))
 
 
-def changes(saved, c, world):
-    """Settings and world size that are not what they were when this run was saved, for people."""
+def changes(saved, c, world, digests):
+    """Settings, world size and manifests that are not what they were when this run was saved, for people."""
     silent = ("given", "expdir", "run_name", "max_steps", "device")
     old = {name: value for name, value in saved["config"].items() if name in vars(c) and name not in silent}
     now = vars(c) | {"world size": world}
     old["world size"] = saved["world"]
-    return ", ".join(f"{name} {old[name]!r} -> {now[name]!r}" for name in old if old[name] != now[name])
+    found = [f"{name} {old[name]!r} -> {now[name]!r}" for name in old if old[name] != now[name]]
+    before = saved.get("digests", digests)
+    found += [f"the items of {name}" for name in before if before[name] != digests[name]]
+    return ", ".join(found)
 
 
-def check_same_run(saved, file, frozen_hash, kept, trained, blend):
+def read_saved(file):
+    """The content of a checkpoint that a run can go on from, or ValueError."""
+    saved = load_pickle(file)
+    if missing := [name for name in SAVED if name not in saved]:
+        raise ValueError(f"{file}: no {missing[0]!r} in it, it does not tell where its run stood: an older "
+                         f"version saved it, or another program; give another run_name")
+    return saved
+
+
+def check_same_run(saved, file, frozen_hash, kept, trained, blend, num_epochs):
     """ValueError where a checkpoint of a run's folder is not one that these settings can go on from."""
     again = "give another run_name, or remove that folder"
     if saved["frozen_hash"] != frozen_hash or set(trained) != kept:
         raise ValueError(f"{file}: this run was started with other frozen weights or trained parts; {again}")
-    if "plan" not in saved:
-        raise ValueError(f"{file}: an older version saved it, and does not tell where it stood; give another "
-                         f"run_name and pretrained_path = this one")
+    last = os.path.join(os.path.dirname(file), f"checkpoint_{num_epochs - 1}.pt")
+    if saved["next_epoch"] + (saved["steps_in_epoch"] > 0) > num_epochs and not os.path.exists(last):
+        raise ValueError(f"num_epochs = {num_epochs}, but {file} has trained longer, and what it was then is "
+                         f"not kept ({last}); {again}")
     if saved["blend"] != blend:
         names = [n for n in {*blend, *saved["blend"]} if saved["blend"].get(n) != blend.get(n)]
         raise ValueError(f"{file}: the blend is not what it was (items or weight of "
                          f"{', '.join(sorted(names))}), its epochs would be others; give another run_name "
                          f"and pretrained_path = this one")
+
+
+def what_is_left(c, at, stop, came, newest):
+    """One line for people where a run ended before its end, else nothing. stop: by a signal; came: those of
+    them that this process got; newest: the checkpoint to go on from."""
+    ended = at["next_epoch"] >= c.num_epochs
+    if ended and not (stop and c.valid_dataset_config):
+        return ""
+    number = f"stopped by {signal.Signals(came[0]).name if came else 'a signal to another rank'}"
+    why, how = (number, "") if stop else (f"max_steps = {c.max_steps}", " without max_steps")
+    what = "the last validation" if ended else f"epoch {at['next_epoch']} of {c.num_epochs}"
+    return f"{why}: {what} is not finished; the same command{how} goes on from {newest}"

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from glob import escape, glob
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from tqdm import tqdm
 import config as settings
 from tools.files import save_atomically
 from tools.run_folder import checkpoints
+from tools.scripts import need_place
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
@@ -132,20 +134,38 @@ def arrived(batch, device):
 # The folder
 
 
-def cut_from(f, redone):
-    """Cut a file of JSON lines, open for reading and writing, at the first line that will come again."""
+def forget(f, redone):
+    """Take those lines out of a file of JSON objects, open to read and append bytes, that will come again,
+    and what a crash tore; what stands before them is not written anew."""
     f.seek(0)
-    end = 0
-    for line in f:
+    lines, kept = f.readlines(), []
+    for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # torn by a crash
-            break
-        if redone(entry):
-            break
-        end += len(line.encode())
-    f.seek(end)
-    f.truncate()
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and not redone(entry):
+            kept.append(line.rstrip() + b"\n")
+    if kept != lines:
+        alike = next((i for i, pair in enumerate(zip(lines, kept)) if pair[0] != pair[1]), len(kept))
+        f.truncate(sum(map(len, lines[:alike])))
+        f.writelines(kept[alike:])
+        f.flush()
+
+
+def at_least(value, least):
+    return type(value) is int and value >= least
+
+
+def locked(file, taken):
+    """A file, open to read and append bytes; ValueError(taken) if another process has it. By process, not by
+    file: what workers inherit does not hold it."""
+    f = open(file, "ab+")
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(taken) from error
+    return f
 
 
 class Run:
@@ -154,34 +174,33 @@ class Run:
 
     def __init__(self, c, rank):
         self.folder, self.rank = os.path.join(settings.place(c.expdir), c.run_name), rank
+        self.name = c.run_name
         self.keep = 1 if c.delete_previous_checkpoint else c.keep_last
         self.keep_every, self.log, self.record_file = c.keep_every, None, None
         self.thread, self.pending, self.failed, self.news = ThreadPoolExecutor(1), None, None, None
         if rank:
             return
         settings.need_room(self.folder)
+        files = [os.path.join(self.folder, "log.jsonl"), *glob(f"{escape(self.folder)}/checkpoint_*.pt*")]
+        record = c.dataset_blending_output and settings.place(c.dataset_blending_output)
+        for file in files + [record] * bool(record):
+            need_place(file)
         os.makedirs(self.folder, exist_ok=True)
-        self.log = open(os.path.join(self.folder, "log.jsonl"), "a+")
-        try:  # by process, not by file: what workers inherit does not hold it
-            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{self.folder}: another process trains in this folder; wait for it, or give "
-                             f"another --run_name") from error
-        for name in os.listdir(self.folder):
-            if name.endswith(".pt.tmp"):  # of a process that was killed while it wrote
-                os.remove(os.path.join(self.folder, name))
-        if c.dataset_blending_output:
-            file = settings.place(c.dataset_blending_output)
-            settings.need_room(os.path.dirname(file))
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            self.record_file = open(file, "a+")
+        self.log = locked(files[0], f"{self.folder}: another process trains in this folder; wait for it, or "
+                                    f"give another --run_name")
+        for file in glob(f"{escape(self.folder)}/*.pt.tmp"):  # of a process that was killed while it wrote
+            os.remove(file)
+        if record:
+            os.makedirs(os.path.dirname(record), exist_ok=True)
+            self.record_file = locked(record, f"dataset_blending_output = {record}: another run writes it")
 
     def begin(self, epoch, step):
         """What was logged after this step, and selected from this epoch on, will come again."""
         if self.log:
-            cut_from(self.log, lambda entry: entry.get("step", 0) > step)
+            forget(self.log, lambda entry: at_least(entry.get("step"), step + 1))
         if self.record_file:
-            cut_from(self.record_file, lambda entry: entry["epoch"] >= epoch)
+            own = lambda entry: entry.get("run", self.name) == self.name
+            forget(self.record_file, lambda entry: own(entry) and at_least(entry.get("epoch"), epoch))
 
     def validated(self, step):
         """Whether the log has the validation losses of this step."""
@@ -194,12 +213,13 @@ class Run:
             for name, value in entry.items():
                 if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
                     entry[name] = None
-            self.log.write(json.dumps(entry) + "\n")
+            self.log.write(json.dumps(entry).encode() + b"\n")
             self.log.flush()
 
     def write_blend(self, entries):
         if self.record_file:
-            self.record_file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            entries = [{"run": self.name} | entry for entry in entries]  # several may share the file
+            self.record_file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
             self.record_file.flush()
 
     def save(self, name, content):
@@ -232,9 +252,11 @@ class Run:
             return
         if os.path.exists(interim):
             os.remove(interim)
-        for old in checkpoints(self.folder)[self.keep:] if self.keep else ():
-            epoch = int(re.findall(r"\d+", os.path.basename(old))[0])
-            if not self.keep_every or (epoch + 1) % self.keep_every:
+        number = lambda file: int(re.findall(r"\d+", os.path.basename(file))[0])
+        # not those of later epochs, which may be there, damaged: this one is the newest
+        older = [file for file in checkpoints(self.folder) if number(file) < number(path)]
+        for old in older[self.keep - 1:] if self.keep else ():
+            if not self.keep_every or (number(old) + 1) % self.keep_every:
                 os.remove(old)
 
     def close(self):
@@ -249,7 +271,7 @@ class Run:
         self.thread.shutdown()
         for f in filter(None, (self.log, self.record_file)):
             f.close()
-            if not os.path.getsize(f.name):
+            if os.path.isfile(f.name) and not os.path.getsize(f.name):  # not of /dev/null
                 os.remove(f.name)
         if self.log and not os.listdir(self.folder):
             os.rmdir(self.folder)

@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -131,6 +132,7 @@ def run(main, script, reads=None):
             at_once = True
             error = f"{error} A process that reads clips was ended by the system: out of memory, most likely"
         print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own end prints a traceback for a Ctrl-C
     if code and at_once:
         sys.stdout.flush()
         os._exit(code)  # under torchrun the other ranks must not wait for us

@@ -493,6 +493,29 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
     assert open(tmp_path / "run/checkpoint_0.pt", "rb").read() == before
 
 
+def test_log_lines_that_find_no_room_wait(tiny_config, tmp_path, monkeypatch, capsys):
+    """A disk with room for half a line from the second on, until the fifth; then one that stays full."""
+    options = ["--valid_dataset_config={}", "--dataset_blending_global_weight=1.0", "--num_epochs=2"]
+    here(tiny_config, tmp_path, "roomy", *options)
+    write, tries = os.write, []
+
+    def short(file, data, until):
+        of_log = data.startswith(b'{"')
+        tries.append(None) if of_log else None
+        return write(file, data[:len(data) // 2] if of_log and 2 <= len(tries) < until else data)
+
+    monkeypatch.setattr(os, "write", lambda file, data: short(file, data, 5))
+    here(tiny_config, tmp_path, "full", *options)
+    assert log(tmp_path, "full") == log(tmp_path, "roomy") and len(log(tmp_path, "full")) == 8
+    assert capsys.readouterr().err.count("full/log.jsonl: could not be written, is the disk full?") == 3
+    tries.clear()
+    monkeypatch.setattr(os, "write", lambda file, data: short(file, data, 999))
+    with pytest.raises(ValueError, match="stays/log.jsonl: could not be written, is the disk full?"):
+        here(tiny_config, tmp_path, "stays", *options)
+    assert len(open(tmp_path / "stays/log.jsonl").read().splitlines()) == 1  # whole
+    assert load_pickle(tmp_path / "stays/checkpoint_1.pt")["step"] == 8
+
+
 def test_a_full_disk_is_one_line_that_names_the_file(straight, tiny_config, tiny_data, tmp_path):
     """As above, scripts that write at their end, one after the other in a process."""
     out, _ = straight

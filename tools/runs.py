@@ -1,4 +1,5 @@
 """A training run around its loop: processes, batches, its folder with lock, log and checkpoints, signals."""
+import errno
 import fcntl
 import json
 import math
@@ -174,7 +175,7 @@ class Run:
 
     def __init__(self, c, rank):
         self.folder, self.rank = os.path.join(settings.place(c.expdir), c.run_name), rank
-        self.name = c.run_name
+        self.name, self.waiting = c.run_name, {}  # {file: lines that there was no room for}
         self.keep = 1 if c.delete_previous_checkpoint else c.keep_last
         self.keep_every, self.log, self.record_file = c.keep_every, None, None
         self.thread, self.pending, self.failed, self.news = ThreadPoolExecutor(1), None, None, None
@@ -213,14 +214,23 @@ class Run:
             for name, value in entry.items():
                 if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
                     entry[name] = None
-            self.log.write(json.dumps(entry).encode() + b"\n")
-            self.log.flush()
+            self.put(self.log, entry)
 
     def write_blend(self, entries):
         if self.record_file:
-            entries = [{"run": self.name} | entry for entry in entries]  # several may share the file
-            self.record_file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
-            self.record_file.flush()
+            self.put(self.record_file, *({"run": self.name} | entry for entry in entries))  # others share it
+
+    def put(self, f, *entries):
+        """Lines to the end of a file, all or none: those that a full disk has no room for wait."""
+        lines = self.waiting.pop(f, b"") + b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        end = os.fstat(f.fileno()).st_size
+        try:
+            if os.write(f.fileno(), lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(f.fileno(), end)
+            self.waiting[f] = lines
+            self.news = f"{f.name}: could not be written, is the disk full? ({error.strerror})"
 
     def save(self, name, content):
         """Write a checkpoint in the background; content belongs to the writer from now on."""
@@ -260,10 +270,15 @@ class Run:
                 os.remove(old)
 
     def close(self):
-        """The last checkpoint is on the disk, or ValueError says why not."""
+        """Log and last checkpoint are on the disk, or ValueError says why not."""
+        for f in list(self.waiting):
+            self.put(f)
+        lost = self.waiting and self.news
         self.wait()
         if self.failed:
             raise ValueError(self.failed)
+        if lost:
+            raise ValueError(lost)
 
     def end(self):
         """However a run ends: what is being written is written, what it left empty is removed."""

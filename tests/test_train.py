@@ -493,6 +493,22 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
     assert open(tmp_path / "run/checkpoint_0.pt", "rb").read() == before
 
 
+def test_the_copy_of_a_checkpoint_is_in_the_memory_of_the_one_before():
+    from tools.runs import on_host
+    weights = {"a": torch.randn(3, 4), "b": torch.ones(2)}
+    content = {"step": 1, "weights": weights, "groups": [{"lr": 1.0}, (2,)]}
+    first = on_host(content)
+    content["weights"]["a"] += 1
+    assert not torch.equal(first["weights"]["a"], content["weights"]["a"])  # later steps do not change it
+    content |= {"step": 2, "groups": [{"lr": 0.5}]}
+    content["weights"] |= {"b": torch.ones(3), "c": torch.zeros(1)}  # another form, and a new one
+    second = on_host(content, first)
+    assert second["weights"]["a"] is first["weights"]["a"]
+    assert all(torch.equal(second["weights"][n], t) and second["weights"][n] is not t
+               for n, t in content["weights"].items())
+    assert (second["step"], second["groups"]) == (2, [{"lr": 0.5}])
+
+
 def test_log_lines_that_find_no_room_wait(tiny_config, tmp_path, monkeypatch, capsys):
     """A disk with room for half a line from the second on, until the fifth; then one that stays full."""
     options = ["--valid_dataset_config={}", "--dataset_blending_global_weight=1.0", "--num_epochs=2"]

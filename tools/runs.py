@@ -176,6 +176,7 @@ class Run:
     def __init__(self, c, rank):
         self.folder, self.rank = os.path.join(settings.place(c.expdir), c.run_name), rank
         self.name, self.waiting = c.run_name, {}  # {file: lines that there was no room for}
+        self.copy = None  # of what the last checkpoint holds
         self.keep = 1 if c.delete_previous_checkpoint else c.keep_last
         self.keep_every, self.log, self.record_file = c.keep_every, None, None
         self.thread, self.pending, self.failed, self.news = ThreadPoolExecutor(1), None, None, None
@@ -233,9 +234,11 @@ class Run:
             self.news = f"{f.name}: could not be written, is the disk full? ({error.strerror})"
 
     def save(self, name, content):
-        """Write a checkpoint in the background; content belongs to the writer from now on."""
+        """Write a checkpoint in the background, from a copy in main memory, which takes the place of the one
+        before: training waits for the copy alone."""
         self.wait()
-        self.pending = self.thread.submit(self._save, name, content)
+        self.copy = on_host(content, self.copy)
+        self.pending = self.thread.submit(self._save, name, self.copy)
 
     def wait(self):
         """Until the checkpoint that is being written is. Any error but the disk's is raised here."""
@@ -292,13 +295,19 @@ class Run:
             os.rmdir(self.folder)
 
 
-def on_host(x):
-    """A copy in main memory that later steps do not change, of tensors in dicts and lists."""
+def on_host(x, before=None):
+    """A copy in main memory that later steps do not change, of tensors in dicts and lists; in the memory of a
+    copy made before, where it has the form: new memory takes several times as long."""
     if isinstance(x, torch.Tensor):
-        return x.detach().to("cpu", copy=True)
+        fits = isinstance(before, torch.Tensor) and (before.shape, before.dtype) == (x.shape, x.dtype)
+        return before.copy_(x.detach()) if fits else x.detach().to("cpu", copy=True)
     if isinstance(x, dict):
-        return {key: on_host(value) for key, value in x.items()}
-    return [on_host(value) for value in x] if isinstance(x, (list, tuple)) else x
+        before = before if isinstance(before, dict) else {}
+        return {key: on_host(value, before.get(key)) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        before = before if isinstance(before, list) and len(before) == len(x) else [None] * len(x)
+        return [on_host(*pair) for pair in zip(x, before)]
+    return x
 
 
 def profiler(folder, device):

@@ -31,8 +31,8 @@ from tools import meters, runs
 from tools.devices import pick_device, pick_precision
 from tools.meters import flops_per_step, parameter_table, peak_memory
 from tools.optimizers import clip, load_optimizer, make_optimizer
-from tools.progress import (STANDS, changes, check_same_run, epoch_items, plan_of, read_saved, rest_of_epoch,
-                            what_is_left)
+from tools.progress import (OWN, STANDS, changes, check_same_run, epoch_items, plan_of, read_saved,
+                            rest_of_epoch, what_is_left)
 from tools.run_folder import newest_whole
 from tools.watch import COUNTS, Watch, count, count_tokens
 
@@ -145,6 +145,8 @@ def train(c, run, rank, world, local_rank):
     if c.clap_finetune:
         kept |= {n for n in model.state_dict() if n.startswith("clap.")}  # its BatchNorm moves, too
     frozen_hash = checkpoint.fingerprint({n: t for n, t in state.items() if n not in kept})
+    here = digests | {"checkpoint": os.path.basename(saved_file or ""), "frozen weights": frozen_hash}
+    runs.check_alike(here | {n: v for n, v in vars(c).items() if n not in OWN}, control)
     saved = {}
     if saved_file:
         saved = read_saved(saved_file)
@@ -243,7 +245,7 @@ def train(c, run, rank, world, local_rank):
     peak, first_epoch, saved_at = meters.peak_flops(device), at["next_epoch"], time.time()
     window = dict.fromkeys(("steps", "good", "loss", "tokens", "slots", "seconds", "flops"), 0)
     window["start"] = time.time()
-    profiler = runs.profiler(run.folder, device) if c.profile and main_rank else None
+    profiler = runs.profiler(run, device) if c.profile and main_rank else None
     for epoch in range(first_epoch, c.num_epochs):
         if stop or at["step"] >= limit:
             break

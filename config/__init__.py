@@ -54,10 +54,10 @@ def check(name, value, known, where):
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         near = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(f"{where}: unknown setting {name!r}{near}")
-    kind, wrong = known[name][0], f"{where}: {name} = {value!r}"
+    kind, wrong = known[name][0], f"{where}: {name} = {value!r:.200}"
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if float in allowed and type(value) is int:
-        value = float(value) if int not in allowed else value
+    if float in allowed and int not in allowed and type(value) is int:
+        value = float(value) if abs(value) < 2 ** 63 else math.inf
     if type(value) not in allowed and (value is not None or types.NoneType not in allowed):
         expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
         raise ValueError(f"{wrong} is a {type(value).__name__}, expected {expected}")
@@ -67,8 +67,8 @@ def check(name, value, known, where):
             at_least = f", {LEAST[name]} or more" if name in LEAST else ", more than 0" * (name in POSITIVE)
             raise ValueError(f"{wrong}, expected a finite number{at_least}")
     for key, weight in value.items() if type(value) is dict else ():
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            raise ValueError(f"{where}: {name}: {key} = {weight!r}, expected a weight, more than 0")
+        if type(key) is not str or type(weight) not in (int, float) or not 0 < weight < 2 ** 63:
+            raise ValueError(f"{where}: {name}: {key} = {weight!r:.80}, expected a name and a weight above 0")
     outside = name == "run_name" and (os.path.isabs(value) or ".." in value.split("/"))  # of expdir
     if outside or (name in ("run_name", "expdir") and not value.strip()):
         raise ValueError(f"{wrong}, expected the name of a folder")

@@ -33,6 +33,7 @@ from model import ClapEncoder, log_mel, to_float
 from tools.batches import Batches
 from tools.devices import pick_device, pick_precision
 from tools.files import save_atomically
+from tools.scripts import need_place
 
 clap_config: dict = {}  # {"Name-Task/split": any weight > 0}; outputs are the captions
 clap_valid_config: dict = {}  # the same, for the retrieval score at the end
@@ -120,8 +121,13 @@ def captioned(manifests):
             for field in ("output", "positives", "negatives"):
                 texts = [item[field]] if field == "output" else item.get(field, [])
                 if type(texts) is not list or not all(type(t) is str and t.strip() for t in texts):
-                    raise ValueError(f"{m.file}: data['{j}'] {field} = {item[field]!r}, expected a caption"
-                                     f"{'' if field == 'output' else 's in a list'}, not empty")
+                    expected = "a caption, not empty" if field == "output" else "a list of captions"
+                    raise ValueError(f"{m.file}: data['{j}'] {field} = {item[field]!r}, expected {expected}")
+            own, changed = ({t.strip().lower() for t in texts} for texts in (
+                [item["output"], *item.get("positives", [])], item.get("negatives", [])))
+            if own & changed:
+                raise ValueError(f"{m.file}: data['{j}'] negatives = {min(own & changed)!r}, which is also a "
+                                 f"caption of this clip")
     return manifests
 
 
@@ -130,7 +136,7 @@ def main(c):
     if not c.clap_config:
         raise ValueError("clap_config is empty: name the manifests whose outputs are captions")
     out = settings.place(c.clap_out)
-    settings.need_room(os.path.dirname(out))
+    need_place(out)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     manifests = captioned(list(open_manifests(c, c.clap_config).values()))
     check = captioned(list(open_manifests(c, c.clap_valid_config).values()))
@@ -198,7 +204,7 @@ def main(c):
             if clip.get("error"):
                 unread[i] = clip["error"]
                 tqdm.write(f"skipped: {unread[i]}", file=sys.stderr)
-                if len(unread) > max(1, c.max_bad_fraction * len(clips)):
+                if len(unread) > min(len(clips) - 1, max(1, c.max_bad_fraction * len(clips))):
                     raise ValueError(f"{len(unread)} of {len(clips)} clips could not be used (more than "
                                      f"max_bad_fraction = {c.max_bad_fraction}); last: {unread[i]}")
             if i in unread:

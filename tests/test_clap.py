@@ -1,4 +1,5 @@
 """prepare/clap.py: what would spoil an encoder is found before it trains, and none that trained is lost."""
+import json
 import os
 
 import pytest
@@ -15,7 +16,11 @@ CLIPS = [(f"{i}.wav", "", ["a noise", "a tone"][i % 2]) for i in range(8)]
 @pytest.fixture
 def train_clap(tiny_settings, tiny_data, tmp_path):
     def train(items, *options, valid=CLIPS):
-        write_manifest(tmp_path, "toy-AudioCaptioning/train", items)
+        file = write_manifest(tmp_path, "toy-AudioCaptioning/train", [i for i in items if type(i) is tuple])
+        if items and type(items[-1]) is dict:  # what the last item says, too
+            manifest = json.load(open(file))
+            list(manifest["data"].values())[-1].update(items[-1])
+            json.dump(manifest, open(file, "w"))
         write_manifest(tmp_path, "toy-AudioCaptioning/val", valid)
         names = tiny_settings | {"dataset_file_root": str(tmp_path), "data_root": tiny_data,
                                  "precision": "fp32",
@@ -41,6 +46,11 @@ def train_clap(tiny_settings, tiny_data, tmp_path):
     (CLIPS, ("--clap_steps=0",), "clap_steps = 0"),
     (CLIPS, ("--clap_batch_size=-1",), "clap_batch_size = -1"),
     (CLIPS, ("--clap_out=README.md/x/epoch_16.pt",), "README.md/x: cannot be written to"),
+    (CLIPS, ("--clap_out=README.md/",), "README.md/: a folder, expected the name of a file"),
+    (CLIPS, ("--clap_out=tests",), "tests: a folder, expected the name of a file"),
+    ([(f"gone{i}.wav", "", f"tone {i}") for i in "12"], ("--max_bad_fraction=1",), "2 of 2 clips could not"),
+    ([*CLIPS, {"negatives": ["a song", "A tone "]}], (), "'7'. negatives = 'a tone', which is also"),
+    ([*CLIPS, {"positives": "a song"}], (), "positives = 'a song', expected a list of captions"),
     (CLIPS, ("--clap_muon_lr=1e30", "--clap_peak_lr=1e30"), "nothing is written")])
 def test_refused_before_anything_is_written(train_clap, tmp_path, items, options, saying):
     with pytest.raises((ValueError, FileNotFoundError), match=saying):

@@ -66,18 +66,26 @@ def test_config_file_errors_name_the_file(tmp_path):
     ("open('nowhere')\n", r"c\.py line 1: FileNotFoundError"),
     ("batch_size = 0\n", r"c\.py: batch_size = 0, expected a finite number, 1 or more"),
     ("batch_size = True\n", r"c\.py: batch_size = True is a bool, expected int"),
+    ("learning_rate = 10 ** 400\n", r"c\.py: learning_rate = 10{199}, expected a finite number, 0 or more"),
+    ("dataset_blending_config = {'a/train': 10 ** 400}\n", r"a/train = 10{79}, expected a name and a weight"),
+    ("dataset_blending_config = {1: 1.0}\n", r"1 = 1.0, expected a name and a weight above 0"),
+    ("batch_size = 4\nexit()\n", r"c\.py line 2: SystemExit"),
+    ("batch_size = 4\x00\n", r"c\.py: SyntaxError: source code string cannot contain null bytes"),
+    ("seed = '\udcff'\n", r"c\.py.*: SyntaxError: .*unicode error.* decode byte 0xff"),
     ("dataset_blending_config = {'a/train': '1'}\n", r"c\.py: dataset_blending_config: a/train = '1'")])
 def test_slips_in_a_config_file_name_the_line(tmp_path, text, message):
     file = tmp_path / "c.py"
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         load(str(file))
 
 
 def test_a_config_file_may_compute(tmp_path):
     file = tmp_path / "c.py"
-    file.write_text("import os\nclass Sizes:\n    batch = 3\ndef twice(n):\n    return 2 * n\n"
-                    "run_name = os.path.basename(__file__)\nbatch_size = twice(Sizes.batch)\n")
+    file.write_text("\ufeffimport os\nfrom math import sqrt\nclass Sizes:\n    batch = 3\n"
+                    "def twice(n):\n    return 2 * n\nrun_name = os.path.basename(__file__)\n"
+                    "batch_size = twice(Sizes.batch)\n"
+                    "learning_rate = sqrt(4)\n")
     c = load(str(file))
     assert (c.run_name, c.batch_size) == ("c.py", 6)
 

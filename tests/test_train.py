@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -26,8 +27,8 @@ EXACT = ("--precision=fp32",)  # on a CPU's bf16 units amp_bf16 rounds a batch a
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def train(config, out, name, *options, launcher=()):
-    return run(*launcher, "train.py", config, f"--expdir={out}", f"--run_name={name}", *options)
+def train(config, out, name, *options, launcher=(), ok=True):
+    return run(*launcher, "train.py", config, f"--expdir={out}", f"--run_name={name}", *options, ok=ok)
 
 
 def here(config_file, out, name, *options):
@@ -171,7 +172,7 @@ def test_a_signal_to_all_processes_leaves_workers_at_work(ten_steps, tiny_config
             time.sleep(0.3)
         stderr = process.communicate()[1]
         assert process.returncode in codes and "Traceback" not in stderr and "error" not in stderr, stderr
-    run(*command)
+    here(tiny_config, out, "all", *options)
     assert log(out, "all") == log(out, "whole") and same(weights(out, "all", 4), weights(out, "whole", 4))
 
 
@@ -575,6 +576,17 @@ def test_environments_that_are_not_torchruns(tiny_config, tmp_path, monkeypatch,
         here(tiny_config, tmp_path, "x")
 
 
+def test_ranks_are_started_alike_and_say_once_what_all_find(tiny_config, tmp_path, monkeypatch):
+    from tools import runs
+    options = ["--batch_size=1", "--max_tokens=9"]
+    result = train(tiny_config, tmp_path, "two", *options, launcher=TORCHRUN, ok=False)
+    assert result.returncode and result.stderr.count("error: toy-AQA/val: no labelled token") == 1
+    monkeypatch.setattr(runs, "gathered", lambda some, control: [*some, {"seed": 42, "batch_size": 8}])
+    runs.check_alike({"seed": 42, "batch_size": 8}, None)
+    with pytest.raises(ValueError, match="batch_size = 4 on one rank, 8 on another"):
+        runs.check_alike({"seed": 42, "batch_size": 4}, None)
+
+
 def test_killed_ranks_restart_from_the_last_checkpoint(tiny_config, tmp_path):
     """Two ranks, one of them killed at random moments: torchrun starts both again, to the same weights."""
     options = ["--batch_size=1", "--num_epochs=8", "--save_steps=1", "--valid_dataset_config={}",
@@ -618,17 +630,28 @@ def test_cached_clips_are_decoded_once_by_each_worker(tiny_config, tmp_path, mon
     assert len(read) == 8 and max(read.values()) <= 2 * most  # of training and of validation
 
 
-def test_plot_and_profile(straight, tiny_config, tmp_path, capsys):
+def test_plot_and_profile(straight, tiny_config, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     from tools import plot
     out, _ = straight
     here(tiny_config, tmp_path, "run", "--profile", "--num_epochs=4", "--dataset_blending_global_weight=0.5")
     assert "Self CPU" in capsys.readouterr().out
     assert json.load(open(tmp_path / "run/trace.json"))["traceEvents"]
+    here(tiny_config, tmp_path, "run", "--profile", "--num_epochs=5", "--dataset_blending_global_weight=0.5")
+    assert "fourth step are traced, and there were fewer" in capsys.readouterr().out
     assert {len(row) for key in ("gates", "ff_gates") for row in log(tmp_path, "run", key)} == {3}  # layers
     c = config.load([f"--output={tmp_path}/new/both.png"], "tools/plot.py")
     plot.main(c, [f"{out}/straight", f"{tmp_path}/run"])
     assert open(tmp_path / "new/both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    nulls = '{"step": 5, "gnorm": null, "gates": null, "valid": null}'
+    for name, line in (("_odd", nulls), ("$\\frac$", "[1")):
+        (tmp_path / name).mkdir()
+        log_file = open(f"{tmp_path}/run/log.jsonl").read()
+        (tmp_path / name / "log.jsonl").write_text("# mine\n" + log_file + line)  # torn, or a line of nulls
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a legend that would leave a name out
+        plot.main(c, ["_odd", "$\\frac$"])
     with pytest.raises(FileNotFoundError, match="no log.jsonl"):
         plot.main(c, [f"{tmp_path}"])
     c.output = str(tmp_path)
@@ -823,6 +846,8 @@ def test_blending_record(tiny_config, tmp_path):
     (["--learning_rate=0"], "learning_rate = 0: nothing would train"),
     (["--window_length=0"], "window_length = 0"), (["--run_name="], "run_name = ''"),
     (["--dataset_blending_global_weight=0"], "dataset_blending_global_weight = 0"),
+    (["--dataset_blending_global_weight=1e300"], "= 1e.300: 8e.300 items an epoch; expected at most"),
+    (["--num_epochs=1000000000"], "num_epochs = 1000000000, .* expected at most 1e7"),
     (["--dataset_blending_global_weight=0.001"], "dataset_blending_global_weight = 0.001: .* select no item"),
     (['--dataset_blending_config={"toy-AQA/train": 0}'], "dataset_blending_config: toy-AQA/train = 0"),
     (['--dataset_blending_config={"toy-AQA/train": -1.0}'], "toy-AQA/train = -1.0"),

@@ -4,13 +4,13 @@ padding.
     python tools/plot.py exp/pretrain                                    # exp/pretrain/plot.png
     python tools/plot.py exp/pretrain exp/other --output=both.png
 """
-import json
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
+from tools.run_folder import entry_of
 from tools.scripts import need_place, written
 
 output: str | None = None  # the PNG to write; None: plot.png in the first run's folder
@@ -26,14 +26,12 @@ def read_log(run):
     file = os.path.join(folder, "log.jsonl")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{run}: not a run, no log.jsonl in it")
-    try:
-        rows = [json.loads(line) for line in open(file)]
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON lines ({error})") from error
+    with open(file, "rb") as f:  # the last line may be on its way
+        rows = [row for row in map(entry_of, f) if row and type(row.get("step")) is int]
     steps = [row for row in rows if "gnorm" in row]
     if not steps:
         raise ValueError(f"{file}: no step is logged yet")
-    return steps, [row for row in rows if "valid" in row]
+    return steps, [row for row in rows if isinstance(row.get("valid"), dict)]
 
 
 def draw(runs, path):
@@ -44,17 +42,17 @@ def draw(runs, path):
         for i, (run, (steps, validations)) in enumerate(runs.items()):
             x, color = [row["step"] for row in steps], f"C{i}"
             y = [row.get(name) for row in steps]
-            if isinstance(y[-1], list):
-                layers = len(y[-1])
-                for layer in range(layers):
-                    values = [row[layer] if row else None for row in y]
+            if "gates" in name:
+                y = [row if isinstance(row, list) else [] for row in y]
+                for layer in range(layers := max(map(len, y))):
+                    values = [row[layer] if layer < len(row) else None for row in y]
                     axes.plot(x, to_numbers(values), color=color, alpha=0.25 + 0.75 * (layer + 1) / layers)
-            else:
-                axes.plot(x, to_numbers(y), color=color, label=run)
+            else:  # a legend leaves out what begins with _, and reads what stands between two $ as a formula
+                axes.plot(x, to_numbers(y), color=color, label=" " + run.replace("$", r"\$"))
             if name == "loss":
                 for k, split in enumerate(sorted({split for row in validations for split in row["valid"]})):
                     rows = [row for row in validations if split in row["valid"]]
-                    points = [row["step"] for row in rows], [row["valid"][split] for row in rows]
+                    points = [row["step"] for row in rows], to_numbers(row["valid"][split] for row in rows)
                     axes.plot(*points, "os^vD"[k % 5] + ":", color=color, markersize=4)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
@@ -65,8 +63,8 @@ def draw(runs, path):
 
 
 def to_numbers(values):
-    """None, where a run has no such number, is a gap."""
-    return [float("nan") if value is None else value for value in values]
+    """What is no number, where a run has none, is a gap."""
+    return [value if type(value) in (int, float) else float("nan") for value in values]
 
 
 def main(c, names):

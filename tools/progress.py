@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import config as settings
 from data import plan_epoch
 from tools.files import load_pickle
 
+OWN = (*settings.PATHS, "expdir", "cache_dir", "given", "device", "num_workers", "cache_audio")  # of a rank
 STANDS = ("step", "next_epoch", "steps_in_epoch", "only", "done_items", "skipped_steps")
 SAVED = (*STANDS, "seen", "plan", "world", "blend", "config", "frozen_hash", "model_state_dict",
          "optimizer_state_dict", "optimizer_names")
@@ -20,8 +22,10 @@ def epoch_items(manifests, valid, c):
             raise ValueError(f"{m.file}: total_num = 0, expected items")
     weights = [(len(m), c.dataset_blending_global_weight * c.dataset_blending_config[name])
                for name, m in manifests.items()]
-    if c.num_epochs > 10 ** 6:
-        raise ValueError(f"num_epochs = {c.num_epochs}, expected at most a million")
+    if c.num_epochs > 10 ** 6 or sum(N * w for N, w in weights) > 10 ** 10:
+        raise ValueError(f"num_epochs = {c.num_epochs}, dataset_blending_global_weight = "
+                         f"{c.dataset_blending_global_weight:g}: {sum(N * w for N, w in weights):g} items an "
+                         f"epoch; expected at most a million epochs, of 1e10 items")
     e = np.arange(c.num_epochs + 1)
     counts = sum(np.diff((e * N * w).astype(np.int64)) for N, w in weights)
     if not counts.sum():

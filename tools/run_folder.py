@@ -1,4 +1,5 @@
 """What lies in the folder of a run: its checkpoints, whole or cut off, and parts that moved along with it."""
+import json
 import os
 import re
 import zipfile
@@ -13,6 +14,15 @@ def checkpoints(run):
     names = ["checkpoint_interim.pt"] * ("checkpoint_interim.pt" in names)
     names += [f"checkpoint_{epoch}.pt" for epoch in sorted(epochs, reverse=True)]
     return [os.path.join(run, name) for name in names]
+
+
+def entry_of(line):
+    """The object of a line of a log; None where it has none: torn by a crash, or somebody else's."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def newest_checkpoint(run):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import config as settings
 from tools.files import save_atomically
-from tools.run_folder import checkpoints
+from tools.run_folder import checkpoints, entry_of
 from tools.scripts import need_place
 
 # ------------------------------------------------------------------------------------------------------------
@@ -69,6 +69,15 @@ def gathered(some, control):
     lists = [None] * dist.get_world_size(control)
     dist.all_gather_object(lists, some, control)
     return [x for part in lists for x in part]
+
+
+def check_alike(told, control):
+    """ValueError where the ranks do not all tell the same {name: value}: every node was started by hand."""
+    for other in gathered([told], control):
+        for name in told:
+            if told[name] != other.get(name):
+                raise ValueError(f"{name} = {told[name]!r} on one rank, {other.get(name)!r} on another: "
+                                 f"expected the same settings, data and folder of the run on all of them")
 
 
 def agreed(flags, control):
@@ -141,11 +150,8 @@ def forget(f, redone):
     f.seek(0)
     lines, kept = f.readlines(), []
     for line in lines:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and not redone(entry):
+        entry = entry_of(line)
+        if entry is not None and not redone(entry):
             kept.append(line.rstrip() + b"\n")
     if kept != lines:
         alike = next((i for i, pair in enumerate(zip(lines, kept)) if pair[0] != pair[1]), len(kept))
@@ -178,7 +184,7 @@ class Run:
         self.name, self.waiting = c.run_name, {}  # {file: lines that there was no room for}
         self.copy = None  # of what the last checkpoint holds
         self.keep = 1 if c.delete_previous_checkpoint else c.keep_last
-        self.keep_every, self.log, self.record_file = c.keep_every, None, None
+        self.keep_every, self.log, self.record_file, self.profiler = c.keep_every, None, None, None
         self.thread, self.pending, self.failed, self.news = ThreadPoolExecutor(1), None, None, None
         if rank:
             return
@@ -278,6 +284,10 @@ class Run:
             self.put(f)
         lost = self.waiting and self.news
         self.wait()
+        if self.profiler:
+            self.profiler.stop()
+            if not self.profiler.step_num > 2:
+                tqdm.write("note: profile: the third and fourth step are traced, and there were fewer")
         if self.failed:
             raise ValueError(self.failed)
         if lost:
@@ -310,18 +320,19 @@ def on_host(x, before=None):
     return x
 
 
-def profiler(folder, device):
-    """Traces two steps after the first two, writes folder/trace.json and prints the operations that took
-    most; its step() is to be called after every step."""
+def profiler(run, device):
+    """Traces two steps after the first two, writes trace.json into the run's folder and prints the operations
+    that took most; its step() is to be called after every step."""
     from torch.profiler import ProfilerActivity, profile, schedule
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
 
     def ready(p):
-        p.export_chrome_trace(os.path.join(folder, "trace.json"))
+        p.export_chrome_trace(os.path.join(run.folder, "trace.json"))
         order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         tqdm.write(p.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
 
     p = profile(activities=activities, schedule=schedule(wait=1, warmup=1, active=2, repeat=1),
                 on_trace_ready=ready)
     p.start()
+    run.profiler = p  # to be stopped
     return p

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import types
 from contextlib import contextmanager, suppress
@@ -37,7 +38,7 @@ def need_room(folder):
 
 def need_place(file):
     """need_room for a file: what is written at the end must not find a folder there."""
-    if os.path.isdir(file):
+    if os.path.isdir(file) or not os.path.basename(file):
         raise ValueError(f"{file}: a folder, expected the name of a file to write")
     need_room(os.path.dirname(file) or ".")
 
@@ -90,15 +91,17 @@ def values_of(path):
     """{name: value} that a config file assigns; its functions, classes and modules are its own."""
     scope = {"__file__": os.path.abspath(path), "__name__": "config file"}
     try:
-        exec(compile(open(path).read(), path, "exec"), scope)
-    except Exception as error:
+        with open(path, "rb") as f:  # its first line may tell an encoding
+            exec(compile(f.read(), path, "exec"), scope)
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         why = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"{path} line {line}: {type(error).__name__}: {why}") from error
-    private = (types.ModuleType, types.FunctionType, type)
-    return {n: v for n, v in scope.items() if not n.startswith("_") and not isinstance(v, private)}
+        where = f"{path} line {line}" if line else path
+        raise ValueError(f"{where}: {type(error).__name__}: {why}") from error
+    return {n: v for n, v in scope.items()
+            if not n.startswith("_") and not isinstance(v, types.ModuleType) and not callable(v)}
 
 
 def print_help(script, known, names):
@@ -124,14 +127,19 @@ def run(main, script, reads=None):
         code = 130
         print("interrupted", file=sys.stderr, flush=True)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
+        if at_once and os.environ.get("RANK") != "0":  # what every rank finds is said once
+            time.sleep(2)  # torchrun ends us as soon as rank 0 has ended
         if isinstance(error, RuntimeError):  # torch tells that it died, not of what, and again at the end
             at_once = True
             error = f"{error} A process that reads clips was ended by the system: out of memory, most likely"
-        print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
+        text = str(error).strip()
+        if "Original Traceback" in text:  # of a process that reads clips
+            text = text.splitlines()[-1]
+        print("error: " + re.sub(r"\s*\n\s*", " ", text), file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own end prints a traceback for a Ctrl-C
     if code and at_once:
         sys.stdout.flush()

@@ -33,6 +33,7 @@ from tools.decoding import answer
 from tools.listening import attention_over_time
 from tools.reading import (labels_of, mark_of, marks_in, normalise, option_named, options_of,
                            reference_option, said)
+from tools.scripts import writing
 
 split: str = ""  # Name-Task/split, or several separated by commas
 init_from: str | None = None  # run, checkpoint file, release directory or hub id; None: the newest run
@@ -176,7 +177,7 @@ def answer_split(model, manifest, path, c, matters, about, rank, world):
     loader = DataLoader(clips, batch_size=None, sampler=todo, num_workers=min(c.num_workers, len(todo)))
     bar = tqdm(total=len(todo), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
     heard = []  # (index, clip) of the items that can be answered, in the order in which they are read
-    with answers.open_part(path, matters, rank, about) as f, bar:
+    with writing(path), answers.open_part(path, matters, rank, about) as f, bar:
         def write(i, clip, text):
             item = {"id": i} | answers.question_of(manifest, i) | {"answer": text}
             if "error" in clip:

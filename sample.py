@@ -24,7 +24,7 @@ from tools.decoding import Sampling, answer, compile_decoding
 from tools.devices import pick_device, pick_precision
 from tools.int8 import quantize
 from tools.run_folder import newest_run
-from tools.scripts import need_place
+from tools.scripts import need_place, writing
 
 audio: list = []  # audio file; again for each further clip of the same prompt
 prompt: str = "Describe the sound in a sentence."  # what to ask
@@ -101,7 +101,7 @@ def ask(model, c):
             listening.write_timeline(c.timeline, told, windows)
         if c.output:
             line = {"path": c.audio, "prompt": prompt, "output": text}
-            with open(c.output, "a") as f:
+            with writing(c.output), open(c.output, "a") as f:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -129,8 +129,9 @@ def ask_all(model, questions, c):
             line = json.dumps(lines[written], ensure_ascii=False)
             tqdm.write(line)
             if part:
-                part.write(line + "\n")
-                part.flush()
+                with writing(c.output):
+                    part.write(line + "\n")
+                    part.flush()
             written += 1
             bar.update()
 

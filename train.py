@@ -220,7 +220,7 @@ def train(c, run, rank, world, local_rank):
                 "model_state_dict": {n: t for n, t in model.state_dict().items() if n in kept},
                 "optimizer_state_dict": optimizer.state_dict(), "optimizer_names": names,
                 "lr_scheduler_state_dict": {"step": at["step"]}}
-            run.save(name, runs.on_host(content))
+            run.save(name, content)
         watch.newest = os.path.join(run.folder, name)
 
     def look_at_valid(epoch):

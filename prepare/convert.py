@@ -116,7 +116,7 @@ def main(c, files):
     for (m, i), result, why in todo:
         length, problem, disk = result or (None, f"{manifests[m][i]['path']}: {why}", False)
         if disk:
-            raise OSError(f"{audio}: {problem}")
+            raise OSError(f"{audio}: could not be written, is the disk full? ({problem})")
         if problem:
             tqdm.write(f"left out: {manifests[m].name} {i}: {problem}", file=sys.stderr)
         else:

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tqdm import tqdm
 
 import config as settings
-from tools.scripts import need_place
+from tools.scripts import need_place, writing
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
 VIDEOS = (".mp4", ".mkv", ".webm")
@@ -308,7 +308,7 @@ def write(to, items, split_path, data_root):
         content = {"split": split, "split_path": split_path, "flamingo_task": task, "total_num": len(good)}
         place = os.path.dirname(to)
         os.makedirs(place, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=place) as tmp:  # made beside it, checked, moved
+        with writing(to), tempfile.TemporaryDirectory(prefix=".", dir=place) as tmp:  # checked, then moved
             file = os.path.join(tmp, task, split + ".json")
             os.makedirs(os.path.dirname(file))
             with open(file, "w") as f:

@@ -303,6 +303,8 @@ def largest(peak, least, B, room):
         a, b = sorted(known)[-2:] if high == math.inf else (low, high)
         slope = (known[b] - known[a]) / (b - a)
         guess = low + math.floor((room - known[low]) / slope) if slope > 0 else 2 * low
+        if high == math.inf and slope > 0 and guess - low <= low // 10 and len(known) > 3:
+            break
         guess = min(guess, 20 * low) if high == math.inf else min(max(guess, (low + high) // 2), high - 1)
     return low or 0
 

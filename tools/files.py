@@ -13,6 +13,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 
 import config as settings
 from tools.scripts import written
@@ -190,7 +191,7 @@ def save_atomically(content, path):
     try:
         with written(path, "wb") as f:
             torch.save(content, f)
-    except (OSError, RuntimeError) as error:  # torch tells of a full disk in terms of its zip writer
+    except RuntimeError as error:  # torch tells of a full disk in terms of its zip writer
         raise OSError(f"{path}: could not be written, is the disk full? ({error})") from error
 
 
@@ -227,7 +228,7 @@ def replaced(folder, mine):
             raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:  # no space, no permission, a file in the way
+    except (OSError, SafetensorError) as error:  # no space, no permission, a file in the way
         raise ValueError(f"{folder} is not written, what stood there is as it was ({error})") from error
 
 

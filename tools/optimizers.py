@@ -33,7 +33,7 @@ def clip(optimizer, parameters, most):
     takes them as that much shorter: it reads them anyway, a pass of their own is saved."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     optimizer = getattr(optimizer, "optim", optimizer)  # of a shard
-    optimizer.grad_scale = (norm / most).clamp(min=1) if most else None  # the fused step divides by it
+    optimizer.grad_scale = (norm / most).clamp(min=1).float() if most else None  # it divides by that
     return norm
 
 

@@ -22,10 +22,10 @@ def epoch_items(manifests, valid, c):
             raise ValueError(f"{m.file}: total_num = 0, expected items")
     weights = [(len(m), c.dataset_blending_global_weight * c.dataset_blending_config[name])
                for name, m in manifests.items()]
-    if c.num_epochs > 10 ** 7 or sum(N * w for N, w in weights) > 10 ** 10:
+    if c.num_epochs > 10 ** 6 or sum(N * w for N, w in weights) > 10 ** 10:
         raise ValueError(f"num_epochs = {c.num_epochs}, dataset_blending_global_weight = "
                          f"{c.dataset_blending_global_weight:g}: {sum(N * w for N, w in weights):g} items an "
-                         f"epoch; expected at most 1e7 epochs, of 1e10 items")
+                         f"epoch; expected at most a million epochs, of 1e10 items")
     e = np.arange(c.num_epochs + 1)
     counts = sum(np.diff((e * N * w).astype(np.int64)) for N, w in weights)
     if not counts.sum():

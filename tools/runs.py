@@ -1,4 +1,5 @@
 """A training run around its loop: processes, batches, its folder with lock, log and checkpoints, signals."""
+import errno
 import fcntl
 import json
 import math
@@ -158,21 +159,6 @@ def forget(f, redone):
         f.writelines(kept[alike:])
 
 
-def append(f, entries):
-    """Lines of JSON. Where a full disk has no room for them they are lost, loudly: a long run goes on."""
-    lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
-    size = os.fstat(f.fileno()).st_size
-    try:
-        if f.write(lines) == len(lines):
-            return
-        f.truncate(size)  # half a line
-        why = "no room"
-    except OSError as error:
-        why = error
-    tqdm.write(f"WARNING: {f.name}: lines are lost, is the disk full? ({why}); training goes on",
-               file=sys.stderr)
-
-
 def at_least(value, least):
     return type(value) is int and value >= least
 
@@ -196,7 +182,8 @@ class Run:
 
     def __init__(self, c, rank):
         self.folder, self.rank = os.path.join(settings.place(c.expdir), c.run_name), rank
-        self.name = c.run_name
+        self.name, self.waiting = c.run_name, {}  # {file: lines that there was no room for}
+        self.copy = None  # of what the last checkpoint holds
         self.keep = 1 if c.delete_previous_checkpoint else c.keep_last
         self.keep_every, self.log, self.record_file, self.profiler = c.keep_every, None, None, None
         self.thread, self.pending, self.failed, self.news = ThreadPoolExecutor(1), None, None, None
@@ -241,16 +228,30 @@ class Run:
             for name, value in entry.items():
                 if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
                     entry[name] = None
-            append(self.log, [entry])
+            self.put(self.log, entry)
 
     def write_blend(self, entries):
         if self.record_file:
-            append(self.record_file, [{"run": self.name} | entry for entry in entries])  # runs may share it
+            self.put(self.record_file, *({"run": self.name} | entry for entry in entries))  # others share it
+
+    def put(self, f, *entries):
+        """Lines to the end of a file, all or none: those that a full disk has no room for wait."""
+        lines = self.waiting.pop(f, b"") + b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        end = os.fstat(f.fileno()).st_size
+        try:
+            if os.write(f.fileno(), lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(f.fileno(), end)
+            self.waiting[f] = lines
+            self.news = f"{f.name}: could not be written, is the disk full? ({error.strerror})"
 
     def save(self, name, content):
-        """Write a checkpoint in the background; content belongs to the writer from now on."""
+        """Write a checkpoint in the background, from a copy in main memory, which takes the place of the one
+        before: training waits for the copy alone."""
         self.wait()
-        self.pending = self.thread.submit(self._save, name, content)
+        self.copy = on_host(content, self.copy)
+        self.pending = self.thread.submit(self._save, name, self.copy)
 
     def wait(self):
         """Until the checkpoint that is being written is. Any error but the disk's is raised here."""
@@ -285,7 +286,10 @@ class Run:
                 os.remove(old)
 
     def close(self):
-        """The last checkpoint is on the disk, or ValueError says why not."""
+        """Log and last checkpoint are on the disk, or ValueError says why not."""
+        for f in list(self.waiting):
+            self.put(f)
+        lost = self.waiting and self.news
         self.wait()
         if self.profiler:
             self.profiler.stop()
@@ -293,6 +297,8 @@ class Run:
                 tqdm.write("note: profile: the third and fourth step are traced, and there were fewer")
         if self.failed:
             raise ValueError(self.failed)
+        if lost:
+            raise ValueError(lost)
 
     def end(self):
         """However a run ends: what is being written is written, what it left empty is removed."""
@@ -306,13 +312,19 @@ class Run:
             os.rmdir(self.folder)
 
 
-def on_host(x):
-    """A copy in main memory that later steps do not change, of tensors in dicts and lists."""
+def on_host(x, before=None):
+    """A copy in main memory that later steps do not change, of tensors in dicts and lists; in the memory of a
+    copy made before, where it has the form: new memory takes several times as long."""
     if isinstance(x, torch.Tensor):
-        return x.detach().to("cpu", copy=True)
+        fits = isinstance(before, torch.Tensor) and (before.shape, before.dtype) == (x.shape, x.dtype)
+        return before.copy_(x.detach()) if fits else x.detach().to("cpu", copy=True)
     if isinstance(x, dict):
-        return {key: on_host(value) for key, value in x.items()}
-    return [on_host(value) for value in x] if isinstance(x, (list, tuple)) else x
+        before = before if isinstance(before, dict) else {}
+        return {key: on_host(value, before.get(key)) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        before = before if isinstance(before, list) and len(before) == len(x) else [None] * len(x)
+        return [on_host(*pair) for pair in zip(x, before)]
+    return x
 
 
 def profiler(run, device):

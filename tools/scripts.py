@@ -44,10 +44,21 @@ def need_place(file):
 
 
 @contextmanager
+def writing(place):
+    """Around what writes to a place: an error of its disk names no file by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(f"{place}: could not be written, is the disk full? ({error.strerror})") from error
+
+
+@contextmanager
 def written(path, mode="w"):
     """A file to write to, which then takes the place of the one at `path`: whole, or not at all."""
     try:
-        with open(path + ".tmp", mode) as f:
+        with writing(path), open(path + ".tmp", mode) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

@@ -875,7 +875,7 @@ def test_blending_record(tiny_config, tmp_path, monkeypatch, capsys):
     (["--lang_encoder_path=nowhere"], "nowhere"),
     (["--clap_checkpoint=none.pt"], "none.pt: no such file"),
     (["--lr_scheduler=step"], "lr_scheduler.*cosine"),
-    (["--device=cuda:9"], "cuda"),
+    (["--device=cuda:9"], "cuda"), (["--device=meta"], "device = 'meta', expected"),
     (["--precision=fp8"], "precision"),
     (["--audio_transformer_n_head=7"], "audio_transformer_n_head"),
     (["--cross_attn_every_n_layers=9"], "cross_attn")])

@@ -7,7 +7,9 @@ def pick_device(name="auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        if device.type != "cuda":
+            torch.zeros(1, device=device).item()  # a kind that holds no numbers, or is not here
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device = {name!r}, expected auto, cpu, cuda or cuda:<n>") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:

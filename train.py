@@ -245,7 +245,7 @@ def train(c, run, rank, world, local_rank):
     peak, first_epoch, saved_at = meters.peak_flops(device), at["next_epoch"], time.time()
     window = dict.fromkeys(("steps", "good", "loss", "tokens", "slots", "seconds", "flops"), 0)
     window["start"] = time.time()
-    profiler = runs.profiler(run, device) if c.profile and main_rank else None
+    run.profiler = runs.profiler(run.folder, device) if c.profile and main_rank else None
     for epoch in range(first_epoch, c.num_epochs):
         if stop or at["step"] >= limit:
             break
@@ -301,8 +301,8 @@ def train(c, run, rank, world, local_rank):
                    "done_items": at["done_items"] + items}
             watch.add(at["step"], flag, of_step, group)
             bar.update()
-            if profiler:
-                profiler.step()
+            if run.profiler:
+                run.profiler.step()
 
             # --- the log line
             for b in group:

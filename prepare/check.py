@@ -20,9 +20,9 @@ from tqdm import tqdm
 import config as settings
 from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
 from tools import sound
+from tools.batches import about_tokens
 from tools.htsat import rate_of
 from tools.scripts import need_place, written
-from tools.batches import about_tokens
 from tools.spread import spread
 
 write: str | None = None  # folder for cleaned copies of the manifests; None: none are written

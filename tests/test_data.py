@@ -17,8 +17,8 @@ from data import Clips, Collate, Manifest, make_labels, open_manifests, train_lo
 from prepare.manifests import seconds_of
 from tests.helpers import GOLDEN_SPEC, fails_with_one_line, run, write_manifest
 from tools import batches as costs
-from tools.batches import Batches
 from tools import sound
+from tools.batches import Batches
 
 rng = np.random.default_rng(0)
 HEARING = dict(window_length=10.0, window_overlap=0.0, max_num_window=12)

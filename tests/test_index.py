@@ -71,7 +71,7 @@ def test_items_are_those_of_the_json(tmp_path, monkeypatch, n, form):
     assert sorted(os.listdir(tmp_path / "a-AQA")) == files
 
 
-def test_other_told_the_same_size_and_time_is_noticed(tmp_path):
+def test_other_content_of_the_same_size_and_time_is_noticed(tmp_path):
     told = content(1200)
     told["data"]["7"]["output"] = "before"
     path = put(tmp_path, told)

@@ -481,15 +481,16 @@ def test_one_folder_is_of_one_process(straight, tiny_config):
     assert sorted(os.listdir(f"{out}/straight")) == before
 
 
+FULL = ("import json, resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); sys.path.insert(0, '.')\n")
+
+
 def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
     """Files may not grow beyond 100 kB: the log fits, a checkpoint doesn't, as on a full disk."""
     here(tiny_config, tmp_path, "run", "--max_steps=2", "--valid_dataset_config={}")
     before = open(tmp_path / "run/checkpoint_0.pt", "rb").read()
-    script = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
-              "sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
-              "runpy.run_path('train.py', run_name='__main__')")
-    result = run("-c", script, "train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=run",
+    script = FULL + "sys.argv = sys.argv[2:]\nrunpy.run_path('train.py', run_name='__main__')"
+    result = run("-c", script, 100000, "train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=run",
                  "--valid_dataset_config={}", "--save_steps=1", "--num_epochs=3", ok=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "checkpoint_2.pt: could not be written, is the disk full?" in result.stderr.splitlines()[-1]
@@ -541,11 +542,9 @@ def test_log_lines_that_find_no_room_wait(tiny_config, tmp_path, monkeypatch, ca
 def test_a_full_disk_is_one_line_that_names_the_file(straight, tiny_config, tiny_data, tmp_path):
     """As above, scripts that write at their end, one after the other in a process."""
     out, _ = straight
-    script = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (66000, 66000)); sys.path.insert(0, '.')\n"
-              "import json\nfor sys.argv in json.loads(sys.argv[1]):\n"
-              "    try: runpy.run_path(sys.argv[0], run_name='__main__'); print('done', *sys.argv)\n"
-              "    except SystemExit as end: print('code', end.code)")
+    script = FULL + ("for sys.argv in json.loads(sys.argv[2]):\n"
+                     "    try: runpy.run_path(sys.argv[0], run_name='__main__'); print('done', *sys.argv)\n"
+                     "    except SystemExit as end: print('code', end.code)")
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p" * 99999, "output": "a", "answer": "a"}))
     loud = tmp_path / "noise.wav"
     soundfile.write(loud, np.random.default_rng(0).uniform(-1, 1, 80000), 16000)
@@ -556,7 +555,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(straight, tiny_config, tiny
                              f"--results={tmp_path}"],
                "audio": ["data.py", "convert", f"{tmp_path}/m/loud-AQA/train.json",
                          f"--to={tmp_path}/packed"]}
-    result = run("-c", script, json.dumps(list(scripts.values())), ok=False)
+    result = run("-c", script, 66000, json.dumps(list(scripts.values())), ok=False)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.stdout.count("code 2") == len(lines) == len(scripts), result.stdout + result.stderr[-3000:]
     for (name, _), line in zip(scripts.items(), lines):

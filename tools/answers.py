@@ -11,6 +11,7 @@ import os
 import sys
 
 from tools.records import write_items
+from tools.run_folder import entry_of
 
 
 def identity(matters):
@@ -31,13 +32,8 @@ def question_of(manifest, i):
 
 def read_lines(path):
     """-> header (None: there is none) and items; a line cut off by a kill is left out."""
-    lines = []
-    with open(path) as f:
-        for line in f:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
+    with open(path, "rb") as f:
+        lines = [entry for entry in map(entry_of, f) if entry is not None]
     header = lines.pop(0) if lines and "matters" in lines[0] else None
     return header, lines
 

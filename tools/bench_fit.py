@@ -304,7 +304,7 @@ def largest(peak, least, B, room):
         slope = (known[b] - known[a]) / (b - a)
         guess = low + math.floor((room - known[low]) / slope) if slope > 0 else 2 * low
         if high == math.inf and slope > 0 and guess - low <= low // 10 and len(known) > 3:
-            break
+            break  # three steps were taken, and the line through two of them ends within the tenth
         guess = min(guess, 20 * low) if high == math.inf else min(max(guess, (low + high) // 2), high - 1)
     return low or 0
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import config as settings
-from tools.scripts import written
+from tools.scripts import writing, written
 
 
 def brief(error):
@@ -188,11 +188,8 @@ def same(a, b):
 
 def save_atomically(content, path):
     """torch.save that leaves either the old file or the new one, also when the machine dies in between."""
-    try:
-        with written(path, "wb") as f:
-            torch.save(content, f)
-    except RuntimeError as error:  # torch tells of a full disk in terms of its zip writer
-        raise OSError(f"{path}: could not be written, is the disk full? ({error})") from error
+    with writing(path, RuntimeError), written(path, "wb") as f:  # torch's zip writer has such an error
+        torch.save(content, f)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ def checkpoints(run):
 
 
 def entry_of(line):
-    """The object of a line of a log; None where it has none: torn by a crash, or somebody else's."""
+    """The object of a line of a log or of kept answers; None where it has none: torn, or somebody else's."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

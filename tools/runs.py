@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config as settings
 from tools.files import save_atomically
 from tools.run_folder import checkpoints, entry_of
-from tools.scripts import need_place
+from tools.scripts import need_place, writing
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
@@ -239,12 +239,12 @@ class Run:
         lines = self.waiting.pop(f, b"") + b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         end = os.fstat(f.fileno()).st_size
         try:
-            if os.write(f.fileno(), lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with writing(f.name):
+                if os.write(f.fileno(), lines) < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             os.ftruncate(f.fileno(), end)
-            self.waiting[f] = lines
-            self.news = f"{f.name}: could not be written, is the disk full? ({error.strerror})"
+            self.waiting[f], self.news = lines, str(error)
 
     def save(self, name, content):
         """Write a checkpoint in the background, from a copy in main memory, which takes the place of the one
@@ -327,19 +327,18 @@ def on_host(x, before=None):
     return x
 
 
-def profiler(run, device):
-    """Traces two steps after the first two, writes trace.json into the run's folder and prints the operations
-    that took most; its step() is to be called after every step."""
+def profiler(folder, device):
+    """Traces two steps after the first two, writes folder/trace.json and prints the operations that took
+    most; its step() is to be called after every step."""
     from torch.profiler import ProfilerActivity, profile, schedule
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
 
     def ready(p):
-        p.export_chrome_trace(os.path.join(run.folder, "trace.json"))
+        p.export_chrome_trace(os.path.join(folder, "trace.json"))
         order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         tqdm.write(p.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
 
     p = profile(activities=activities, schedule=schedule(wait=1, warmup=1, active=2, repeat=1),
                 on_trace_ready=ready)
     p.start()
-    run.profiler = p  # to be stopped
     return p

@@ -44,14 +44,16 @@ def need_place(file):
 
 
 @contextmanager
-def writing(place):
-    """Around what writes to a place: an error of its disk names no file by itself."""
+def writing(place, *kinds):
+    """Around what writes to a place: an error of its disk names no file by itself. kinds: errors by which a
+    library tells of the disk in terms of its own."""
     try:
         yield
-    except OSError as error:
-        if error.filename or error.errno is None:
+    except (OSError, *kinds) as error:
+        if isinstance(error, OSError) and (error.filename or error.errno is None):
             raise
-        raise OSError(f"{place}: could not be written, is the disk full? ({error.strerror})") from error
+        why = getattr(error, "strerror", error)
+        raise OSError(f"{place}: could not be written, is the disk full? ({why})") from error
 
 
 @contextmanager

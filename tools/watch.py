@@ -66,8 +66,9 @@ class Watch:
         if seen["bad"] > c.max_bad_fraction * max(files, 100):
             raise ValueError(f"{seen['bad']:.0f} of the {files:.0f} audio files so far could not be used "
                              f"(more than max_bad_fraction = {c.max_bad_fraction}); last: {cause}")
-        mine = at["step"] - self.first  # a resumed run may have one step left, and it may be sick
-        all_sick = self.sick == mine > min(1, self.first) and at["step"] == last_step
+        taken = at["step"] - self.first
+        enough = 2 if self.first else 1  # a resumed run may have one step left, and it may be sick
+        all_sick = self.sick == taken >= enough and at["step"] == last_step
         if self.sick > c.max_bad_steps or all_sick:
             why = f"{self.rates}, precision = {c.precision}"
             if flag == 2:

@@ -5,7 +5,7 @@
 
     python checkpoint.py nvidia/audio-flamingo-2-0.5B              # a report: what is read, and what is not
 
-read and start return a model without weights and its state: tensors under our names, mapped from their files
+open_checkpoint and init_from_parts return a model without weights and its state: tensors under our names, mapped from their files
 and not in memory yet. place_weights then brings one after the other straight to its final dtype and device.
 """
 import hashlib
@@ -21,16 +21,16 @@ from tqdm import tqdm
 
 import config as settings
 from model import AudioFlamingo, ClapEncoder, LanguageModel, gated_blocks
-from tools.devices import pick_device
-from tools.encoders import clap_state
-from tools.files import brief, inside, listed, load_pickle, local_or_hub, read_object, tensors_in
-from tools.htsat import sizes_told
-from tools.language_models import by_width, check_sizes, lm_state, of_published, text_side
-from tools.model_card import about_run, checked_about, name_of
-from tools.records import take_files
-from tools.releases import TABLES, from_published, in_two_parts, release_pieces, save_release
-from tools.run_folder import newest_checkpoint, own_parts
-from tools.shapes import bounded, checked
+from tools.checkpoint.devices import pick_device
+from tools.checkpoint.clap import clap_state
+from tools.checkpoint.files import inside, load_pickle, local_or_hub, tensors_in
+from tools.checkpoint.htsat import infer_htsat_config
+from tools.checkpoint.language_models import lm_from_width, check_sizes, lm_state, guess_base_lm, load_lm_config_and_tokenizer
+from tools.checkpoint.model_card import about_run, checked_about, name_of
+from tools.checkpoint.releases import TABLES, from_published, split_embeddings, release_pieces, save_release
+from tools.checkpoint.run_dir import newest_checkpoint, own_parts
+from tools.checkpoint.shapes import bounded, checked
+from tools.common import UserError, join_names, read_json_object, shorten
 
 # ------------------------------------------------------------------------------------------------------------
 # A model without weights, and its state
@@ -38,19 +38,19 @@ from tools.shapes import bounded, checked
 RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
 
 
-class Unfilled(TorchFunctionMode):
+class OnMeta(TorchFunctionMode):
     """torch.empty, which makes what is then drawn at random, gives meta tensors: nothing is drawn."""
 
     def __torch_function__(self, make, types, args=(), kwargs=None):
         return make(*args, **(kwargs or {}) | ({"device": "meta"} if make is torch.empty else {}))
 
 
-def skeleton(c, state, text, source, given, fresh, saved=()):
+def build_meta_model(c, state, text, source, given, fresh, saved=()):
     """The model of settings and of the sizes that its state tells, on the meta device: place_weights follows.
     given: what the user said, ValueError if it is another model's; saved: names that the file of the state
     tells itself: what they want and it lacks is missing. fresh: what listens is drawn at random."""
     encoder = {n.removeprefix("clap.htsat."): t for n, t in state.items() if n.startswith("clap.")}
-    told, every, (_, sizes, tokenizer) = sizes_told(encoder), "cross_attn_every_n_layers", text
+    told, every, (_, sizes, tokenizer) = infer_htsat_config(encoder), "cross_attn_every_n_layers", text
     how = {name: told.pop(name) for name in ("position", "fusion") if name in told}
     how["mel"] = state.get("clap.mel")
     if blocks := sorted({int(n.split(".")[1]) for n in state if re.match(r"xattn\.\d+\.", n)}):
@@ -61,15 +61,15 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
         said = sorted(gated_blocks(given[name], sizes.layers)) if name == every else given[name]
         if said != told[name]:
             part = "encoder" if name.startswith("clap_") else "model"
-            raise ValueError(f"{name} = {given[name]!r}, but the {part} of {source} has {told[name]!r}")
+            raise UserError(f"{name} = {given[name]!r}, but the {part} of {source} has {told[name]!r}")
     told |= {every: blocks[0] + 1} if blocks else {}  # a stride, as published, unless somebody says more
     c = SimpleNamespace(**(vars(c) | {n: v for n, v in told.items() if n not in (*saved, *given)}))
     bounded(vars(c), source or "the settings")
-    with torch.device("cpu") if fresh else Unfilled():
+    with torch.device("cpu") if fresh else OnMeta():
         encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, **how)
     longest = (encoder.max_frames - 1) / 100
     if not 0 <= c.window_overlap < c.window_length <= longest + 0.01:
-        raise ValueError(f"{source or 'the settings'}: window_length = {c.window_length}, window_overlap = "
+        raise UserError(f"{source or 'the settings'}: window_length = {c.window_length}, window_overlap = "
                          f"{c.window_overlap}: expected at most {longest:.2f} s, and a shorter overlap")
     with torch.device("meta"):
         lm = LanguageModel(sizes, len(tokenizer) - sizes.vocab)
@@ -77,26 +77,26 @@ def skeleton(c, state, text, source, given, fresh, saved=()):
         with torch.device("cpu" if fresh else "meta"):
             model = AudioFlamingo(c, lm, tokenizer, encoder)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}" if source else str(error)) from error
+        raise UserError(f"{source}: {error}" if source else str(error)) from error
     model.about, model.skipped = {"language_model": name_of(c.lang_encoder_path)}, {}
     return model
 
 
-def start(c, given=(), fresh=True, saved=None, source=None):
+def init_from_parts(c, given=(), fresh=True, saved=None, source=None):
     """-> a new model of the settings c, and the state of its pretrained parts, language model and CLAP.
     saved: the content of a training checkpoint, source, whose tensors, not in that state, tell sizes, too."""
-    text = text_side(c)
+    text = load_lm_config_and_tokenizer(c)
     state = {"lm." + name: tensor for name, tensor in lm_state(*text).items()}
     if c.clap_checkpoint:
         state |= clap_state(c.clap_checkpoint)
     source = source or c.clap_checkpoint
     trained, told = (trained_tensors(saved, text[1], source), saved.get("config", ())) if saved else ({}, ())
-    return skeleton(c, state | trained, text, source, given, fresh, told), state
+    return build_meta_model(c, state | trained, text, source, given, fresh, told), state
 
 
 def load_language_model(c, device="cpu", dtype=torch.float32):
     """-> the frozen LanguageModel that settings name, and its tokenizer with the marks of a prompt."""
-    folder, sizes, tokenizer = text_side(c)
+    folder, sizes, tokenizer = load_lm_config_and_tokenizer(c)
     state = lm_state(folder, sizes, tokenizer)
     with torch.device("meta"):
         lm = LanguageModel(sizes, len(tokenizer) - sizes.vocab).requires_grad_(False)
@@ -104,10 +104,10 @@ def load_language_model(c, device="cpu", dtype=torch.float32):
     return lm.eval(), tokenizer
 
 
-def read(path, given, setting="init_from"):
+def open_checkpoint(path, given, setting="init_from"):
     """-> the model of a run directory (its newest checkpoint), a checkpoint, a release directory or a hub id,
     and its state. given: settings that override the saved ones."""
-    found = next((p for p in (settings.place(path), path) if os.path.exists(p)), None)
+    found = next((p for p in (settings.resolve_path(path), path) if os.path.exists(p)), None)
     found = found or local_or_hub(path, RELEASE_FILES, given.get("cache_dir"), setting)
     try:
         file = newest_checkpoint(found) if os.path.isdir(found) else found
@@ -121,16 +121,16 @@ def read(path, given, setting="init_from"):
         return read_checkpoint(file, given)
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
         # contents that nobody writes, e.g. a name where a number is due: TRACEBACK=1 shows where it mattered
-        raise ValueError(f"{found}: not what a run or a release holds ({brief(error)})") from error
+        raise UserError(f"{found}: not what a run or a release holds ({shorten(error)})") from error
 
 
-def read_start(c, given):
-    """read what pretrained_path and pretrained_ckpt of the settings c name; a release has one checkpoint."""
-    folder, file = settings.place(c.pretrained_path), c.pretrained_ckpt or ""
+def open_pretrained(c, given):
+    """open_checkpoint of what pretrained_path and pretrained_ckpt of the settings c name; a release has one checkpoint."""
+    folder, file = settings.resolve_path(c.pretrained_path), c.pretrained_ckpt or ""
     of_run = os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "safe_ckpt"))
     of_run = of_run or os.path.isfile(os.path.join(folder, file))
     path = os.path.join(c.pretrained_path, file if of_run else "").rstrip("/")
-    return read(path, {n: v for n, v in given.items() if n != "pretrained_path"}, "pretrained_path")
+    return open_checkpoint(path, {n: v for n, v in given.items() if n != "pretrained_path"}, "pretrained_path")
 
 
 def read_checkpoint(file, given):
@@ -142,26 +142,26 @@ def read_checkpoint(file, given):
     c = SimpleNamespace(**(settings.defaults() | own | own_parts(own, os.path.dirname(file)) | given))
     try:
         if c.pretrained_path:  # that run knows where its parts are, but not what this one made of them
-            before = os.path.join(settings.place(c.pretrained_path), c.pretrained_ckpt or "")
+            before = os.path.join(settings.resolve_path(c.pretrained_path), c.pretrained_ckpt or "")
             if os.path.realpath(before) in map(os.path.realpath, (file, os.path.dirname(file))):
-                raise ValueError(f"{file}: pretrained_path = {c.pretrained_path!r} is this run: name what it "
+                raise UserError(f"{file}: pretrained_path = {c.pretrained_path!r} is this run: name what it "
                                  f"started from by --pretrained_path")
             below = {n: v for n, v in own.items() if n not in settings.ORIGINS + settings.PATHS} | given
-            model, state = read_start(c, below)
+            model, state = open_pretrained(c, below)
         else:
             if not own and "lang_encoder_path" not in given:  # of the published code: its gated blocks tell
-                c.lang_encoder_path = of_published(saved["model_state_dict"], file)
-            model, state = start(c, given, False, saved, file)
+                c.lang_encoder_path = guess_base_lm(saved["model_state_dict"], file)
+            model, state = init_from_parts(c, given, False, saved, file)
             # our marks' rows were drawn at random just now: they come from the file, or are missing
             state = {name: tensor for name, tensor in state.items() if not name.endswith(".added")}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: a part of this run is not where it was. {error}") from error
     trained = trained_tensors(saved, model.lm.config, file, model.skipped)
     if not any(name.startswith("clap.") for name in (*state, *trained)):
-        raise ValueError(f"{file}: no audio encoder in it: name one by --clap_checkpoint")
+        raise UserError(f"{file}: no audio encoder in it: name one by --clap_checkpoint")
     frozen = fingerprint({name: tensor for name, tensor in state.items() if name not in trained})
     if saved.get("frozen_hash", frozen) != frozen:
-        raise ValueError(f"{file}: the frozen weights it was trained with are not those found now under "
+        raise UserError(f"{file}: the frozen weights it was trained with are not those found now under "
                          f"{saved.get('frozen_from')}")
     model.about = about_run(saved, os.path.dirname(file), model.about)
     return model, state | trained
@@ -176,17 +176,17 @@ def trained_tensors(saved, lm, source="checkpoint", skipped=None):
     pieces, left = from_published([(n, lambda t=t: t) for n, t in state.items()], source)
     if skipped is not None:
         skipped |= left
-    return in_two_parts(pieces, lm, left, source)
+    return split_embeddings(pieces, lm, left, source)
 
 
 def read_release(folder, given):
     pieces, skipped = from_published(release_pieces(folder), folder)
     if not any(name.startswith("clap.htsat.") for name in pieces) or TABLES[0] not in pieces:
-        raise ValueError(f"{folder}: not an Audio Flamingo 2 release: no clap.nvclap.* or no token table")
+        raise UserError(f"{folder}: not an Audio Flamingo 2 release: no clap.nvclap.* or no token table")
     saved, about = {"max_num_window": 12}, {"nvidia": True}  # as published: 2 min
     if os.path.lexists(os.path.join(folder, "config.json")):
         own = inside(folder, "config.json", "the layout of releases")
-        content = read_object(own)
+        content = read_json_object(own)
         if mine := checked(content, own, given):
             saved, about = mine, content.get("about", {})
         checked_about(about, own)
@@ -197,14 +197,14 @@ def read_release(folder, given):
                 inside(folder, os.path.relpath(os.path.join(path, file), folder), "the layout of releases")
         saved |= {"lang_encoder_path": os.path.abspath(lm), "tokenizer_path": None}
     elif base is None and "lang_encoder_path" not in given:
-        saved["lang_encoder_path"] = by_width(pieces[TABLES[0]]().shape[-1], folder)
+        saved["lang_encoder_path"] = lm_from_width(pieces[TABLES[0]]().shape[-1], folder)
     clap = os.path.abspath(os.path.join(folder, "clap_ckpt/epoch_16.pt"))  # its text encoder
     saved |= {"clap_checkpoint": clap} if os.path.isfile(clap) else {}
     c = SimpleNamespace(**(settings.defaults() | saved | given))
-    text = text_side(c, weights=False)
+    text = load_lm_config_and_tokenizer(c, weights=False)
     check_sizes(pieces, text[1], folder, "lm.")
-    state = in_two_parts(pieces, text[1], skipped, folder)
-    model = skeleton(c, state, text, folder, given, False, saved)
+    state = split_embeddings(pieces, text[1], skipped, folder)
+    model = build_meta_model(c, state, text, folder, given, False, saved)
     model.about |= about | ({"language_model": base} if base and os.path.isdir(lm) else {})
     model.skipped = skipped
     return model, state
@@ -238,8 +238,8 @@ def place_weights(model, state, device, frozen, source):
     Trained ones, BatchNorm's and mel bands become float32, frozen ones `frozen` (None: as in the file).
     ValueError lists the misfits."""
     if any((wrong := misfits(model, state)).values()):
-        raise ValueError(f"{source} does not fit the model: " +
-                         "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names))
+        raise UserError(f"{source} does not fit the model: " +
+                         "; ".join(f"{what}: {join_names(names)}" for what, names in wrong.items() if names))
     places = [(path, module, table, name) for path, module in model.named_modules()
               for table in (module._parameters, module._buffers) for name in table if table[name] is not None]
     for path, module, table, name in tqdm(places, "load", unit="tensor", disable=None, delay=2, leave=False):
@@ -257,17 +257,17 @@ def load(path, device="cpu", dtype=torch.float32, **given):
     known, device = settings.settings_of("config/defaults.py"), pick_device(str(device))
     given = {name: settings.check(name, value, known, "from_pretrained") for name, value in given.items()}
     if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"from_pretrained: dtype = {dtype!r}, expected torch.float32, bfloat16, float16, "
+        raise UserError(f"from_pretrained: dtype = {dtype!r}, expected torch.float32, bfloat16, float16, "
                          f"float64 or None")
-    return finished(*read(path, given), device, dtype, path)
+    return materialize(*open_checkpoint(path, given), device, dtype, path)
 
 
 def new(config, device="cpu", dtype=torch.float32):
     """A new model: the pretrained language model, CLAP from clap_checkpoint, the rest random."""
-    return finished(*start(config), device, dtype, config.lang_encoder_path)
+    return materialize(*init_from_parts(config), device, dtype, config.lang_encoder_path)
 
 
-def finished(model, state, device, dtype, source):
+def materialize(model, state, device, dtype, source):
     place_weights(model.requires_grad_(False), state, device, dtype, source)
     return model.eval()
 
@@ -276,8 +276,8 @@ def report(paths, given):
     """Print what a run, a checkpoint or a release gives to its model, and what it does not -> exit code, 1 if
     the two do not fit."""
     if len(paths) != 1:
-        raise ValueError("usage: python checkpoint.py PATH [--name=value]")
-    path, (model, state) = paths[0], read(paths[0], given)
+        raise UserError("usage: python checkpoint.py PATH [--name=value]")
+    path, (model, state) = paths[0], open_checkpoint(paths[0], given)
     wrong = misfits(model.requires_grad_(False), state)
     loaded = [name for name in state if name not in wrong["unexpected"]]
     numbers = sum(state[name].numel() for name in loaded)
@@ -285,16 +285,15 @@ def report(paths, given):
     wrong["not finite"] = [name for name in loaded if not state[name].float().isfinite().all()]
     rows = {"loaded": loaded, "duplicates": [], "unused": []} | model.skipped | wrong
     for what, names in rows.items():
-        print(f"{what:12}{len(names):6}  {listed(names)}")
+        print(f"{what:12}{len(names):6}  {join_names(names)}")
     return int(any(wrong.values()))
 
 
 def export_release(source, model, state, folder):
     """Write what read gave as a release, every weight in its own dtype."""
-    save_release(finished(model, state, "cpu", None, source), folder)
+    save_release(materialize(model, state, "cpu", None, source), folder)
     print(f"wrote {folder}")
 
 
 if __name__ == "__main__":
-    sys.argv, paths = take_files(sys.argv)
-    settings.run(lambda c: report(paths, settings.given(c)), "checkpoint.py", settings.LOADING)
+    settings.run(lambda c: report(c.files, settings.overrides(c)), "checkpoint.py", settings.LOADING, files=True)

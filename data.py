@@ -1,9 +1,5 @@
 """Sound, manifests, blending, batches, and the form of a prompt.
 
-    python data.py check config/pretrain.py                              # reads every file of all manifests
-    python data.py check a.json b.json --data_root=data --write=cleaned  # and writes cleaned copies
-    python data.py convert config/pretrain.py --to=packed                # 16 kHz copies of what is heard
-
 A manifest is <dataset_file_root>/<Name-Task>/<split>.json (README, "Reproduce"). Training draws from many of
 them: each is an endless shuffled stream, and an epoch is a window of that stream (Manifest.epoch).
 """
@@ -19,21 +15,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import config as settings
-from tools import sound
-from tools.batches import Batches, about_tokens
-from tools.index import open_items
-from tools.records import take_files
+from model import AUDIO_SETTINGS, SAMPLE_RATE, SPECIAL_TOKENS
+from tools.common import UserError
+from tools.data import audio as sound
+from tools.data.batches import Batches, about_tokens
+from tools.data.index import open_items
 
-SAMPLE_RATE = 16000  # Hz, unless an encoder of one's own says otherwise
 MOST_SECONDS = 1e7  # a clip is shorter
-HEARING = ("window_length", "window_overlap", "max_num_window")  # the settings of what is heard of a clip
 
 # ------------------------------------------------------------------------------------------------------------
 # Sound
 
 
 def load_audio(path, start=0.0, *, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
-    """One clip as windows: int16 (n, window_length * sample_rate), 1 <= n <= max_num_window; model.hearing
+    """One clip as windows: int16 (n, window_length * sample_rate), 1 <= n <= max_num_window; model.audio_config
     gives the settings, all of them seconds but the last two.
 
     From `start` seconds on; first channel; resampled; peak 1 (silence stays silence); zero-padded to whole
@@ -59,7 +54,7 @@ def read_heard(path, start, window_length, window_overlap, max_num_window, sampl
     """What read_clip cuts into windows: int16 (n,), n > 0; and how many seconds after it are not heard."""
     L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
     if not (0 <= O < L and max_num_window >= 1 and 0 <= start < MOST_SECONDS):
-        raise ValueError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
+        raise UserError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
                          f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, 1 window or more")
     longest = max_num_window * L - (max_num_window - 1) * O
     heard = min(longest / sample_rate, seconds or math.inf)
@@ -73,9 +68,9 @@ def read_heard(path, start, window_length, window_overlap, max_num_window, sampl
     return x[:longest].astype(np.int16), max(0.0, min(rest, seconds or math.inf) - heard)
 
 
-def unheard_note(clips, long, seconds, hearing):
+def truncation_warning(clips, long, seconds, audio_config):
     """One line for people about clips longer than what is heard of them; empty if there is none."""
-    length, overlap, most = (hearing[name] for name in HEARING)
+    length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
     heard = most * (length - overlap) + overlap
     return long and (f"note: {long} of {clips} clips are longer than the {heard:g} s that are heard "
                      f"(max_num_window = {most}): {seconds:.1f} s are left out")
@@ -84,22 +79,20 @@ def unheard_note(clips, long, seconds, hearing):
 # ------------------------------------------------------------------------------------------------------------
 # Text: <audio> prompt sep output <|endofchunk|> eos
 
-MARKS = ("<audio>", "<|endofchunk|>", "<|PAD_TOKEN|>", "<SEP>")
 
-
-def add_marks(tokenizer):
+def extend_tokenizer(tokenizer):
     """A tokenizer with the marks of a prompt, in the published order; <SEP> only if it has no sep token. One
     that is there already stays where it is. ValueError if a mark is not read as one token, or eos lacks."""
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos token, which ends an answer: see its config")
-    tokenizer.add_tokens(list(MARKS[:2]), special_tokens=True)
-    tokenizer.add_special_tokens({"pad_token": MARKS[2]})
+        raise UserError("the tokenizer has no eos token, which ends an answer: see its config")
+    tokenizer.add_tokens(list(SPECIAL_TOKENS[:2]), special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": SPECIAL_TOKENS[2]})
     if tokenizer.sep_token is None:
-        tokenizer.add_special_tokens({"sep_token": MARKS[3]})
-    for mark in (*MARKS[:3], tokenizer.sep_token):
+        tokenizer.add_special_tokens({"sep_token": SPECIAL_TOKENS[3]})
+    for mark in (*SPECIAL_TOKENS[:3], tokenizer.sep_token):
         ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
         if ids != [tokenizer.convert_tokens_to_ids(mark)]:
-            raise ValueError(f"the tokenizer reads its mark {mark} as {len(ids)} tokens")
+            raise UserError(f"the tokenizer reads its mark {mark} as {len(ids)} tokens")
     return tokenizer
 
 
@@ -111,8 +104,8 @@ def encode_text(tokenizer, texts):
 
 def encode_prompts(tokenizer, prompts, n_clips=None):
     """Prompts -> lists of ids: what the tokenizer begins with, <audio> for each clip, prompt, sep."""
-    audio = tokenizer.convert_tokens_to_ids(MARKS[0])
-    begin = tokenizer(MARKS[0])["input_ids"]
+    audio = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])
+    begin = tokenizer(SPECIAL_TOKENS[0])["input_ids"]
     begin = begin[:begin.index(audio)]
     texts, n_clips = encode_text(tokenizer, prompts), n_clips or [1] * len(prompts)
     return [begin + [audio] * n + ids + [tokenizer.sep_token_id] for ids, n in zip(texts, n_clips)]
@@ -166,7 +159,7 @@ class Manifest:
 
     def _check_head(self, content, n):
         if not isinstance(content, dict):
-            raise ValueError(f"{self.file}: a {type(content).__name__}, expected an object with "
+            raise UserError(f"{self.file}: a {type(content).__name__}, expected an object with "
                              f"{', '.join(KEYS)}")
         for key, kind in KEYS.items():
             self._expect(content, key, kind)
@@ -205,12 +198,12 @@ class Manifest:
 
     def _fail(self, key, value, expected, item=None):
         where = key if item is None else f"data['{item}'] {key}".strip()
-        raise ValueError(f"{self.file}: {where} = {str(value)[:80]!r}, expected {expected}")
+        raise UserError(f"{self.file}: {where} = {str(value)[:80]!r}, expected {expected}")
 
     def _expect(self, mapping, key, kind, item=None):
         if key not in mapping:
             where = "has" if item is None else f"data['{item}'] has"
-            raise ValueError(f"{self.file}: {where} no {key!r}, expected a {kind.__name__}")
+            raise UserError(f"{self.file}: {where} no {key!r}, expected a {kind.__name__}")
         value = mapping[key]
         if type(value) is not kind:
             self._fail(key, value, f"a {kind.__name__}", item)
@@ -251,7 +244,7 @@ class Manifest:
 
 def open_manifests(config, names):
     """{"Name-Task/split": Manifest} for the keys of a blending config."""
-    folder, data_root = settings.place(config.dataset_file_root), settings.place(config.data_root)
+    folder, data_root = settings.resolve_path(config.dataset_file_root), settings.resolve_path(config.data_root)
     open_one = lambda name: Manifest(os.path.join(folder, name + ".json"), data_root, config.cache_dir)
     with ThreadPoolExecutor(4) as pool:  # most of it is hashing and reading, outside of Python's lock
         return dict(zip(names, pool.map(open_one, names)))
@@ -265,12 +258,12 @@ class Clips(Dataset):
     """clips[row] or clips[manifest, item] -> {"prompt", "output", "path", "windows" int16 (n, L), "n_windows"
     of each clip, "unheard" seconds}; where a file can't be read windows are None and "error" says why."""
 
-    def __init__(self, manifests, rows, hearing, cache=False):
-        """rows: (n, 2) int64 of (manifest, item), None for every item; hearing: that of the model."""
+    def __init__(self, manifests, rows, audio_config, cache=False):
+        """rows: (n, 2) int64 of (manifest, item), None for every item; audio_config: that of the model."""
         if rows is None:
             every = [np.stack([np.full(len(m), i), np.arange(len(m))], 1) for i, m in enumerate(manifests)]
             rows = np.concatenate(every)
-        self.manifests, self.rows, self.hearing = manifests, rows, hearing
+        self.manifests, self.rows, self.audio_config = manifests, rows, audio_config
         self.cache = {} if cache else None
 
     def __len__(self):
@@ -288,9 +281,9 @@ class Clips(Dataset):
         if self.cache is not None and where in self.cache:
             return sample | self.cache[where]
         try:
-            part = {"start": item["start"], "seconds": seconds} | self.hearing
+            part = {"start": item["start"], "seconds": seconds} | self.audio_config
             clips = [read_clip(path, **part) for path in item["paths"]]
-        except (FileNotFoundError, ValueError) as error:  # counted and reported by whoever asked
+        except (FileNotFoundError, UserError) as error:  # counted and reported by whoever asked
             return sample | {"windows": None, "error": str(error)}
         windows = np.concatenate([windows for windows, _ in clips])
         heard = {"windows": torch.from_numpy(windows), "n_windows": [len(windows) for windows, _ in clips],
@@ -301,8 +294,8 @@ class Clips(Dataset):
 
     def windows(self):
         """(n,) windows of every row, as manifests tell; the most where one tells no duration."""
-        length, overlap, most = (self.hearing[name] for name in HEARING)
-        rate = self.hearing.get("sample_rate", SAMPLE_RATE)
+        length, overlap, most = (self.audio_config[name] for name in AUDIO_SETTINGS)
+        rate = self.audio_config.get("sample_rate", SAMPLE_RATE)
         windows = np.empty(len(self), np.int64)
         for m in np.unique(self.rows[:, 0]):
             mine, items = self.rows[:, 0] == m, self.manifests[m].items
@@ -337,7 +330,7 @@ class Collate:
     def encode(self, pairs, n_clips=None):
         """(prompt, output) pairs -> input_ids, labels (B, T) int64 and how many outputs max_tokens cut."""
         t = self.tokenizer
-        end_id = t.convert_tokens_to_ids(MARKS[1])
+        end_id = t.convert_tokens_to_ids(SPECIAL_TOKENS[1])
         prompts = encode_prompts(t, [prompt for prompt, _ in pairs], n_clips)
         outputs = encode_text(t, [output for _, output in pairs])
         rows = [(p + o + [end_id, t.eos_token_id])[:self.max_tokens] for p, o in zip(prompts, outputs)]
@@ -375,8 +368,8 @@ class EpochLoader(DataLoader):
 
 def make_loader(clips, batches, tokenizer, config, live=False):
     """live: its workers wait for the next batches that are put into the list."""
-    workers, hearing = config.num_workers, clips.hearing
-    collate = Collate(tokenizer, config.max_tokens, round(hearing["window_length"] * hearing["sample_rate"]),
+    workers, audio_config = config.num_workers, clips.audio_config
+    collate = Collate(tokenizer, config.max_tokens, round(audio_config["window_length"] * audio_config["sample_rate"]),
                       64 if config.compile else 1)
     ahead = {"prefetch_factor": 4, "worker_init_fn": _one_thread, "persistent_workers": live}
     return EpochLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=workers,
@@ -391,9 +384,9 @@ def _one_thread(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def plan_epoch(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, only=None):
+def plan_epoch(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, only=None):
     """One epoch (or `only` some of its rows) -> this rank's micro-batches, each a list of (manifest, item);
-    all ranks': arrays of rows; stats of tools/batches.py; what the blending record says."""
+    all ranks': arrays of rows; stats of tools/data/batches.py; what the blending record says."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
         w = config.dataset_blending_global_weight * config.dataset_blending_config[name]
@@ -404,30 +397,30 @@ def plan_epoch(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, st
                        "first": first, "stop": first + len(chosen)})
     rows = np.concatenate(rows)
     if not len(rows):
-        raise ValueError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "
+        raise UserError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "
                          f"{config.dataset_blending_global_weight} is too small for these manifests")
     only = np.arange(len(rows)) if only is None else np.array(only, np.int64)  # none left is none
     rows = rows[only]
-    if config.max_windows_per_batch and config.max_windows_per_batch < hearing["max_num_window"]:
-        raise ValueError(f"max_windows_per_batch = {config.max_windows_per_batch}: one clip may have "
-                         f"max_num_window = {hearing['max_num_window']}")
-    sizes = Clips(list(manifests.values()), rows, hearing).sizes(tokenizer)
+    if config.max_windows_per_batch and config.max_windows_per_batch < audio_config["max_num_window"]:
+        raise UserError(f"max_windows_per_batch = {config.max_windows_per_batch}: one clip may have "
+                         f"max_num_window = {audio_config['max_num_window']}")
+    sizes = Clips(list(manifests.values()), rows, audio_config).sizes(tokenizer)
     batches = Batches(sizes, config.batch_size, [config.seed, epoch], rank, world, start,
                       config.bucket_batches, config.max_windows_per_batch, config.gradient_accumulation_steps)
     mine = [list(map(tuple, rows[batch].tolist())) for batch in batches]  # an empty list stays one
     return mine, [only[part] for part in batches.plan], batches.stats, record
 
 
-def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, start=0, loader=None,
+def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, loader=None,
                  only=None):
     """Loader of this rank's micro-batches of one epoch, and what the blending record says of it. The loader
     of an epoch before, if given, goes on: its workers live, and so does what they cached. loader.rows: those
-    of each micro-batch of all ranks, loader.stats: see tools/batches.py."""
-    plan = lambda e, *part: plan_epoch(manifests, config, tokenizer, hearing, e, rank, world, *part)
+    of each micro-batch of all ranks, loader.stats: see tools/data/batches.py."""
+    plan = lambda e, *part: plan_epoch(manifests, config, tokenizer, audio_config, e, rank, world, *part)
     planned = loader and loader.upcoming == epoch and not start and only is None and loader.planned
     mine, rows, stats, record = planned.result() if planned else plan(epoch, start, only)
     if loader is None:
-        clips = Clips(list(manifests.values()), np.empty((0, 2), int), hearing, config.cache_audio)
+        clips = Clips(list(manifests.values()), np.empty((0, 2), int), audio_config, config.cache_audio)
         loader = make_loader(clips, mine, tokenizer, config, live=True)
     loader.batch_sampler[:], loader.rows, loader.stats, loader.upcoming = mine, rows, stats, epoch + 1
     # without workers it is this process that uses the tokenizer, which two threads must not
@@ -436,19 +429,15 @@ def train_loader(manifests, config, tokenizer, hearing, epoch, rank=0, world=1, 
     return loader, record
 
 
-def valid_loader(manifest, config, tokenizer, hearing, rank=0, world=1):
+def valid_loader(manifest, config, tokenizer, audio_config, rank=0, world=1):
     """This rank's share of one validation manifest, in order."""
-    clips = Clips([manifest], None, hearing, config.cache_audio)
+    clips = Clips([manifest], None, audio_config, config.cache_audio)
     mine = np.arange(rank, len(clips), world)
     batches = np.split(mine, range(config.batch_size, len(mine), config.batch_size))
     return make_loader(clips, [b.tolist() for b in batches if len(b)], tokenizer, config, config.cache_audio)
 
 
 if __name__ == "__main__":
-    from prepare import check, convert
-    word = sys.argv.pop(1) if sys.argv[1:] else ""
-    if word not in ("check", "convert"):
-        sys.exit(print(f"error: data.py {word}: expected check or convert", file=sys.stderr) or 2)
-    sys.argv, files = take_files(sys.argv)
-    command = {"check": check, "convert": convert}[word]
-    settings.run(lambda c: command.main(c, files), f"prepare/{word}.py")
+    command = sys.argv[1] if sys.argv[1:] else "check"
+    sys.exit(print(f"error: python data.py {command}: this command is now python prepare/{command}.py",
+                   file=sys.stderr) or 2)

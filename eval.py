@@ -22,18 +22,21 @@ from tqdm import tqdm
 
 import config as settings
 from checkpoint import fingerprint
-from data import Clips, Manifest, unheard_note
+from data import Clips, Manifest, truncation_warning
 from sample import load_weights, read_model
-from tools import answers, records, report as pages, table
-from tools.captions import captioning
-from tools.clap_text import text_tower
-from tools.closed_sets import closed_set, cmm, entailment, multi_label, nsynth
-from tools.compare import compare
-from tools.decoding import answer
-from tools.listening import attention_over_time
-from tools.reading import (labels_of, mark_of, marks_in, normalise, option_named, options_of,
+from tools.common import UserError, commit, name_disk_errors
+from tools.eval import answers
+from tools.eval import records
+from tools.eval import report as pages
+from tools.eval import results as table
+from tools.eval.captions import captioning
+from tools.eval.clap_text import text_tower
+from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth
+from tools.eval.compare import compare
+from tools.sample.decoding import answer
+from tools.sample.attention_map import attention_over_time
+from tools.eval.parsing import (labels_of, mark_of, marks_in, normalise, option_named, options_of,
                            reference_option, said)
-from tools.scripts import writing
 
 split: str = ""  # Name-Task/split, or several separated by commas
 init_from: str | None = None  # run, checkpoint file, release directory or hub id; None: the newest run
@@ -133,7 +136,7 @@ RULES = {rule.__name__: rule for _, rule in METRICS}
 def choose_rule(task, items, name=None):
     if name is not None:
         if name not in RULES:
-            raise ValueError(f"metric = {name!r}, expected one of {', '.join(RULES)}")
+            raise UserError(f"metric = {name!r}, expected one of {', '.join(RULES)}")
         return RULES[name]
     rule = next(rule for pattern, rule in METRICS if re.search(pattern, task, re.I))
     listed = sum(bool(options_of(item["prompt"])) for item in items)
@@ -172,12 +175,12 @@ def answer_split(model, manifest, path, c, matters, about, rank, world):
     wait(world)
     done = answers.kept(path, manifest, matters)
     wait(world)  # all ranks have read before one writes: the same shares
-    clips = Clips([manifest], None, model.hearing)
+    clips = Clips([manifest], None, model.audio_config)
     todo = sorted(set(range(len(manifest))) - set(done))[rank::world]
     loader = DataLoader(clips, batch_size=None, sampler=todo, num_workers=min(c.num_workers, len(todo)))
     bar = tqdm(total=len(todo), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
     heard = []  # (index, clip) of the items that can be answered, in the order in which they are read
-    with writing(path), answers.open_part(path, matters, rank, about) as f, bar:
+    with name_disk_errors(path), answers.open_part(path, matters, rank, about) as f, bar:
         def write(i, clip, text):
             item = {"id": i} | answers.question_of(manifest, i) | {"answer": text}
             if "error" in clip:
@@ -215,7 +218,7 @@ def wait(world):
 
 def open_split(name, c):
     """The manifest Name-Task/split; also MMAU's official question file in its place, or by its path."""
-    data_root, folder = settings.place(c.data_root), settings.place(c.dataset_file_root)
+    data_root, folder = settings.resolve_path(c.data_root), settings.resolve_path(c.dataset_file_root)
     path = name if name.endswith(".json") else os.path.join(folder, name + ".json")
     if os.path.isfile(path) and records.is_official(path):
         return records.open_questions(path, name, lambda file: Manifest(file, data_root))
@@ -225,7 +228,7 @@ def open_split(name, c):
 def main(c):
     names = [name.strip() for name in c.split.split(",") if name.strip()]
     if not names:
-        raise ValueError("give --split Name-Task/split, of dataset_file_root, e.g. Clotho-AQA-AQA/test")
+        raise UserError("give --split Name-Task/split, of dataset_file_root, e.g. Clotho-AQA-AQA/test")
     if c.metric is not None:
         choose_rule("", [], c.metric)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -233,7 +236,7 @@ def main(c):
         dist.init_process_group("gloo")
         if c.device == "auto" and torch.cuda.is_available():
             c.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    roots = {"dataset_file_root", "data_root"} - set(c.given)
+    roots = {"dataset_file_root", "data_root"} - set(c.user_set)
     if "dataset_file_root" not in roots:  # a wrong split is told before a model is looked for, ...
         manifests = {name: open_split(name, c) for name in names}
     source, model, state = read_model(c)
@@ -243,17 +246,17 @@ def main(c):
         manifests = {name: open_split(name, c) for name in names}
     for manifest in manifests.values():
         if not len(manifest):
-            raise ValueError(f"{manifest.file}: holds no item to score")
+            raise UserError(f"{manifest.file}: holds no item to score")
     folder = answers_folder(c, source)
     records.check_places(c, folder)
     model = load_weights(c, source, model, state)
     matters = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
-               "max_new_tokens": c.max_new_tokens, "hearing": model.hearing}
+               "max_new_tokens": c.max_new_tokens, "hearing": model.audio_config}
     os.makedirs(folder, exist_ok=True)
     rows, kept = {}, {}
     for name, manifest in manifests.items():
         path = os.path.join(folder, name.replace("/", "--") + ".jsonl")
-        about = {"model": source, "manifest": manifest.file, "commit": settings.commit()}
+        about = {"model": source, "manifest": manifest.file, "commit": commit()}
         items = answer_split(model, manifest, path, c, matters, about, rank, world)
         if rank == 0:
             kept[name] = items
@@ -263,38 +266,38 @@ def main(c):
                 records.write_official(path.removesuffix("l"), manifest.items, items)
             unheard = [item["unheard"] for item in items if "unheard" in item]
             if unheard:
-                print(unheard_note(len(items), len(unheard), sum(unheard), model.hearing), flush=True)
+                print(truncation_warning(len(items), len(unheard), sum(unheard), model.audio_config), flush=True)
     if rank == 0 and c.scores:
-        table.add_scores(settings.place(c.scores), rows)
+        table.add_scores(settings.resolve_path(c.scores), rows)
     if rank == 0 and c.report:
         def load(name, item):  # as the model heard it
-            clip = Clips([manifests[name]], None, model.hearing)[item["id"]]
+            clip = Clips([manifests[name]], None, model.audio_config)[item["id"]]
             if "error" in clip:
-                raise ValueError(clip["error"])
+                raise UserError(clip["error"])
             windows, several = clip["windows"], len(clip["n_windows"]) > 1
             return windows, None if several else attention_over_time(model, item["prompt"], windows)
 
         pages.write_report(os.path.join(folder, "report.html"), rows, kept, load,
-                           rate=model.hearing["sample_rate"])
+                           rate=model.audio_config["sample_rate"])
     wait(world)
 
 
 def answers_folder(c, source):
     """--results; else eval/ in the run, or out/eval/<model> for a release."""
     if c.results:
-        return settings.place(c.results)
-    run = settings.place(source)
+        return settings.resolve_path(c.results)
+    run = settings.resolve_path(source)
     run = os.path.dirname(run) if os.path.isfile(run) else run
     if not os.path.isdir(run) or os.path.isdir(os.path.join(run, "safe_ckpt")):
-        return settings.place(os.path.join("out/eval", source.strip("/").replace("/", "--")))
+        return settings.resolve_path(os.path.join("out/eval", source.strip("/").replace("/", "--")))
     return os.path.join(run, "eval")
 
 
-def score_files(c, files):
+def score_files(c):
     """Score the answers of any system."""
-    if not c.task or len(files) != 1:
-        raise ValueError("usage: eval.py score answers.jsonl --task=Name-Task")
-    items, folder = records.read_answers(files[0]), c.results and settings.place(c.results)
+    if not c.task or len(c.files) != 1:
+        raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
+    items, folder = records.read_answers(c.files[0]), c.results and settings.resolve_path(c.results)
     records.check_places(c, folder)
     row = score_split(c.task, items, c, c.clap_checkpoint)
     if folder:
@@ -303,24 +306,22 @@ def score_files(c, files):
         if c.report:
             pages.write_report(os.path.join(folder, "report.html"), {c.task: row}, {c.task: items})
     if c.scores:
-        table.add_scores(settings.place(c.scores), {c.task: row})
+        table.add_scores(settings.resolve_path(c.scores), {c.task: row})
 
 
-def compare_files(c, files):
+def compare_files(c):
     """The paired test of two systems' answers; --task scores them first."""
-    if len(files) != 2:
-        raise ValueError("usage: eval.py compare a.jsonl b.jsonl [--task=Name-Task]")
-    both = [records.read_answers(path) for path in files]
+    if len(c.files) != 2:
+        raise UserError("usage: eval.py compare a.jsonl b.jsonl [--task=Name-Task]")
+    both = [records.read_answers(path) for path in c.files]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     for items in both if c.task else ():
         score_split(c.task, items, c, c.clap_checkpoint)
-    compare(*both, names=files)
+    compare(*both, names=c.files)
 
 
 if __name__ == "__main__":
-    command = {"score": score_files, "compare": compare_files}.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    command = {"score": score_files, "compare": compare_files}.get("".join(sys.argv[1:2]))
     if command:
-        sys.argv, files = records.take_files(sys.argv[:1] + sys.argv[2:])
-        settings.run(lambda c: command(c, files), "eval.py", READS)
-    else:
-        settings.run(main, "eval.py", READS)
+        del sys.argv[1]
+    settings.run(command or main, "eval.py", READS, files=bool(command))

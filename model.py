@@ -5,12 +5,12 @@
 
     from model import AudioFlamingo
     model = AudioFlamingo.from_pretrained("exp/sft")            # a run, a checkpoint, a release, a hub id
-    model.generate(["What is happening?"], windows, n_windows)  # of data.load_audio(path, **model.hearing)
+    model.generate(["What is happening?"], windows, n_windows)  # of data.load_audio(path, **model.audio_config)
 
 Shapes: B clips, W windows, S audio tokens of a clip (64 per window; (clap_spec_size/32)^2 in general), T text
 tokens, D language-model width, C audio width, V vocabulary, H heads of d channels. Paper: arXiv 2503.03983.
 
-Read from the top; AudioFlamingo.hidden is the idea in ten lines. The Triton kernels, which compute what
+Read from the top; AudioFlamingo.forward_hidden is the idea in ten lines. The Triton kernels, which compute what
 naive_attention spells out, stand last. Nothing here opens a file: checkpoint.py does.
 """
 import importlib.util
@@ -26,14 +26,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import HEARING, MARKS, SAMPLE_RATE
-from tools.htsat import FRONT_END, load_htsat_class, rate_of
+from tools.checkpoint.htsat import FRONT_END, load_htsat_class, sample_rate_of_mel
+from tools.common import UserError
 
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
 else:  # naive and sdpa need none of it, and the kernels below stay plain functions
     triton, tl = SimpleNamespace(jit=lambda f: f, __version__=None), SimpleNamespace(constexpr=None)
+
+SAMPLE_RATE = 16000  # Hz, of CLAP; an encoder may have another
+AUDIO_SETTINGS = ("window_length", "window_overlap", "max_num_window")  # how a clip is cut into windows
+SPECIAL_TOKENS = ("<audio>", "<|endofchunk|>", "<|PAD_TOKEN|>", "<SEP>")  # in the published order
 
 # ------------------------------------------------------------------------------------------------------------
 # Sound to log-mel
@@ -86,7 +90,7 @@ class ClapEncoder(nn.Module):
             num_heads=num_heads, window_size=8, config=FRONT_END, ape=position, enable_fusion=fusion,
             fusion_type="aff_2d" if fusion else "None", drop_path_rate=0.1 if augment else 0.0)
         self.register_buffer("mel", mel)
-        self.sample_rate = rate_of(mel)
+        self.sample_rate = sample_rate_of_mel(mel)
         for unused in ("spectrogram_extractor", "logmel_extractor", "tscam_conv", "head"):
             delattr(self.htsat, unused)  # its own waveform front end and AudioSet classifier
         if position:  # beside patches of size 1: heard from the first step on
@@ -107,7 +111,7 @@ class ClapEncoder(nn.Module):
         """mel (n, frames, 64), as log_mel gives it -> (n, S, C)."""
         h = self.htsat
         if mel.shape[1] > self.max_frames:
-            raise ValueError(f"window_length gives {mel.shape[1]} frames of 10 ms, clap_spec_size "
+            raise UserError(f"window_length gives {mel.shape[1]} frames of 10 ms, clap_spec_size "
                              f"{h.spec_size} takes {self.max_frames}")
         x = h.bn0(mel.transpose(1, 2)[..., None]).permute(0, 3, 2, 1)  # per mel band; (n, 1, frames, 64)
         if self.training and self.augment:
@@ -259,7 +263,7 @@ class AudioTransformer(nn.Module):
     def __init__(self, width, n_head, n_layers, d_inner):
         super().__init__()
         if width % n_head:
-            raise ValueError(f"audio_transformer_n_head = {n_head} does not divide the audio width {width}")
+            raise UserError(f"audio_transformer_n_head = {n_head} does not divide the audio width {width}")
         self.layer_norm = nn.LayerNorm(width, eps=1e-6)  # of the input; there is no final norm
         self.layer_stack = nn.ModuleList()
         for _ in range(n_layers):
@@ -337,14 +341,14 @@ def gated_cross_attention(q, k, v, n_keys, gate, backend="auto"):
     """
     (B, T, H, d), N = q.shape, k.shape[1]
     if k.shape != (B, N, H, d) or v.shape != k.shape or not q.dtype == k.dtype == v.dtype:
-        raise ValueError("q, k, v: expected (B, T, H, d), (B, N, H, d), (B, N, H, d) of one dtype, got "
+        raise UserError("q, k, v: expected (B, T, H, d), (B, N, H, d), (B, N, H, d) of one dtype, got "
                          + ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v)))
     if n_keys.shape not in ((B,), (B, T)) or n_keys.is_floating_point():
-        raise ValueError(f"n_keys: expected integers {(B,)} or {(B, T)}, got {tuple(n_keys.shape)} "
+        raise UserError(f"n_keys: expected integers {(B,)} or {(B, T)}, got {tuple(n_keys.shape)} "
                          f"{n_keys.dtype}")
     backend = pick_backend(q.device)[0] if backend == "auto" else backend
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected 'auto' or one of {', '.join(BACKENDS)}")
+        raise UserError(f"backend={backend!r}: expected 'auto' or one of {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, n_keys, gate)
 
 
@@ -397,7 +401,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class Place(NamedTuple):
+class Positions(NamedTuple):
     """Where the tokens of a call stand in their texts."""
     rope: tuple  # cos, sin of their positions
     slots: torch.Tensor | None = None  # (B, T) of the cache, which are the positions
@@ -476,7 +480,7 @@ class TokenTable(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """embed_tokens, layers, norm and the head; AudioFlamingo.hidden lets it listen between the layers."""
+    """embed_tokens, layers, norm and the head; AudioFlamingo.forward_hidden lets it listen between the layers."""
 
     def __init__(self, config, added):
         """config: language_models.sizes_of; added: rows of the tables beside config.vocab."""
@@ -494,20 +498,20 @@ class LanguageModel(nn.Module):
         c = self.config
         return like.new_zeros(c.layers, 2, B, c.kv_heads, length, c.d)
 
-    def place(self, ids, positions=None, cache=None):
-        """ids (B, T) -> their Place: from position 0 on, or in a cache at positions (B, T)."""
+    def positions(self, ids, positions=None, cache=None):
+        """ids (B, T) -> their Positions: from position 0 on, or in a cache at positions (B, T)."""
         c = self.config
         at = torch.arange(ids.shape[1], device=ids.device) if cache is None else positions[:, None]
         rope = rotary_table(at, c.d, c.rope_theta, c.rope_stretch)  # (T, d) or (B, 1, T, d)
         if cache is None:
-            return Place(rope)
+            return Positions(rope)
         slots = torch.arange(cache.shape[4], device=ids.device)
         ahead = slots > positions.repeat(1, c.heads // c.kv_heads)[:, None, :, None]
-        return Place(rope, positions, cache.new_zeros(ahead.shape).masked_fill_(ahead, -math.inf))
+        return Positions(rope, positions, cache.new_zeros(ahead.shape).masked_fill_(ahead, -math.inf))
 
     def forward(self, ids, layers=None):
         """Without listening: ids (B, T) right-padded -> (B, T, D) before the head, after `layers` blocks."""
-        x, place = self.embed_tokens(ids), self.place(ids)
+        x, place = self.embed_tokens(ids), self.positions(ids)
         for block in self.layers[:layers]:
             x = block(x, place)
         return self.norm(x)
@@ -524,7 +528,7 @@ def gated_blocks(every, layers):
     """Indices of the blocks with cross-attention before them, from a stride or a list."""
     blocks = [i for i in range(layers) if (i + 1) % every == 0] if isinstance(every, int) else list(every)
     if not blocks or not all(isinstance(i, int) and 0 <= i < layers for i in blocks):
-        raise ValueError(f"cross_attn_every_n_layers = {every!r}: expected some of 0...{layers - 1}")
+        raise UserError(f"cross_attn_every_n_layers = {every!r}: expected some of 0...{layers - 1}")
     return blocks
 
 
@@ -532,7 +536,7 @@ def gated_blocks(every, layers):
 recomputed = partial(checkpoint, use_reentrant=False)
 
 
-def side_by_side(x, n, rows=None):
+def pad_packed(x, n, rows=None):
     """x (sum n, S, C), or its `rows`, n (P,) parts -> (P, max n S, C); after a part comes what must not be
     read. n and rows are numpy's: positions come from the host, a device need not be waited for."""
     at = np.minimum(np.arange(n.max()), np.maximum(n - 1, 0)[:, None]) + (n.cumsum() - n)[:, None]
@@ -545,18 +549,18 @@ def side_by_side(x, n, rows=None):
 class AudioFlamingo(nn.Module):
     def __init__(self, config, lm, tokenizer, encoder=None):
         """config: the settings of config.MODEL_SETTINGS and attention_backend; lm: a LanguageModel, or its
-        sizes; tokenizer: the language model's with the marks of a prompt (data.add_marks); encoder: see "The
+        sizes; tokenizer: the language model's with the marks of a prompt (data.extend_tokenizer); encoder: see "The
         audio encoder", None for CLAP of the config's sizes. What is not given has random weights;
         checkpoint.py loads them."""
         super().__init__()
         c, self.config, self.tokenizer = config, config, tokenizer
-        self.audio_id, self.end_id = tokenizer.convert_tokens_to_ids(list(MARKS[:2]))
+        self.audio_id, self.end_id = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS[:2]))
         self.pad_id, self.sep_id = tokenizer.pad_token_id, tokenizer.sep_token_id
         self.stop_ids = [self.end_id, tokenizer.eos_token_id]
         self.lm = lm if isinstance(lm, nn.Module) else LanguageModel(lm, added=len(tokenizer) - lm.vocab)
         self.clap = encoder = encoder or ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads,
                                                      c.clap_spec_size)
-        self.hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": encoder.sample_rate}
+        self.audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": encoder.sample_rate}
         self.audio_transformer = AudioTransformer(encoder.width, c.audio_transformer_n_head,
                                                   c.audio_transformer_n_layers, c.audio_transformer_d_inner)
         blocks = gated_blocks(c.cross_attn_every_n_layers, self.lm.config.layers)
@@ -567,7 +571,7 @@ class AudioFlamingo(nn.Module):
 
     # --- listening and reading
 
-    def listen(self, windows, n_windows):
+    def encode_audio(self, windows, n_windows):
         """windows (sum W, L) int16 or float32 -> audio tokens (B, S, C) and n_keys, how many are real: (B,)
         as n_windows, or (B, K), up to and with each of the K clips of a text (0 windows: there are fewer)."""
         part = 4 if windows.device.type == "cpu" and not self.clap.training else 64  # small enough for caches
@@ -575,14 +579,14 @@ class AudioFlamingo(nn.Module):
         S, counts, device = tokens.shape[1], n_windows.cpu().numpy(), tokens.device
         of_clips = counts[counts > 0]
         n_tokens = torch.from_numpy(of_clips * S).to(device, non_blocking=True)
-        audio = self.audio_transformer(side_by_side(tokens, of_clips), n_tokens)  # (clips, max W S, C)
+        audio = self.audio_transformer(pad_packed(tokens, of_clips), n_tokens)  # (clips, max W S, C)
         n_keys = n_windows.to(device, non_blocking=True) * S
         if n_windows.ndim == 1:
             return audio, n_keys
         real = np.flatnonzero(np.arange(of_clips.max()) < of_clips[:, None])  # windows among (clips, max W)
-        return side_by_side(audio.view(-1, S, audio.shape[2]), counts.sum(1), real), n_keys.cumsum(1)
+        return pad_packed(audio.view(-1, S, audio.shape[2]), counts.sum(1), real), n_keys.cumsum(1)
 
-    def keys_heard(self, ids, n_keys):
+    def visible_keys(self, ids, n_keys):
         """n_keys of listen for every token of ids (B, T): of the clips whose marks stand before or at it."""
         if n_keys.ndim == 1:
             return n_keys
@@ -593,11 +597,11 @@ class AudioFlamingo(nn.Module):
         """audio (B, S, C) -> {block index: (B, S, 2, H, d)} for the gated blocks."""
         return dict(zip(map(int, self.xattn), keys_values(list(self.xattn.values()), audio)))
 
-    def hidden(self, ids, kv, n_keys, positions=None, cache=None):
+    def forward_hidden(self, ids, kv, n_keys, positions=None, cache=None):
         """ids (B, T) -> (B, T, D) before the head; kv of keys_values, n_keys of listen. With a cache the ids
         are the tokens at `positions` (B, T) of texts whose earlier tokens are in it."""
         call = recomputed if self.training and self.recompute else nn.Module.__call__
-        x, place = self.lm.embed_tokens(ids), self.lm.place(ids, positions, cache)
+        x, place = self.lm.embed_tokens(ids), self.lm.positions(ids, positions, cache)
         for i, block in enumerate(self.lm.layers):
             if i in kv:
                 x = call(self.xattn[str(i)], x, kv[i], n_keys, self.backend)
@@ -608,8 +612,8 @@ class AudioFlamingo(nn.Module):
         """input_ids (B, T) right-padded; windows (sum W, L); n_windows (B,), or (B, K) for K clips a text;
         labels (B, T) unshifted, -100 ignored -> logits (B, T, V) and no loss, or no logits and the mean loss
         over the labelled tokens: then the head runs before those alone (V = 151,669 is expensive)."""
-        audio, n_keys = self.listen(windows, n_windows)
-        x = self.hidden(input_ids, self.keys_values(audio), self.keys_heard(input_ids, n_keys))
+        audio, n_keys = self.encode_audio(windows, n_windows)
+        x = self.forward_hidden(input_ids, self.keys_values(audio), self.visible_keys(input_ids, n_keys))
         if labels is None:
             return self.lm.logits(x), None
         targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
@@ -623,18 +627,18 @@ class AudioFlamingo(nn.Module):
             return sum(map(partial(recomputed, self.summed_loss), x.split(most), targets.split(most)))
         return F.cross_entropy(self.lm.logits(x).float(), targets, reduction="sum")
 
-    # --- answering: tools/decoding.py
+    # --- answering: tools/sample/decoding.py
 
     def stream(self, prompts, windows, n_windows, **how):
         """generate, step by step: a generator of (B,) token ids, -1 in rows that have ended."""
-        from tools.decoding import stream
+        from tools.sample.decoding import stream
         return stream(self, prompts, windows, n_windows, **how)
 
     def generate(self, prompts, windows, n_windows, max_new_tokens=256, **how):
         """prompts: B strings as in a manifest; windows (sum W, L); n_windows (B,) of their clips, or (B, K)
-        of the K clips of each, 0 for none; how: fields of tools.decoding.Sampling -> B strings. No answer
+        of the K clips of each, 0 for none; how: fields of tools.sample.decoding.Sampling -> B strings. No answer
         depends on the rest of its batch, sampled or not."""
-        from tools.decoding import generate
+        from tools.sample.decoding import generate
         return generate(self, prompts, windows, n_windows, max_new_tokens=max_new_tokens, **how)
 
     # --- training
@@ -643,7 +647,7 @@ class AudioFlamingo(nn.Module):
         """Freeze everything, then free what a run with these settings trains."""
         table = config.freeze_lm_embeddings
         if table not in (True, False, "added"):
-            raise ValueError(f"freeze_lm_embeddings = {table!r}, expected True, False or 'added'")
+            raise UserError(f"freeze_lm_embeddings = {table!r}, expected True, False or 'added'")
         self.requires_grad_(False)
         self.audio_transformer.requires_grad_(True)
         self.xattn.requires_grad_(True)
@@ -937,7 +941,7 @@ def triton_attention(q, k, v, n_keys, gate):
     d = q.shape[-1]
     fits = d in (32, 64, 128) and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if not fits or not triton.__version__ or not (q.is_cuda or INTERPRETED):
-        raise ValueError(f"backend='triton': expected triton, a GPU (or TRITON_INTERPRET=1 at import) and "
+        raise UserError(f"backend='triton': expected triton, a GPU (or TRITON_INTERPRET=1 at import) and "
                          f"heads of 32, 64 or 128 channels in float32, float16 or bfloat16; got triton "
                          f"{triton.__version__}, {q.device} and {d} in {q.dtype}")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))

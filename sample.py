@@ -15,16 +15,17 @@ import sys
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import export_release, finished, read
-from data import unheard_note
+from checkpoint import export_release, materialize, open_checkpoint
+from data import truncation_warning
 from model import pick_backend
-from tools import listening, page
-from tools.asking import concluded, growing, hear_clips, load_clips, read_questions, sampling
-from tools.decoding import Sampling, answer, compile_decoding
-from tools.devices import pick_device, pick_precision
-from tools.int8 import quantize
-from tools.run_folder import newest_run
-from tools.scripts import need_place, writing
+from tools.sample import attention_map as listening
+from tools.sample import page
+from tools.sample.asking import concluded, growing, hear_clips, load_clips, read_questions, sampling
+from tools.sample.decoding import Sampling, answer, compile_decoding
+from tools.checkpoint.devices import pick_device, pick_precision
+from tools.sample.int8 import quantize
+from tools.checkpoint.run_dir import newest_run
+from tools.common import UserError, check_folder_writable, check_writable, name_disk_errors
 
 audio: list = []  # audio file; again for each further clip of the same prompt
 prompt: str = "Describe the sound in a sentence."  # what to ask
@@ -53,14 +54,14 @@ READS = (*settings.LOADING, "expdir", "batch_size", "seed", "device", "precision
 def read_model(c):
     """-> where the model that settings ask for comes from, the model without weights, and its state."""
     source = c.init_from or newest_run(dict.fromkeys([c.expdir, "exp", "out"]))
-    return source, *read(source, settings.given(c))
+    return source, *open_checkpoint(source, settings.overrides(c))
 
 
 def load_weights(c, source, model, state):
     """The model on its device, with one line about what was chosen."""
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
-    model = finished(model, state, device, dtype, source)
+    model = materialize(model, state, device, dtype, source)
     if c.int8:
         quantize(model)
     if c.compile:
@@ -73,7 +74,7 @@ def load_weights(c, source, model, state):
 
 def say_unheard(seconds, model):
     """Once, on stderr: how many clips were longer than what was heard of them."""
-    if note := unheard_note(len(seconds), sum(s > 0 for s in seconds), sum(seconds), model.hearing):
+    if note := truncation_warning(len(seconds), sum(s > 0 for s in seconds), sum(seconds), model.audio_config):
         print(note, file=sys.stderr)
 
 
@@ -101,7 +102,7 @@ def ask(model, c):
             listening.write_timeline(c.timeline, told, windows)
         if c.output:
             line = {"path": c.audio, "prompt": prompt, "output": text}
-            with writing(c.output), open(c.output, "a") as f:
+            with name_disk_errors(c.output), open(c.output, "a") as f:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -113,7 +114,7 @@ def ask_all(model, questions, c):
         for number, (item, places) in enumerate(questions):
             try:
                 windows, n_windows, unheard = load_clips(places, model)
-            except (ValueError, FileNotFoundError) as error:  # told in its line; the others are answered
+            except (UserError, FileNotFoundError) as error:  # told in its line; the others are answered
                 lines[number] = item | {"output": None, "error": str(error)}
                 continue
             all_unheard.extend(unheard)
@@ -129,7 +130,7 @@ def ask_all(model, questions, c):
             line = json.dumps(lines[written], ensure_ascii=False)
             tqdm.write(line)
             if part:
-                with writing(c.output):
+                with name_disk_errors(c.output):
                     part.write(line + "\n")
                     part.flush()
             written += 1
@@ -156,22 +157,22 @@ def ask_all(model, questions, c):
 
 def main(c):
     if c.export:
-        settings.need_room(c.export)
+        check_folder_writable(c.export)
         asks = ("audio", "input", "output", "serve", "chat", "timeline", "int8")
         if more := ", ".join(name for name in asks if getattr(c, name)):
-            raise ValueError(f"--export writes the weights as they are, and asks nothing: leave out {more}")
+            raise UserError(f"--export writes the weights as they are, and asks nothing: leave out {more}")
         return export_release(*read_model(c), c.export)
     if bool(c.audio) + bool(c.input) + c.serve != 1:
-        raise ValueError("give one of --audio clip.wav (again for each further clip of the same prompt), "
+        raise UserError("give one of --audio clip.wav (again for each further clip of the same prompt), "
                          "--input questions.jsonl and --serve")
     questions = read_questions(c.input) if c.input else []
     if c.timeline and len(c.audio) != 1:
-        raise ValueError("--timeline is of one --audio clip")
+        raise UserError("--timeline is of one --audio clip")
     for path in c.audio:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such audio file")
     for file in filter(None, (c.output, c.timeline and c.timeline + ".json")):
-        need_place(file)
+        check_writable(file)
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     Sampling(**sampling(c))  # what makes no sense is refused before the model is loaded
     if c.serve:

@@ -25,16 +25,18 @@ from tqdm import tqdm
 
 import checkpoint
 import config as settings
-from data import open_manifests, train_loader, unheard_note, valid_loader
+from data import open_manifests, train_loader, truncation_warning, valid_loader
 from model import pick_backend
-from tools import meters, runs
-from tools.devices import pick_device, pick_precision
-from tools.meters import flops_per_step, parameter_table, peak_memory
-from tools.optimizers import clip, load_optimizer, make_optimizer
-from tools.progress import (OWN, STANDS, changes, check_same_run, epoch_items, plan_of, read_saved,
+from tools.train import log as meters
+from tools.train import run as runs
+from tools.checkpoint.devices import pick_device, pick_precision
+from tools.train.log import flops_per_step, parameter_table, peak_memory
+from tools.train.optim import clip, load_optimizer, make_optimizer
+from tools.train.resume import (OWN, STANDS, changes, check_same_run, epoch_items, plan_of, read_saved,
                             rest_of_epoch, what_is_left)
-from tools.run_folder import newest_whole
-from tools.watch import COUNTS, Watch, count, count_tokens
+from tools.checkpoint.run_dir import newest_whole
+from tools.common import UserError
+from tools.train.watch import COUNTS, Watch, count, count_tokens
 
 
 def schedule(c, step, items, per_step, total_items):
@@ -58,7 +60,7 @@ def seed_step(c, rank, step):
 def on_device(batch, device):
     """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host: positions are
     made of them."""
-    return *runs.arrived(batch, device), batch["n_windows"], batch["labels"]
+    return *runs.wait_for_copy(batch, device), batch["n_windows"], batch["labels"]
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def validate(model, c, loaders, device, autocast, world, control, came):
     for name, loader in loaders.items():
         total = torch.zeros(3, dtype=torch.float64, device=device)  # summed loss, tokens, outputs cut off
         unread = []
-        for batch in runs.ahead(loader, device):
+        for batch in runs.prefetch_to_gpu(loader, device):
             if came:
                 break
             n = count_tokens(batch)
@@ -78,18 +80,18 @@ def validate(model, c, loaders, device, autocast, world, control, came):
             with autocast():
                 _, loss = model(*on_device(batch, device))
             total += torch.stack([loss.double() * n, *total.new_tensor([n, batch["cut"]])])
-        if runs.agreed([bool(came)], control)[0]:
+        if runs.any_rank([bool(came)], control)[0]:
             return None, []
         if world > 1:
             dist.all_reduce(total)
-        unread = runs.gathered(unread, control)
+        unread = runs.all_gather_lists(unread, control)
         loss, labelled, cut = total.tolist()
         if not labelled:
             why = f"{cut:.0f} answers cut off by max_tokens = {c.max_tokens}, {len(unread)} clips not read"
-            raise ValueError(f"{name}: no labelled token in {len(loader.dataset)} items: {why}" +
+            raise UserError(f"{name}: no labelled token in {len(loader.dataset)} items: {why}" +
                              (f", e.g. {unread[0]}" if unread else ""))
         if not math.isfinite(loss):
-            raise ValueError(f"{name}: the validation loss is {loss}")
+            raise UserError(f"{name}: the validation loss is {loss}")
         losses[name] = loss / labelled
         bad += [f"{name}: {cause}" for cause in unread]
     model.train()
@@ -98,9 +100,9 @@ def validate(model, c, loaders, device, autocast, world, control, came):
 
 def train(c, run, rank, world, local_rank):
     if not c.dataset_blending_config:
-        raise ValueError("dataset_blending_config is empty: give a config file, e.g. config/pretrain.py")
+        raise UserError("dataset_blending_config is empty: give a config file, e.g. config/pretrain.py")
     if c.lr_scheduler not in ("constant", "cosine", "linear"):
-        raise ValueError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
+        raise UserError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
 
     # --- where we run
     device = pick_device(c.device)
@@ -128,13 +130,13 @@ def train(c, run, rank, world, local_rank):
              for n, m in manifests.items()}
     digests = {n: m.items.told["digest"] for n, m in manifests.items()}
     saved_file = newest_whole(run.folder, say)
-    given = settings.given(c)
+    given = settings.overrides(c)
     if c.pretrained_path:  # sizes that were not given are its own
-        model, state = checkpoint.read_start(c, given)
+        model, state = checkpoint.open_pretrained(c, given)
     else:
-        model, state = checkpoint.start(c, given)
+        model, state = checkpoint.init_from_parts(c, given)
     model.recompute, model.clap.recompute = c.gradient_checkpointing, c.clap_gradient_checkpointing
-    heard = model.tokenizer, model.hearing, rank, world
+    heard = model.tokenizer, model.audio_config, rank, world
     valid = {name: valid_loader(manifest, c, *heard) for name, manifest in valid.items()}
     model.set_trainable(c)
     # what a checkpoint holds: what trains, and what is drawn at random here
@@ -146,7 +148,7 @@ def train(c, run, rank, world, local_rank):
         kept |= {n for n in model.state_dict() if n.startswith("clap.")}  # its BatchNorm moves, too
     frozen_hash = checkpoint.fingerprint({n: t for n, t in state.items() if n not in kept})
     here = digests | {"checkpoint": os.path.basename(saved_file or ""), "frozen weights": frozen_hash}
-    runs.check_alike(here | {n: v for n, v in vars(c).items() if n not in OWN}, control)
+    runs.check_same_on_all_ranks(here | {n: v for n, v in vars(c).items() if n not in OWN}, control)
     saved = {}
     if saved_file:
         saved = read_saved(saved_file)
@@ -164,7 +166,7 @@ def train(c, run, rank, world, local_rank):
     sizes = {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS}
 
     # --- where it stands: whole epochs, optimizer steps of this one, items of the blend
-    plan, accumulation = plan_of(c, world, model.hearing), c.gradient_accumulation_steps
+    plan, accumulation = plan_of(c, world, model.audio_config), c.gradient_accumulation_steps
     at = dict.fromkeys(STANDS, 0) | {"only": None}
     seen = dict.fromkeys(COUNTS, 0)
     if saved:
@@ -236,7 +238,7 @@ def train(c, run, rank, world, local_rank):
     ended = at["next_epoch"] if valid and saved and not at["steps_in_epoch"] and at["only"] is None else 0
     due = ended and (ended == c.num_epochs or ended % c.valid_epochs == 0)
     came, stop, loader = runs.catch_signals(), False, None
-    if runs.agreed([main_rank and due and not run.validated(at["step"])], control)[0]:
+    if runs.any_rank([main_rank and due and not run.validated(at["step"])], control)[0]:
         stop = look_at_valid(ended - 1)  # the process died between checkpoint and validation
 
     # --- the loop: an epoch is a window of the blend; a step is `accumulation` micro-batches
@@ -252,7 +254,7 @@ def train(c, run, rank, world, local_rank):
         taken = []
         if counts[epoch]:
             first = at["steps_in_epoch"] * accumulation
-            loader, chosen = train_loader(manifests, c, model.tokenizer, model.hearing, epoch, rank, world,
+            loader, chosen = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, rank, world,
                                           first, loader, at["only"])
             if not first and at["only"] is None:
                 run.write(epoch=epoch, step=at["step"], **loader.stats)
@@ -263,7 +265,7 @@ def train(c, run, rank, world, local_rank):
             parts = list(map(len, loader.rows))
             taken = [sum(parts[i:i + accumulation]) for i in range(first, len(parts), accumulation)]
             per_step = sum(taken) / len(taken) if c.max_windows_per_batch and taken else per_step
-            batches = runs.ahead(loader, device)
+            batches = runs.prefetch_to_gpu(loader, device)
         last_step = min(limit, at["step"] + len(taken) + steps_in(counts[epoch + 1:]))
         bar.total = last_step
         for items in taken:
@@ -309,7 +311,7 @@ def train(c, run, rank, world, local_rank):
                 slots = b["input_ids"].numel()
                 window["tokens"] += int(np.count_nonzero(b["input_ids"].numpy() != model.pad_id)) * world
                 window["slots"] += slots * world
-                window["seconds"] += len(b["windows"]) * model.hearing["window_length"] * world
+                window["seconds"] += len(b["windows"]) * model.audio_config["window_length"] * world
                 window["flops"] += flops_per_step(model, slots, len(b["windows"]), count_tokens(b))
             window["steps"] += 1
             window["good"] = window["good"] + (flag == 0)  # no synchronisation here
@@ -330,7 +332,7 @@ def train(c, run, rank, world, local_rank):
                 run.write(**entry)
                 window = dict.fromkeys(window, 0) | {"start": time.time()}
             late = main_rank and c.save_minutes and time.time() - saved_at > 60 * c.save_minutes
-            stop, late = runs.agreed([bool(came), bool(late)], control)
+            stop, late = runs.any_rank([bool(came), bool(late)], control)
             if stop:
                 break
             if late or (c.save_steps and at["step"] % c.save_steps == 0):
@@ -342,7 +344,7 @@ def train(c, run, rank, world, local_rank):
             break
         at |= {"next_epoch": epoch + 1, "steps_in_epoch": 0, "only": None}
         if epoch == first_epoch and seen["long"]:
-            say(unheard_note(int(seen["items"]), int(seen["long"]), seen["unheard"], model.hearing))
+            say(truncation_warning(int(seen["items"]), int(seen["long"]), seen["unheard"], model.audio_config))
         last = stop or epoch + 1 == c.num_epochs or at["step"] >= limit
         if last or (epoch + 1) % c.save_epochs == 0:
             save(f"checkpoint_{epoch}.pt")
@@ -367,10 +369,12 @@ def main(c):
     run = runs.Run(c, rank)  # its folder, found unwritable or taken before anything is loaded
     try:
         return train(c, run, rank, world, local_rank)
-    except RuntimeError as error:  # of whatever talks to the others
+    except RuntimeError as error:
+        if "DataLoader worker (pid" in str(error):
+            raise UserError(f"{error} A data loading process was killed: out of memory, most likely") from error
         if world == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
             raise
-        raise ValueError(f"rank {rank}: another rank ended ({str(error).splitlines()[0][:200]})") from error
+        raise UserError(f"rank {rank}: another rank ended ({str(error).splitlines()[0][:200]})") from error
     finally:
         runs.release_signals()
         run.end()

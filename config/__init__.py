@@ -1,39 +1,50 @@
-"""Settings: flat names, one default each in config/defaults.py, overridden by a config file, then by
+"""Settings: flat names with one default each in config/defaults.py, overridden by config files, then by
 --name=value.
 
-    config = load(sys.argv[1:], "train.py")        # config/defaults.py + the annotated settings of train.py
-    config.batch_size, vars(config)
+    c = load(sys.argv[1:], "train.py")     # config/defaults.py and the annotated settings of train.py
+    c.batch_size, c.user_set               # a value, and the names that the user gave
 
-A config file is flat Python that assigns names (`batch_size = 8`); it may compute, it may not invent names.
-Every error is a ValueError of one line; run() prints it and exits with code 2.
+A config file is flat Python that assigns settings (`batch_size = 8`); it may compute, it may not invent names.
+A script ends with `run(main, __file__)`, which prints a UserError as one line and exits with code 2.
 """
 import ast
 import difflib
 import math
 import os
+import re
+import signal
+import sys
+import time
+import traceback
 import types
 import typing
 from types import SimpleNamespace
 
-from config.defaults import LEAST, LOADING, MODEL_SETTINGS, ORIGINS, PATHS, POSITIVE  # noqa: F401
-from tools.scripts import commit, need_room, parse, print_help, read_json, run, values_of  # noqa: F401
+from config.defaults import LOADING, MINIMUM, MODEL_SETTINGS, ORIGINS, PATHS, POSITIVE  # noqa: F401
+from tools.common import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LARGEST = 2 ** 63  # integers and weights stay below
 
 
-def place(path):
-    """A path in a setting: a relative one starts at the project's folder, wherever the script was started."""
+def resolve_path(path):
+    """A path in a setting: relative ones start at the project's folder, wherever the script was started."""
     return os.path.join(ROOT, os.path.expanduser(path))
 
 
-def given(config, names=LOADING):
-    """{name: value} of those of the settings that the user gave, in a config file or on the command line."""
-    return {name: getattr(config, name) for name in names if name in config.given}
+def overrides(config, names=LOADING):
+    """{name: value} of those settings that the user gave, in a config file or on the command line."""
+    return {name: getattr(config, name) for name in names if name in config.user_set}
 
 
-def settings_of(path):
-    """{name: (type, default, reason)} of the lines `name: type = default  # reason` in a Python file."""
-    source = open(place(path)).read()
+# ------------------------------------------------------------------------------------------------------------
+# What settings there are, and which values they take
+
+
+def settings_of(script):
+    """{name: (type, default, reason)} of the lines `name: type = default  # reason` of a Python file."""
+    with open(resolve_path(script)) as f:
+        source = f.read()
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign):
@@ -48,63 +59,174 @@ def defaults():
     return {name: default for name, (_, default, _) in settings_of("config/defaults.py").items()}
 
 
+def allowed_types(kind):
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def check(name, value, known, where):
-    """The value as the setting's type, or a ValueError that names setting, value and what is expected."""
+    """The value in the setting's type; UserError names the setting, the value and what was expected."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        near = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"{where}: unknown setting {name!r}{near}")
-    kind, wrong = known[name][0], f"{where}: {name} = {value!r:.200}"
-    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if float in allowed and int not in allowed and type(value) is int:
-        value = float(value) if abs(value) < 2 ** 63 else math.inf
-    if type(value) not in allowed and (value is not None or types.NoneType not in allowed):
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+        raise UserError(f"{where}: unknown setting {name!r}{hint}")
+    allowed = allowed_types(known[name][0])
+    where = f"{where}: {name} = {value!r:.200}"
+    if type(value) is int and float in allowed and int not in allowed:
+        value = float(value) if abs(value) < LARGEST else math.inf
+    if type(value) not in allowed and not (value is None and types.NoneType in allowed):
         expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
-        raise ValueError(f"{wrong} is a {type(value).__name__}, expected {expected}")
+        raise UserError(f"{where} is a {type(value).__name__}, expected {expected}")
     if type(value) in (int, float):
-        wild = abs(value) >= 2 ** 63 if type(value) is int else not math.isfinite(value)
-        if wild or value < LEAST.get(name, value) or (name in POSITIVE and value <= 0):
-            at_least = f", {LEAST[name]} or more" if name in LEAST else ", more than 0" * (name in POSITIVE)
-            raise ValueError(f"{wrong}, expected a finite number{at_least}")
-    for key, weight in value.items() if type(value) is dict else ():
-        if type(key) is not str or type(weight) not in (int, float) or not 0 < weight < 2 ** 63:
-            raise ValueError(f"{where}: {name}: {key} = {weight!r:.80}, expected a name and a weight above 0")
-    outside = name == "run_name" and (os.path.isabs(value) or ".." in value.split("/"))  # of expdir
-    if outside or (name in ("run_name", "expdir") and not value.strip()):
-        raise ValueError(f"{wrong}, expected the name of a folder")
+        check_number(name, value, where)
+    if type(value) is dict:
+        check_weights(value, where)
+    if name in ("run_name", "expdir") and not value.strip():
+        raise UserError(f"{where}, expected the name of a folder")
+    if name == "run_name" and (os.path.isabs(value) or ".." in value.split("/")):
+        raise UserError(f"{where}, expected the name of a folder inside expdir")
     return value
 
 
-def load(argv, script, reads=None):
-    """Defaults of config/defaults.py and of the script, then config files, then --name=value or --name value.
-    reads: the names of defaults.py that the script reads, for its --help; None: all."""
-    shared, own = settings_of("config/defaults.py"), settings_of(script)
-    known = shared | own  # a script may mean something of its own by a name
-    values, overrides, given, i = {n: default for n, (_, default, _) in known.items()}, {}, set(), 0
-    if "--help" in argv or "-h" in argv:
-        print_help(place(script), known, [*own, *(n for n in shared if reads is None or n in reads)])
-    while i < len(argv):
-        arg, where = argv[i], "command line"
-        if not arg.startswith("--"):
-            path = arg if os.path.exists(arg) else place(arg)
-            if not arg.endswith(".py") or not os.path.isfile(path):
-                raise ValueError(f"{where}: {arg!r} is neither --name=value nor a config file that exists")
-            new = {name: check(name, value, known, arg) for name, value in values_of(path).items()}
-            values, given = values | new, given | set(new)
+def check_number(name, value, where):
+    if abs(value) >= LARGEST or not math.isfinite(value):
+        raise UserError(f"{where}, expected a finite number below 2^63")
+    if value < MINIMUM.get(name, value):
+        raise UserError(f"{where}, expected {MINIMUM[name]} or more")
+    if name in POSITIVE and value <= 0:
+        raise UserError(f"{where}, expected more than 0")
+
+
+def check_weights(weights, where):
+    for key, weight in weights.items():
+        if type(key) is not str or type(weight) not in (int, float) or not 0 < weight < LARGEST:
+            raise UserError(f"{where}: {key} = {weight!r:.80}, expected a name and a weight above 0")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading config files and the command line
+
+
+def read_config_file(path):
+    """{name: value} that a config file assigns; functions, classes and modules are its own."""
+    scope = {"__file__": os.path.abspath(path), "__name__": "config file"}
+    try:
+        with open(path, "rb") as f:
+            exec(compile(f.read(), path, "exec"), scope)
+    except Exception as error:
+        if isinstance(error, SyntaxError):
+            line, reason = error.lineno, error.msg
         else:
-            name, equals, text = arg[2:].partition("=")
-            text = os.path.expanduser(text)  # of --name=~/x: the shell leaves that to us
-            kind, default, _ = known.get(name, (None, None, None))
-            following = "".join(argv[i + 1:i + 2])
-            if not equals and kind is bool and following.lower() not in ("true", "false"):
-                text = "true"  # a flag by itself
-            elif not equals and (not following or following.startswith("--")):
-                raise ValueError(f"{where}: --{name} has no value; write --{name}=value")
-            elif not equals:
-                i, text = i + 1, following
-            value = parse(text, kind)
-            if default == [] and type(value) is not list:  # a list that grows with every use of its flag
-                value = [*overrides.get(name, []), text]
-            overrides[name] = check(name, value, known, where)
-        i += 1
-    return SimpleNamespace(**(values | overrides), given=sorted(given | set(overrides)))
+            frames = traceback.extract_tb(error.__traceback__)
+            line, reason = [frame.lineno for frame in frames if frame.filename == path][-1:], error
+            line = line[0] if line else None
+        where = f"{path} line {line}" if line else path
+        raise UserError(f"{where}: {type(error).__name__}: {reason}") from error
+    return {name: value for name, value in scope.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+
+
+def parse_value(text, kind):
+    """A command-line string as a Python value of one of the allowed types, if it is one; strings need no
+    quotes, true, false and none may be written in any case."""
+    if kind is str:
+        return text
+    word = {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
+    try:
+        value = ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return text
+    allowed = allowed_types(kind)
+    return text if str in allowed and type(value) not in allowed else value
+
+
+def take_value(argv, known):
+    """Remove a --name=value, --name value or, for a bool, --name from the front of argv -> name, text."""
+    name, equals, text = argv.pop(0)[2:].partition("=")
+    following = argv[0] if argv else ""
+    kind = known[name][0] if name in known else None
+    if equals:
+        return name, os.path.expanduser(text)  # of --name=~/x, which the shell leaves as it is
+    if kind is bool and following.lower() not in ("true", "false"):
+        return name, "true"
+    if not following or following.startswith("--"):
+        raise UserError(f"command line: --{name} has no value; write --{name}=value")
+    return name, argv.pop(0)
+
+
+def load(argv, script, reads=None, files=False):
+    """Defaults of config/defaults.py and of the script, then config files, then --name=value or --name value.
+
+    reads: names of defaults.py that the script reads, for its --help (None: all). files: whether the script
+    takes other arguments, which become c.files.
+    """
+    shared, own = settings_of("config/defaults.py"), settings_of(script)
+    known = shared | own
+    if "--help" in argv or "-h" in argv:
+        print_help(script, known, [*own, *(name for name in shared if reads is None or name in reads)])
+    argv, values, given, others = list(argv), {}, {}, []
+    while argv:
+        if argv[0].startswith("--"):
+            name, text = take_value(argv, known)
+            kind, default, _ = known.get(name, (str, None, None))
+            value = parse_value(text, kind)
+            if default == [] and type(value) is not list:  # a list that grows with each use of its flag
+                value = [*given.get(name, []), text]
+            given[name] = check(name, value, known, "command line")
+        elif argv[0].endswith(".py"):
+            path = argv.pop(0)
+            found = path if os.path.exists(path) else resolve_path(path)
+            if not os.path.isfile(found):
+                raise UserError(f"command line: {path}: no such config file")
+            values |= {name: check(name, value, known, path) for name, value in read_config_file(found).items()}
+        elif files:
+            others.append(argv.pop(0))
+        else:
+            raise UserError(f"command line: {argv[0]!r} is neither --name=value nor a config file (.py)")
+    values |= given
+    all_values = {name: default for name, (_, default, _) in known.items()} | values
+    return SimpleNamespace(**all_values, user_set=sorted(values), files=others)
+
+
+def print_help(script, known, names):
+    """Print a script's docstring and its settings, and exit."""
+    with open(resolve_path(script)) as f:
+        print(ast.get_docstring(ast.parse(f.read())) + "\n\nsettings:")
+    for name in names:
+        _, default, reason = known[name]
+        print(f"  --{name}={default!r}".ljust(44), reason)
+    sys.exit(0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running a script
+
+
+def run(main, script, reads=None, files=False):
+    """Call main(settings), which may return an exit code. The user's mistakes, and files that cannot be read or
+    written, are printed as one line and exit with code 2; a programmer's mistake keeps its traceback."""
+    code, ranks = 2, int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        code = main(load(sys.argv[1:], script, reads, files)) or 0
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            traceback.print_exc()
+        if ranks > 1 and os.environ.get("RANK") != "0":
+            time.sleep(2)  # rank 0 reports what all ranks find; torchrun then ends the others
+        print("error: " + one_line(error), file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at exit, Python prints a traceback for a Ctrl-C
+    if code and ranks > 1:
+        sys.stdout.flush()
+        os._exit(code)  # the other ranks must not wait for this one
+    if code:
+        sys.exit(code)
+
+
+def one_line(error):
+    """The message of an exception; of one raised in a DataLoader worker, the last line of its traceback."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].removeprefix("tools.common.UserError: ")
+    return re.sub(r"\s*\n\s*", " ", text)

@@ -84,15 +84,12 @@ PATHS = ("lang_encoder_path", "tokenizer_path", "pretrained_path", "clap_checkpo
          "data_root")
 ORIGINS = ("expdir", "run_name", "pretrained_ckpt", *PATHS[2:])  # where a run was, and what it was made of
 
-# What numbers may be, of scripts' own settings, too: the least, or more than 0.
-LEAST = dict.fromkeys((
-    "batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps", "save_epochs", "valid_epochs",
-    "bucket_batches", "max_tokens", "max_windows_per_batch", "max_num_window", "clap_spec_size",
-    "clap_embed_dim", "audio_transformer_n_head", "audio_transformer_d_inner",
-    "cross_attn_every_n_layers", "clap_steps", "clap_batch_size", "eval_batch_size"), 1) | dict.fromkeys((
-    "seed", "learning_rate", "clap_learning_rate", "gate_learning_rate", "warmup_steps", "weight_decay",
-    "grad_clip", "max_bad_steps", "save_steps", "save_minutes", "max_steps", "keep_last", "keep_every",
-    "num_workers", "max_bad_fraction", "window_overlap", "audio_transformer_n_layers", "clap_text_bank",
-    "clap_text_layers", "workers", "examples"), 0)
-POSITIVE = ("window_length", "dataset_blending_global_weight", "clap_peak_lr", "clap_muon_lr",
-            "clap_temperature")
+# Bounds of numbers, also of scripts' own settings.
+AT_LEAST_1 = """batch_size gradient_accumulation_steps num_epochs logging_steps save_epochs valid_epochs bucket_batches
+    max_tokens max_windows_per_batch max_num_window clap_spec_size clap_embed_dim audio_transformer_n_head
+    audio_transformer_d_inner cross_attn_every_n_layers clap_steps clap_batch_size eval_batch_size"""
+NOT_NEGATIVE = """seed learning_rate clap_learning_rate gate_learning_rate warmup_steps weight_decay grad_clip
+    max_bad_steps save_steps save_minutes max_steps keep_last keep_every num_workers max_bad_fraction window_overlap
+    audio_transformer_n_layers clap_text_bank clap_text_layers workers examples"""
+MINIMUM = dict.fromkeys(AT_LEAST_1.split(), 1) | dict.fromkeys(NOT_NEGATIVE.split(), 0)
+POSITIVE = ("window_length", "dataset_blending_global_weight", "clap_peak_lr", "clap_muon_lr", "clap_temperature")

@@ -1,8 +1,8 @@
 """Read every audio file of manifests, and tell what is wrong and what there is.
 
-    python data.py check config/pretrain.py                              # all manifests of a config
-    python data.py check a.json b.json --data_root=data --write=cleaned  # these; copies without the bad items
-    python data.py check config/sft.py --page=out/check.html             # the report as a page, too
+    python prepare/check.py config/pretrain.py                              # all manifests of a config
+    python prepare/check.py a.json b.json --data_root=data --write=cleaned  # these; copies without the bad items
+    python prepare/check.py config/sft.py --page=out/check.html             # the report as a page, too
 
 Nothing is changed in place. Exit code: 0 all good, 1 some are not, 2 not done.
 """
@@ -17,12 +17,14 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import config as settings
-from data import HEARING, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
-from tools import sound
-from tools.batches import about_tokens
-from tools.htsat import rate_of
-from tools.scripts import need_place, written
+from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
+from tools.data import audio as sound
+from tools.data.batches import about_tokens
+from tools.checkpoint.htsat import sample_rate_of_mel
+from tools.common import UserError, atomic_write, check_folder_writable, check_writable
 from tools.spread import spread
 
 write: str | None = None  # folder for cleaned copies of the manifests; None: none are written
@@ -34,40 +36,40 @@ examples: int = 20  # of each cause of failure, on the page
 def open_all(c, files):
     """{name: Manifest} of the files named, or of all that a config trains and validates with."""
     if files:
-        root = settings.place(c.data_root)
+        root = settings.resolve_path(c.data_root)
         return {file: Manifest(file, root, c.cache_dir) for file in files}
     names = {**c.dataset_blending_config, **c.valid_dataset_config}
     if not names:
-        raise ValueError("name manifests, or a config file with a dataset_blending_config")
+        raise UserError("name manifests, or a config file with a dataset_blending_config")
     return open_manifests(c, names)
 
 
-def hearing_of(c):
+def audio_config_of(c):
     """What is heard of a clip, by the config; 5 minutes, the most that a stage hears, where none tells; at
     the rate of its clap_checkpoint, where that is here."""
     rate = SAMPLE_RATE
-    if c.clap_checkpoint and os.path.isfile(settings.place(c.clap_checkpoint)):
-        from tools.encoders import clap_state
-        rate = rate_of(clap_state(c.clap_checkpoint).get("clap.mel"))
-    hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": rate}
-    return hearing if "max_num_window" in c.given else hearing | {"max_num_window": 30}
+    if c.clap_checkpoint and os.path.isfile(settings.resolve_path(c.clap_checkpoint)):
+        from tools.checkpoint.clap import clap_state
+        rate = sample_rate_of_mel(clap_state(c.clap_checkpoint).get("clap.mel"))
+    audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": rate}
+    return audio_config if "max_num_window" in c.user_set else audio_config | {"max_num_window": 30}
 
 
-def inspect(manifests, hearing, task):
+def inspect(manifests, audio_config, task):
     """(manifest, item) -> what is wrong or None, its seconds, the first clip's sample rate."""
     m, i = task
     item, told = manifests[m][i], manifests[m].items[i]
-    length, overlap, most = (hearing[name] for name in HEARING)
+    length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
     longest = most * (length - overlap) + overlap
     problem, total, rate = None, 0.0, 0
     for path in item["paths"]:
         try:
-            x, low, high, rest = sound.read(path, item["start"], longest, hearing["sample_rate"], count=True)
+            x, low, high, rest = sound.read(path, item["start"], longest, audio_config["sample_rate"], count=True)
             here, lacking = sound.told(path)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, UserError) as error:
             problem = problem or str(error).removeprefix(path + ": ")
             continue
-        held, rate = len(x) / hearing["sample_rate"], rate or here
+        held, rate = len(x) / audio_config["sample_rate"], rate or here
         rest += 0 if item["duration"] else lacking
         if held < min(longest, rest) - 0.1:  # the sound ends before the header says so
             problem = problem or f"truncated: {held:.2f} s, its header says {rest:.2f} s"
@@ -99,7 +101,7 @@ def describe(values, unit=""):
 def write_manifest(path, head, items):
     """A manifest with the keys of another and these items, whole or not at all; -> their number."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with written(path) as f:
+    with atomic_write(path) as f:
         n = 0
         f.write('{"data": {')
         for n, item in enumerate(items, 1):
@@ -115,9 +117,9 @@ def targets_of(folder, manifests):
     for manifest in manifests:
         path = os.path.join(folder, manifest.name + ".json")
         if os.path.realpath(path) == os.path.realpath(manifest.file):
-            raise ValueError(f"{folder}: would overwrite {manifest.file}; name another folder")
+            raise UserError(f"{folder}: would overwrite {manifest.file}; name another folder")
         if path in paths:
-            raise ValueError(f"{paths[path]} and {manifest.file} are both called {manifest.name}, one would "
+            raise UserError(f"{paths[path]} and {manifest.file} are both called {manifest.name}, one would "
                              f"be written over the other: take them one by one, into two folders")
         paths[path] = manifest.file
     return list(paths)
@@ -125,29 +127,29 @@ def targets_of(folder, manifests):
 
 def tokenizer_of(c):
     """The config's tokenizer, or None where it can't be had or no language model is named."""
-    if "lang_encoder_path" not in c.given and "tokenizer_path" not in c.given:
+    if "lang_encoder_path" not in c.user_set and "tokenizer_path" not in c.user_set:
         return None
-    from tools.language_models import text_side
+    from tools.checkpoint.language_models import load_lm_config_and_tokenizer
     try:
-        return text_side(c)[2]
+        return load_lm_config_and_tokenizer(c)[2]
     except (ValueError, OSError, ImportError) as error:
         print(f"note: texts are counted in characters: no tokenizer ({error})", file=sys.stderr)
 
 
-def main(c, files):
-    manifests = open_all(c, files)
-    hearing, tokenizer = hearing_of(c), tokenizer_of(c)
-    folder, page = (path and settings.place(path) for path in (c.write, c.page))
+def main(c):
+    manifests = open_all(c, c.files)
+    audio_config, tokenizer = audio_config_of(c), tokenizer_of(c)
+    folder, page = (path and settings.resolve_path(path) for path in (c.write, c.page))
     targets = targets_of(folder, manifests.values()) if folder else []
     if folder:
-        settings.need_room(folder)
+        check_folder_writable(folder)
     if page:
-        need_place(page)
+        check_writable(page)
     opened = list(manifests.values())
     tasks = ((m, i) for m, manifest in enumerate(opened) for i in range(len(manifest)))
     found = [Found(len(manifest)) for manifest in opened]
     bar = tqdm(total=sum(map(len, opened)), desc="check", unit="clip", disable=None)
-    todo = spread(partial(inspect, opened, hearing), tasks, c.workers or os.cpu_count())
+    todo = spread(partial(inspect, opened, audio_config), tasks, c.workers or os.cpu_count())
     for (m, i), result, why in todo:
         problem, found[m].seconds[i], found[m].rate[i] = result or (why, 0, 0)
         if problem:
@@ -163,11 +165,11 @@ def main(c, files):
         if folder:
             write_manifest(targets[m], manifest.head, manifest.items.many(good))
             print(f"wrote {targets[m]}")
-    told = summary(opened, found, hearing, tokenizer)
+    told = summary(opened, found, audio_config, tokenizer)
     for what, (values, unit) in told.items():
         print(f"{what}: {describe(values, unit)}")
     if page:
-        write_page(page, opened, found, told, hearing, tokenizer, c)
+        write_page(page, opened, found, told, audio_config, tokenizer, c)
     sys.exit(1 if any(of_one.problems for of_one in found) else 0)
 
 
@@ -181,12 +183,12 @@ class Found:
         return np.setdiff1d(np.arange(len(self.seconds)), list(self.problems))
 
 
-def summary(opened, found, hearing, tokenizer):
+def summary(opened, found, audio_config, tokenizer):
     """{what: (values, unit)} of the good items; texts: of about 100,000 of them."""
     good = [of_one.good() for of_one in found]
     seconds = np.concatenate([of_one.seconds[rows] for of_one, rows in zip(found, good)])
     rates = np.concatenate([of_one.rate[rows] for of_one, rows in zip(found, good)])
-    length, overlap, most = (hearing[name] for name in HEARING)
+    length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
     windows = np.clip(1 + np.ceil((seconds - length) / (length - overlap)), 1, most)
     shares = [rows[::max(1, len(seconds) // 100_000)] for rows in good]
     items = (item for manifest, rows in zip(opened, shares) for item in manifest.items.many(rows))
@@ -217,15 +219,15 @@ def bars(values, unit, most=16):
     return f"<table>{''.join(rows)}</table>"
 
 
-def seen(manifest, i, hearing, tokenizer, max_tokens):
+def seen(manifest, i, audio_config, tokenizer, max_tokens):
     """An item as the model gets it: windows to listen to, tokens with those that are learnt marked."""
-    from tools.report import sound as player
-    clip = Clips([manifest], np.array([[0, i]]), hearing)[0]
+    from tools.eval.report import sound as player
+    clip = Clips([manifest], np.array([[0, i]]), audio_config)[0]
     if clip["windows"] is None:
         return ""
     heard = f"<p>{html.escape(clip['path'])}: {' + '.join(map(str, clip['n_windows']))} windows</p>"
     try:
-        heard += player(clip["windows"], None, hearing["sample_rate"])
+        heard += player(clip["windows"], None, audio_config["sample_rate"])
     except ModuleNotFoundError as error:
         heard += f"<p>no picture: {html.escape(str(error))}; pip install -r requirements-eval.txt</p>"
     pair = clip["prompt"], clip["output"]
@@ -244,8 +246,8 @@ STYLE = """<style>.bar { background: #69c; height: 1em; display: inline-block; m
 </style>"""
 
 
-def write_page(path, opened, found, told, hearing, tokenizer, c):
-    from tools.report import PAGE
+def write_page(path, opened, found, told, audio_config, tokenizer, c):
+    from tools.eval.report import PAGE
     body, causes = [STYLE, "<table><tr><th>manifest<th>items<th>good<th>hours"], defaultdict(list)
     for manifest, of_one in zip(opened, found):
         for i, problem in sorted(of_one.problems.items()):
@@ -266,9 +268,13 @@ def write_page(path, opened, found, told, hearing, tokenizer, c):
     for k in np.linspace(0, ends[-1] - 1, min(5, ends[-1])).astype(int):
         m = np.searchsorted(ends, k, "right")
         i = int(good[m][k - ends[m]])  # from its end
-        told = seen(opened[m], i, hearing, tokenizer, c.max_tokens)
+        told = seen(opened[m], i, audio_config, tokenizer, c.max_tokens)
         body.append(f'<div class="item"><h3>{html.escape(opened[m].name)} {i}</h3>{told}</div>')
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with written(path) as f:
+    with atomic_write(path) as f:
         f.write(PAGE.format(title="Data", body="\n".join(body)))
     print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    settings.run(main, "prepare/check.py", files=True)

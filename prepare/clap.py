@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 import config as settings
 from checkpoint import load_language_model
-from data import HEARING, Clips, open_manifests
+from data import AUDIO_SETTINGS, Clips, open_manifests
 from model import ClapEncoder, log_mel, to_float
-from tools.batches import Batches
-from tools.devices import pick_device, pick_precision
-from tools.files import save_atomically
-from tools.scripts import need_place
+from tools.data.batches import Batches
+from tools.checkpoint.devices import pick_device, pick_precision
+from tools.checkpoint.files import save_atomically
+from tools.common import UserError, check_writable
 
 clap_config: dict = {}  # {"Name-Task/split": any weight > 0}; outputs are the captions
 clap_valid_config: dict = {}  # the same, for the retrieval score at the end
@@ -115,18 +115,18 @@ def captioned(manifests):
     """ValueError if there are no items, or one has no caption."""
     for m in manifests:
         if not len(m):
-            raise ValueError(f"{m.file}: total_num = 0, expected captioned clips")
+            raise UserError(f"{m.file}: total_num = 0, expected captioned clips")
         for j in range(len(m)):
             item = m.items[j]
             for field in ("output", "positives", "negatives"):
                 texts = [item[field]] if field == "output" else item.get(field, [])
                 if type(texts) is not list or not all(type(t) is str and t.strip() for t in texts):
                     expected = "a caption, not empty" if field == "output" else "a list of captions"
-                    raise ValueError(f"{m.file}: data['{j}'] {field} = {item[field]!r}, expected {expected}")
+                    raise UserError(f"{m.file}: data['{j}'] {field} = {item[field]!r}, expected {expected}")
             own, changed = ({t.strip().lower() for t in texts} for texts in (
                 [item["output"], *item.get("positives", [])], item.get("negatives", [])))
             if own & changed:
-                raise ValueError(f"{m.file}: data['{j}'] negatives = {min(own & changed)!r}, which is also a "
+                raise UserError(f"{m.file}: data['{j}'] negatives = {min(own & changed)!r}, which is also a "
                                  f"caption of this clip")
     return manifests
 
@@ -134,14 +134,14 @@ def captioned(manifests):
 def main(c):
     start = time.time()
     if not c.clap_config:
-        raise ValueError("clap_config is empty: name the manifests whose outputs are captions")
-    out = settings.place(c.clap_out)
-    need_place(out)
+        raise UserError("clap_config is empty: name the manifests whose outputs are captions")
+    out = settings.resolve_path(c.clap_out)
+    check_writable(out)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     manifests = captioned(list(open_manifests(c, c.clap_config).values()))
     check = captioned(list(open_manifests(c, c.clap_valid_config).values()))
     if len({m.items[j]["output"].strip().lower() for m in manifests for j in range(len(m))}) < 2:
-        raise ValueError(f"clap_config: all captions of {manifests[0].file} are alike, expected some to tell "
+        raise UserError(f"clap_config: all captions of {manifests[0].file} are alike, expected some to tell "
                          f"apart")
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
@@ -155,8 +155,8 @@ def main(c):
         if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not 32
             nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
 
-    hearing = {name: getattr(c, name) for name in HEARING} | {"sample_rate": clap.sample_rate}
-    clips, texts, index = Clips(manifests, None, hearing), [], {}
+    audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": clap.sample_rate}
+    clips, texts, index = Clips(manifests, None, audio_config), [], {}
 
     def number(text):
         text = text.strip().lower()
@@ -205,7 +205,7 @@ def main(c):
                 unread[i] = clip["error"]
                 tqdm.write(f"skipped: {unread[i]}", file=sys.stderr)
                 if len(unread) > min(len(clips) - 1, max(1, c.max_bad_fraction * len(clips))):
-                    raise ValueError(f"{len(unread)} of {len(clips)} clips could not be used (more than "
+                    raise UserError(f"{len(unread)} of {len(clips)} clips could not be used (more than "
                                      f"max_bad_fraction = {c.max_bad_fraction}); last: {unread[i]}")
             if i in unread:
                 continue
@@ -246,7 +246,7 @@ def main(c):
             norm = nn.utils.clip_grad_norm_(trained + [logit_scale], 1.0)
             if not (loss + norm).isfinite():
                 paths = ", ".join(clips.item(i)["path"] for i in rows)
-                raise ValueError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()} ("
+                raise UserError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()} ("
                                  f"clap_peak_lr = {c.clap_peak_lr}); nothing is written. Its clips: {paths}")
             for optimizer, schedule in zip(optimizers, schedules):
                 optimizer.step()
@@ -269,7 +269,7 @@ def main(c):
     state = {f"module.{name}": t.cpu() for name, t in weights}
     state["module.logit_scale_a"] = logit_scale.detach().cpu()
     if broken := [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise ValueError(f"{broken[0]} is not finite after step {step} (clap_peak_lr = {c.clap_peak_lr}); "
+        raise UserError(f"{broken[0]} is not finite after step {step} (clap_peak_lr = {c.clap_peak_lr}); "
                          f"nothing is written")
     save_atomically({"epoch": epoch, "name": "clap", "state_dict": state}, out)
     print(f"wrote {c.clap_out} | {time.time() - start:.0f} s")
@@ -278,14 +278,14 @@ def main(c):
     if check:
         heard, truth = [], []
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            for clip in map(Clips(check, None, hearing).__getitem__, range(sum(map(len, check)))):
+            for clip in map(Clips(check, None, audio_config).__getitem__, range(sum(map(len, check)))):
                 if clip["windows"] is None:
                     print(f"skipped: {clip['error']}", file=sys.stderr)
                     continue
                 heard.append(clap(to_float(clip["windows"].to(device))).float().mean((0, 1)))
                 truth.append(clip["output"].strip().lower())
             if not heard:
-                raise ValueError("clap_valid_config: none of its clips could be read; the encoder is written")
+                raise UserError("clap_valid_config: none of its clips could be read; the encoder is written")
             names = sorted(set(truth))
             asked = text_states(lm, tokenizer, names, device, c.clap_text_layers)
             t = F.normalize(text_projection((asked - mean) / std).float(), dim=-1)

@@ -1,8 +1,8 @@
 """Copies of what the model hears: mono FLAC at its rate (16 kHz; the one of clap_checkpoint, where that is
 here), cut to its length, and manifests that point at them.
 
-    python data.py convert config/pretrain.py --to=packed             # all manifests of a config
-    python data.py convert a.json b.json --data_root=data --to=packed
+    python prepare/convert.py config/pretrain.py --to=packed             # all manifests of a config
+    python prepare/convert.py a.json b.json --data_root=data --to=packed
     python train.py config/pretrain.py --dataset_file_root=packed
 
 A copy is decoded four to five times as fast as 44.1 kHz stereo. Its windows are those of the original within
@@ -20,19 +20,22 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import config as settings
 from data import read_clip, read_heard
-from prepare.check import hearing_of, open_all, targets_of, write_manifest
+from prepare.check import audio_config_of, open_all, targets_of, write_manifest
+from tools.common import UserError, check_folder_writable
 from tools.spread import spread
 
 to: str | None = None  # folder of the copies and their manifests
 workers: int = 0  # processes; 0: one a core
 
 
-def name_of(path, start, seconds, hearing):
-    """Where a copy lies in the folder of copies: another one for other content, part or hearing."""
+def name_of(path, start, seconds, audio_config):
+    """Where a copy lies in the folder of copies: another one for other content, part or audio_config."""
     about = os.stat(path)
-    key = [os.path.realpath(path), about.st_size, about.st_mtime_ns, start, seconds, *hearing.values()]
+    key = [os.path.realpath(path), about.st_size, about.st_mtime_ns, start, seconds, *audio_config.values()]
     key = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     stem = os.path.splitext(os.path.basename(path))[0][:100]
     return f"{key[:2]}/{stem}-{key[2:]}.flac"
@@ -66,22 +69,22 @@ def frames_of(copy):
         return 0
 
 
-def make_copy(clip, folder, hearing):
+def make_copy(clip, folder, audio_config):
     """-> seconds of the copy, made and checked if it is not there whole. ValueError names what is wrong."""
     path, start, seconds = clip
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such audio file")
-    copy, rate = os.path.join(folder, name_of(*clip, hearing)), hearing["sample_rate"]
+    copy, rate = os.path.join(folder, name_of(*clip, audio_config)), audio_config["sample_rate"]
     if not (frames := frames_of(copy)):
         os.makedirs(os.path.dirname(copy), exist_ok=True)
-        windows, _ = read_clip(path, start, seconds=seconds, **hearing)
-        y, _ = read_heard(path, start, seconds=seconds, **hearing)
+        windows, _ = read_clip(path, start, seconds=seconds, **audio_config)
+        y, _ = read_heard(path, start, seconds=seconds, **audio_config)
         part = f"{copy}.{os.getpid()}.tmp"
         try:
             soundfile.write(part, quantised(y), rate, format="FLAC", subtype="PCM_16")
-            again, _ = read_clip(part, 0.0, **hearing)
+            again, _ = read_clip(part, 0.0, **audio_config)
             if again.shape != windows.shape or np.abs(again.astype(int) - windows).max() > 1:
-                raise ValueError(f"{path}: its copy does not give the same windows")
+                raise UserError(f"{path}: its copy does not give the same windows")
             os.replace(part, copy)
         finally:
             if os.path.exists(part):
@@ -90,29 +93,29 @@ def make_copy(clip, folder, hearing):
     return frames / rate
 
 
-def convert(manifests, folder, hearing, task):
+def convert(manifests, folder, audio_config, task):
     """(manifest, item) -> seconds of its copies, why there are none, whether the disk is the reason."""
     m, i = task
     try:
-        return sum(make_copy(clip, folder, hearing) for clip in clips_of(manifests[m][i])), None, False
-    except (ValueError, FileNotFoundError) as error:
+        return sum(make_copy(clip, folder, audio_config) for clip in clips_of(manifests[m][i])), None, False
+    except (UserError, FileNotFoundError) as error:
         return None, str(error), False
     except (OSError, soundfile.LibsndfileError) as error:  # of the copy: the original's are ValueErrors
         return None, str(error), True
 
 
-def main(c, files):
+def main(c):
     if not c.to:
-        raise ValueError("usage: data.py convert CONFIG.py or manifests --to=DIR")
-    folder = settings.place(c.to)
+        raise UserError("usage: data.py convert CONFIG.py or manifests --to=DIR")
+    folder = settings.resolve_path(c.to)
     audio = os.path.join(os.path.abspath(folder), "audio")
-    settings.need_room(audio)
-    manifests = list(open_all(c, files).values())
-    hearing, targets = hearing_of(c), targets_of(folder, manifests)
+    check_folder_writable(audio)
+    manifests = list(open_all(c, c.files).values())
+    audio_config, targets = audio_config_of(c), targets_of(folder, manifests)
     seconds = [np.full(len(manifest), np.nan) for manifest in manifests]
     tasks = ((m, i) for m, manifest in enumerate(manifests) for i in range(len(manifest)))
     bar = tqdm(total=sum(map(len, manifests)), desc="convert", unit="item", disable=None)
-    todo = spread(partial(convert, manifests, audio, hearing), tasks, c.workers or os.cpu_count())
+    todo = spread(partial(convert, manifests, audio, audio_config), tasks, c.workers or os.cpu_count())
     for (m, i), result, why in todo:
         length, problem, disk = result or (None, f"{manifests[m][i]['path']}: {why}", False)
         if disk:
@@ -127,14 +130,18 @@ def main(c, files):
         def items(manifest=manifest, lengths=lengths):
             for i in np.flatnonzero(np.isfinite(lengths)).tolist():
                 told = manifest.items[i]
-                names = [name_of(*clip, hearing) for clip in clips_of(manifest[i])]
+                names = [name_of(*clip, audio_config) for clip in clips_of(manifest[i])]
                 if not all(os.path.exists(os.path.join(audio, name)) for name in names):
-                    raise ValueError(f"{manifest[i]['path']}: changed while it was converted, start again")
+                    raise UserError(f"{manifest[i]['path']}: changed while it was converted, start again")
                 told["name"] = names if len(names) > 1 else names[0]
                 told.pop("audio_start", None)
                 yield told | {"duration": round(float(lengths[i]), 4)}
 
         n = write_manifest(path, manifest.head | {"split_path": audio}, items())
         print(f"{manifest.name}: {n} of {len(manifest)} items, {np.nansum(lengths) / 3600:.4g} h "
-              f"at {hearing['sample_rate']:,} Hz: {path}")
+              f"at {audio_config['sample_rate']:,} Hz: {path}")
     sys.exit(1 if any(np.isnan(lengths).any() for lengths in seconds) else 0)
+
+
+if __name__ == "__main__":
+    settings.run(main, "prepare/convert.py", files=True)

@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config as settings
 from prepare import datasets_qa
 from prepare.manifests import Folder, Parser, decode, place_for, run, split_path_of, write
+from tools.common import UserError
 
 PROMPTS = {
     "caption": ("Describe the audio in one sentence.", "What can be heard in this recording?",
@@ -118,7 +119,7 @@ def macs(source):
         with open(source.reading, encoding="utf-8") as f:
             files = yaml.load(f, loader)["files"]
     except yaml.YAMLError as error:
-        raise ValueError(f"{source.reading}: not YAML that can be read ({error})") from error
+        raise UserError(f"{source.reading}: not YAML that can be read ({error})") from error
     for file in files:
         clip = source.clip("audio/" + file["filename"], file["filename"])
         captions = [annotation["sentence"] for annotation in file["annotations"]]
@@ -385,9 +386,9 @@ def main(argv=None):
         for name, one in converters[options.source](source):
             manifests.setdefault(name, []).append(one)
     except (KeyError, TypeError, IndexError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"{source.reading}: not as in {options.source} ({type(error).__name__}: {error}); "
+        raise UserError(f"{source.reading}: not as in {options.source} ({type(error).__name__}: {error}); "
                          f"--help tells what is expected") from error
-    data_root, done, unreadable = settings.place(options.data_root), 0, 0
+    data_root, done, unreadable = settings.resolve_path(options.data_root), 0, 0
     for note, count in source.notes.items():
         print(f"{options.source}: {count} {note}")
     for name, items in manifests.items():

@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 
 from prepare.manifests import stem
-from tools.records import LETTERS, read_questions
+from tools.eval.records import LETTERS, read_questions
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.6, "no": 0.1}  # weight of an answer of Clotho-AQA in the vote
 

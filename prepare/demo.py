@@ -49,7 +49,7 @@ def picture(path, clip, prompt):
 
     from model import AudioFlamingo, log_mel, to_float
     from sample import load_clips
-    from tools.listening import attention_over_time
+    from tools.sample.attention_map import attention_over_time
     model = AudioFlamingo.from_pretrained(RUN)
     windows, n_windows, _ = load_clips([clip], model)
     answer = model.generate([prompt], windows, n_windows, 32)[0]

@@ -25,6 +25,8 @@ import tempfile
 
 import numpy as np
 
+from tools.common import UserError
+
 RATE, SECONDS = 16000, 2.5
 RENDER_RATE = 32000  # the synth filters nothing it pitches up: play at 32 kHz, resample without aliasing
 RECIPE = 7  # raise when the same settings would give other files
@@ -236,7 +238,7 @@ def write_clip(job):
     for part in ([notes] if kind == "solo" else [[note] for note in notes]):
         one = soxr.resample(play(part), RENDER_RATE, RATE)
         if (peak := np.abs(one).max()) < 2e-4:
-            raise ValueError(f"{path}: the soundfont is silent for the note {part[0]} "
+            raise UserError(f"{path}: the soundfont is silent for the note {part[0]} "
                              "(program, key, velocity, ...)")
         sound = sound + one * (0.5 / peak)
     name = "/".join(path.split("/")[-2:])
@@ -307,11 +309,11 @@ def main():
     args = parser.parse_args()
     for name, value in vars(args).items():
         if type(value) is int and value < 0:
-            raise ValueError(f"--{name} {value}: expected 0 or more")
+            raise UserError(f"--{name} {value}: expected 0 or more")
     install = "pip install -r requirements-demo.txt"
     for package in ("pretty_midi", "tinysoundfont", "soundfile", "soxr", "tqdm"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"package {package} is missing: {install}")
+            raise UserError(f"package {package} is missing: {install}")
     # found, not imported: importing pretty_midi takes longer than rendering a hundred clips
     soundfont = os.path.join(os.path.dirname(importlib.util.find_spec("pretty_midi").origin), "TimGM6mb.sf2")
     if not os.path.isfile(soundfont):
@@ -324,7 +326,7 @@ def main():
     out = os.path.abspath(args.out)
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         if not os.path.isfile(f"{out}/settings.json") or not os.path.isfile(f"{out}/clips.json"):
-            raise ValueError(f"--out {args.out} exists and was not written by this script: "
+            raise UserError(f"--out {args.out} exists and was not written by this script: "
                              "choose another folder")
         with open(f"{out}/settings.json") as file:
             same = json.load(file) == settings
@@ -332,7 +334,7 @@ def main():
             print(f"{args.out} is there already, with these settings: nothing to do")
             return
         if not args.overwrite:
-            raise ValueError(f"--out {args.out} holds a set with other settings: "
+            raise UserError(f"--out {args.out} holds a set with other settings: "
                              "choose another folder or --overwrite")
     os.makedirs(os.path.dirname(out), exist_ok=True)
     # built beside its place and renamed at the end: an interrupted run leaves nothing half-made

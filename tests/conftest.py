@@ -57,8 +57,8 @@ def tiny_lm(tmp_path_factory):
 def tokenizer(tiny_lm):
     from transformers import AutoTokenizer
 
-    from data import add_marks
-    return add_marks(AutoTokenizer.from_pretrained(tiny_lm))
+    from data import extend_tokenizer
+    return extend_tokenizer(AutoTokenizer.from_pretrained(tiny_lm))
 
 
 @pytest.fixture(scope="session")

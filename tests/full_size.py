@@ -61,9 +61,9 @@ def encoder_tensors():
     """HTS-AT large as laion-clap makes it, but for the weights drawn at random: those are on "meta"."""
     from types import SimpleNamespace
 
-    from checkpoint import Unfilled
+    from checkpoint import OnMeta
     mel = SimpleNamespace(sample_rate=16000, window_size=1024, hop_size=160, mel_bins=64, fmin=50, fmax=8000)
-    with Unfilled():
+    with OnMeta():
         return load_htsat_class()(
             spec_size=256, patch_size=4, patch_stride=(4, 4), embed_dim=256, depths=[2, 2, 12, 2],
             num_heads=[4, 8, 16, 32], window_size=8, config=mel, enable_fusion=True,

@@ -19,7 +19,7 @@ from tests.helpers import fails_with_one_line, run, write_manifest
 from tools.spread import spread
 
 rng = np.random.default_rng(0)
-HEARING = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 3, "sample_rate": 16000}
+AUDIO_SETTINGS = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 3, "sample_rate": 16000}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_check_command(tmp_path):
     files = ("good.wav", "silent.wav", "broken.wav", "gone.wav")
     path = write_manifest(tmp_path, "a-AQA/test", [(f, "p", "o") for f in files])
     before = open(path).read()
-    result = run("data.py", "check", path, "--data_root", tmp_path, f"--write={tmp_path}/clean", ok=False)
+    result = run("prepare/check.py", path, "--data_root", tmp_path, f"--write={tmp_path}/clean", ok=False)
     assert result.returncode == 1 and "4 items, 1 good" in result.stdout, result
     assert open(path).read() == before
     clean = Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path))
@@ -74,7 +74,7 @@ def test_check_command(tmp_path):
 def test_check_of_a_config_with_a_page(folder, tiny_lm, tmp_path):
     config = config_of(folder, tiny_lm, "good-AQA/train", "bad-AQA/train")
     options = f"--page={tmp_path}/new/check.html", f"--write={tmp_path}/clean"
-    result = run("data.py", "check", config, *options, ok=False)
+    result = run("prepare/check.py", config, *options, ok=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     for word in ("good-AQA/train: 12 items, 12 good", "good-AQA/val: 1 items, 1 good",
                  "bad-AQA/train: 8 items, 3 good",
@@ -92,7 +92,7 @@ def test_check_of_a_config_with_a_page(folder, tiny_lm, tmp_path):
     clean = Manifest(f"{tmp_path}/clean/bad-AQA/train.json", folder)
     assert [item["name"] for item in clean.items] == ["0.wav", "1.flac", "2.mp3"]
     cleaned = [f"{tmp_path}/clean/{name}.json" for name in ("good-AQA/train", "bad-AQA/train")]
-    run("data.py", "check", *cleaned, "--data_root", folder)
+    run("prepare/check.py", *cleaned, "--data_root", folder)
 
 
 @pytest.mark.parametrize("options, saying", [
@@ -103,18 +103,18 @@ def test_check_of_a_config_with_a_page(folder, tiny_lm, tmp_path):
 def test_what_check_cannot_do_is_one_line(folder, options, saying):
     manifest = [f"{folder}/good-AQA/val.json"] if options and options[0].startswith("--") else []
     options = [option.format(folder=folder) for option in options]
-    fails_with_one_line("data.py", "check", *manifest, *options, saying=saying)
+    fails_with_one_line("prepare/check.py", *manifest, *options, saying=saying)
 
 
 def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
     config = config_of(folder, tiny_lm, "good-AQA/train", "bad-AQA/train")
-    result = run("data.py", "convert", config, f"--to={tmp_path}/to", ok=False)
+    result = run("prepare/convert.py", config, f"--to={tmp_path}/to", ok=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("left out") == 3 and "bad-AQA/train: 5 of 8 items" in result.stdout
     all_kept = {"good-AQA/train": range(12), "good-AQA/val": [0], "bad-AQA/train": [2, 3, 5, 6, 7]}
     for name, kept in all_kept.items():
-        before = Clips([Manifest(f"{folder}/{name}.json", folder)], None, HEARING)
-        after = Clips([Manifest(f"{tmp_path}/to/{name}.json")], None, HEARING)
+        before = Clips([Manifest(f"{folder}/{name}.json", folder)], None, AUDIO_SETTINGS)
+        after = Clips([Manifest(f"{tmp_path}/to/{name}.json")], None, AUDIO_SETTINGS)
         assert len(after) == len(kept)
         for i, j in enumerate(kept):
             a, b = before[j], after[i]
@@ -130,10 +130,10 @@ def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
     os.remove(lost[0])
     os.truncate(lost[1], 0)  # as a machine leaves it that went down
     os.truncate(lost[2], os.path.getsize(lost[2]) // 2)
-    run("data.py", "convert", config, f"--to={tmp_path}/to", ok=False)
+    run("prepare/convert.py", config, f"--to={tmp_path}/to", ok=False)
     again = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
     assert set(again) == set(files) and [p for p in sorted(files) if again[p] != files[p]] == lost
-    run("data.py", "check", f"{tmp_path}/to/good-AQA/train.json")
+    run("prepare/check.py", f"{tmp_path}/to/good-AQA/train.json")
 
 
 @pytest.mark.parametrize("kind", ["wav", "w64", "rf64", "aiff", "au"])
@@ -143,7 +143,7 @@ def test_files_cut_short_that_decoders_take_for_whole(tmp_path, kind):
     (tmp_path / f"half.{kind}").write_bytes(content[:len(content) // 2])
     names = [(f"x.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise", 2.0)]
     manifest = Manifest(write_manifest(tmp_path, "cut-AQA/test", names), tmp_path)
-    whole, cut, told = (inspect([manifest], HEARING, (0, i))[0] for i in range(3))
+    whole, cut, told = (inspect([manifest], AUDIO_SETTINGS, (0, i))[0] for i in range(3))
     assert whole is None and told is None
     assert re.fullmatch(r"truncated: 2\.00 s, its header says [34]\.\d\d s", cut), cut
 
@@ -162,19 +162,19 @@ def test_copies_of_odd_signals(tmp_path, kind):
          "silence": np.zeros(5000), "one": np.ones(1)}[kind]
     soundfile.write(tmp_path / "x.wav", x, 16000, subtype="FLOAT")
     clip = str(tmp_path / "x.wav"), 0.0, None
-    seconds = make_copy(clip, str(tmp_path / "to"), HEARING)  # compares its windows
+    seconds = make_copy(clip, str(tmp_path / "to"), AUDIO_SETTINGS)  # compares its windows
     assert seconds == len(x) / 16000 and len(all_files(tmp_path / "to")) == 1
 
 
 def test_convert_without_a_place_is_one_line(folder, tmp_path):
     manifest = f"{folder}/good-AQA/val.json"
-    fails_with_one_line("data.py", "convert", manifest, "--to=/dev/null/x", saying="cannot be written to")
+    fails_with_one_line("prepare/convert.py", manifest, "--to=/dev/null/x", saying="cannot be written to")
     os.symlink(tmp_path / "nowhere", tmp_path / "link")
-    fails_with_one_line("data.py", "convert", manifest, f"--to={tmp_path}/link",
+    fails_with_one_line("prepare/convert.py", manifest, f"--to={tmp_path}/link",
                         saying="link/audio: cannot be written to")
-    fails_with_one_line("data.py", "convert", manifest, saying="--to=DIR")
+    fails_with_one_line("prepare/convert.py", manifest, saying="--to=DIR")
     assert os.listdir(tmp_path) == ["link"]
-    fails_with_one_line("data.py", "pack", manifest, saying="expected check or convert")
+    fails_with_one_line("data.py", "check", manifest, saying="python prepare/check.py")
 
 
 def test_a_clip_that_changes_while_it_is_converted_is_told(tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_clip_that_changes_while_it_is_converted_is_told(tmp_path, monkeypatch
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="0"):
         convert.main(c, [path])
-    after = Clips([Manifest(f"{tmp_path}/to/a-AQA/train.json")], None, HEARING)
+    after = Clips([Manifest(f"{tmp_path}/to/a-AQA/train.json")], None, AUDIO_SETTINGS)
     assert all(after[i]["windows"] is not None for i in range(2))
 
 

@@ -19,11 +19,11 @@ import config
 from checkpoint import load
 from data import load_audio
 from model import AudioFlamingo, to_float
-from prepare.check import hearing_of
+from prepare.check import audio_config_of
 from tests.helpers import ROOT, fails_with_one_line, run
-from tools.encoders import clap_state
-from tools.files import load_pickle
-from tools.releases import PUBLISHED, TABLES, rename
+from tools.checkpoint.clap import clap_state
+from tools.checkpoint.files import load_pickle
+from tools.checkpoint.releases import PUBLISHED, TABLES, rename
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -191,7 +191,7 @@ def test_a_run_with_a_release_of_it_in_its_folder(runs, tmp_path, capsys):
     c = settings({}, "", pretrained_path=str(home), pretrained_ckpt="checkpoint_0.pt")
     for name, moved in (("checkpoint_0.pt", 1), ("checkpoint_199.pt", 0), (None, 0)):  # as a config may say
         c.pretrained_ckpt = name
-        read, state = checkpoint.read_start(c, {})
+        read, state = checkpoint.open_pretrained(c, {})
         assert torch.equal(state["lm.norm.weight"], model.lm.norm.weight - moved)
 
 
@@ -241,15 +241,15 @@ def test_sizes_of_the_encoder_come_from_its_weights(tiny_settings, tmp_path):
     assert all(getattr(again.config, name) == tiny_settings[name] for name in sizes)
     assert torch.equal(again.clap.htsat.norm.weight, model.clap.htsat.norm.weight)
     with pytest.raises(ValueError, match=r"clap_embed_dim = 96, but the encoder of .*clap.pt has 16"):
-        checkpoint.start(c, {"clap_embed_dim": 96})
+        checkpoint.init_from_parts(c, {"clap_embed_dim": 96})
 
 
 @pytest.mark.parametrize("spec_size, depths, position", [
     (256, [2, 1, 1, 1], False), (128, [1, 1, 1, 1], True), (128, [0, 2, 1, 1], False)])
 def test_what_htsat_weights_tell(spec_size, depths, position):
     from model import ClapEncoder
-    from tools.htsat import sizes_told
-    told = sizes_told(ClapEncoder(8, depths, [1, 2, 2, 4], spec_size, position).htsat.state_dict())
+    from tools.checkpoint.htsat import infer_htsat_config
+    told = infer_htsat_config(ClapEncoder(8, depths, [1, 2, 2, 4], spec_size, position).htsat.state_dict())
     assert told["clap_embed_dim"] == 8 and told["clap_depths"] == depths
     assert told["clap_num_heads"][1:] == [2, 2, 4] and told.get("clap_spec_size", spec_size) == spec_size
     assert told.get("position", False) == position
@@ -318,7 +318,7 @@ def triangles(rate, top):
 def test_laions_own_clap(tiny_settings, tiny_config, tmp_path, monkeypatch, fusion, protocol):
     """48 kHz; tiny and base have no fusion branch and mel bands of their own. A checkpoint as LAION's code
     writes it, numpy's numbers beside the weights, gives the embedding of laion-clap's own forward."""
-    from tools.htsat import load_htsat_class
+    from tools.checkpoint.htsat import load_htsat_class
     front_end = SimpleNamespace(sample_rate=48000, window_size=1024, hop_size=480, mel_bins=64, fmin=50,
                                 fmax=14000)
     torch.manual_seed(0)
@@ -339,12 +339,12 @@ def test_laions_own_clap(tiny_settings, tiny_config, tmp_path, monkeypatch, fusi
 
     fewer = {name: value for name, value in tiny_settings.items() if not name.startswith("clap_")}
     c = settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=str(file), given={})
-    assert hearing_of(c)["sample_rate"] == 48000  # of data.py check and convert
+    assert audio_config_of(c)["sample_rate"] == 48000  # of data.py check and convert
     model = checkpoint.new(c)
-    assert model.hearing["sample_rate"] == model.clap.sample_rate == 48000
+    assert model.audio_config["sample_rate"] == model.clap.sample_rate == 48000
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "x.wav", 0.1 * rng.standard_normal((3 * 48000, 1)), 48000)
-    windows = torch.from_numpy(load_audio(str(tmp_path / "x.wav"), **model.hearing))
+    windows = torch.from_numpy(load_audio(str(tmp_path / "x.wav"), **model.audio_config))
     assert windows.shape == (2, 120000)
     log_mels = naive_log_mel(windows.double() / 32767, 480, mel if fusion else own).float()[:, None]
     theirs.spectrogram_extractor, theirs.logmel_extractor = torch.nn.Identity(), torch.nn.Identity()
@@ -366,7 +366,7 @@ def test_laions_own_clap(tiny_settings, tiny_config, tmp_path, monkeypatch, fusi
         others.append(load(str(tmp_path / "run")))
     before = {n: t.bfloat16() for n, t in model.clap.state_dict().items() if "bn" not in n}
     for other in others:
-        assert other.hearing == model.hearing and torch.equal(other.clap.mel, model.clap.mel)
+        assert other.audio_config == model.audio_config and torch.equal(other.clap.mel, model.clap.mel)
         state = other.clap.state_dict()
         assert all(torch.equal(state[n].bfloat16(), t) for n, t in before.items())
 

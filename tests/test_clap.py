@@ -8,7 +8,7 @@ import torch
 import config
 from prepare import clap
 from tests.helpers import write_manifest
-from tools.files import load_pickle
+from tools.checkpoint.files import load_pickle
 
 CLIPS = [(f"{i}.wav", "", ["a noise", "a tone"][i % 2]) for i in range(8)]
 

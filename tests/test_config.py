@@ -7,7 +7,7 @@ import pytest
 
 import config
 from tests.helpers import run
-from tools.decoding import Sampling
+from tools.sample.decoding import Sampling
 
 
 def load(*argv):
@@ -90,13 +90,13 @@ def test_a_config_file_may_compute(tmp_path):
     assert (c.run_name, c.batch_size) == ("c.py", 6)
 
 
-@pytest.mark.parametrize("name", config.LEAST)
+@pytest.mark.parametrize("name", config.MINIMUM)
 def test_counts_have_a_least_value(name):
     """Of every script that has the setting: the least is taken, less is refused in one line."""
     scripts = ("train.py", "prepare/clap.py", "eval.py", "prepare/check.py")
     shared = config.settings_of("config/defaults.py")
     script = next(s for s in scripts if name in config.settings_of(s) | shared)
-    least = config.LEAST[name]
+    least = config.MINIMUM[name]
     assert getattr(config.load([f"--{name}={least}"], script), name) == least
     for wrong in (least - 1, -5):
         with pytest.raises(ValueError, match=f"{name} = {wrong}.*{least} or more"):
@@ -129,7 +129,7 @@ def test_help_lists_what_a_script_reads_its_own_first(script, own, shared, other
     text = run(script, "--help").stdout
     assert 0 < text.index(f"--{own}=") < text.index(f"--{shared}=")
     assert not [name for name in others if f"--{name}=" in text]
-    files = [f"{config.ROOT}/{script}", f"{config.ROOT}/sample.py", *glob.glob(f"{config.ROOT}/tools/*.py")]
+    files = [f"{config.ROOT}/{script}", f"{config.ROOT}/sample.py", *glob.glob(f"{config.ROOT}/tools/**/*.py", recursive=True)]
     source = "".join(open(file).read() for file in files)
     # each is read: by the script, or by what loads its model
     for name in re.findall(r"^  --(\w+)=", text, re.M):
@@ -146,10 +146,10 @@ def test_what_shapes_a_model_is_a_list_of_settings():
 
 def test_paths_of_settings_start_at_the_project(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert config.place("exp/x") == f"{config.ROOT}/exp/x" and config.place("/exp/x") == "/exp/x"
+    assert config.resolve_path("exp/x") == f"{config.ROOT}/exp/x" and config.resolve_path("/exp/x") == "/exp/x"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load("--expdir=~/exp").expdir == f"{tmp_path}/exp" == config.place("~/exp")
+    assert load("--expdir=~/exp").expdir == f"{tmp_path}/exp" == config.resolve_path("~/exp")
     assert load("--run_name=a~b").run_name == "a~b"

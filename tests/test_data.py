@@ -16,16 +16,16 @@ import data
 from data import Clips, Collate, Manifest, make_labels, open_manifests, train_loader
 from prepare.manifests import seconds_of
 from tests.helpers import GOLDEN_SPEC, fails_with_one_line, run, write_manifest
-from tools import batches as costs
-from tools import sound
-from tools.batches import Batches
+from tools.data import batches as costs
+from tools.data import audio as sound
+from tools.data.batches import Batches
 
 rng = np.random.default_rng(0)
-HEARING = dict(window_length=10.0, window_overlap=0.0, max_num_window=12)
+AUDIO_SETTINGS = dict(window_length=10.0, window_overlap=0.0, max_num_window=12)
 
 
-def load_audio(path, start=0.0, **hearing):
-    return data.load_audio(path, start, **(HEARING | hearing))
+def load_audio(path, start=0.0, **audio_config):
+    return data.load_audio(path, start, **(AUDIO_SETTINGS | audio_config))
 
 
 def tone(seconds, rate, channels=1, hz=440):
@@ -164,7 +164,7 @@ def test_cut_and_unreadable_samples_are_counted(tmp_path, tokenizer):
     soundfile.write(tmp_path / "x.wav", tone(1, 16000), 16000)
     items = [("x.wav", "what?", "a dog " * 50), ("no.wav", "what?", "a"), ("x.wav", "Q", "A")]
     path = write_manifest(tmp_path, "a-AQA/train", items)
-    clips = Clips([Manifest(path, str(tmp_path))], None, HEARING)
+    clips = Clips([Manifest(path, str(tmp_path))], None, AUDIO_SETTINGS)
     batch = Collate(tokenizer, 40, 160000)([clips[i] for i in range(3)])
     assert batch["cut"] == 1 and len(batch["bad"]) == 1 and "no.wav" in batch["bad"][0]
     assert batch["n_windows"].tolist() == [1, 1] and batch["windows"].shape == (2, 160000)
@@ -376,12 +376,12 @@ def test_one_meaning_of_duration(tmp_path):
         content["data"][str(i)] |= {"audio_start": start} if start else {}
     json.dump(content, open(path, "w"))
     for overlap, most in ((0.0, 12), (0.0, 3), (4.0, 30)):
-        hearing = HEARING | {"window_overlap": overlap, "max_num_window": most}
-        clips = Clips([Manifest(path, str(tmp_path))], None, hearing)
+        audio_config = AUDIO_SETTINGS | {"window_overlap": overlap, "max_num_window": most}
+        clips = Clips([Manifest(path, str(tmp_path))], None, audio_config)
         read = [clips[i] for i in range(len(items))]
         assert clips.sizes()[:-1, 0].tolist() == [sum(clip["n_windows"]) for clip in read[:-1]]
         assert clips.sizes()[-1, 0] >= max(read[-1]["n_windows"])
-    part = Clips([Manifest(path, str(tmp_path))], None, HEARING)[3]
+    part = Clips([Manifest(path, str(tmp_path))], None, AUDIO_SETTINGS)[3]
     assert part["unheard"] == 0 and np.array_equal(part["windows"].numpy(),
                                                    load_audio(str(tmp_path / "x.wav"), 5, max_num_window=1))
 
@@ -448,18 +448,18 @@ def test_workers_live_through_epochs(tiny_data, tokenizer, monkeypatch):
     a thread while the one before was read."""
     collate, plan, threads = Collate.__call__, data.plan_epoch, []
 
-    def plan_somewhere(manifests, config, tokenizer, hearing, epoch, *place):
+    def plan_somewhere(manifests, config, tokenizer, audio_config, epoch, *place):
         if config.num_workers:
             threads.append((epoch, threading.current_thread() is threading.main_thread()))
-        return plan(manifests, config, tokenizer, hearing, epoch, *place)
+        return plan(manifests, config, tokenizer, audio_config, epoch, *place)
 
     monkeypatch.setattr(data, "plan_epoch", plan_somewhere)
     monkeypatch.setattr(Collate, "__call__", lambda self, items: collate(self, items) | {"pid": os.getpid()})
-    c, hearing = loader_config(tiny_data, num_epochs=4), HEARING | {"sample_rate": 16000}
+    c, audio_config = loader_config(tiny_data, num_epochs=4), AUDIO_SETTINGS | {"sample_rate": 16000}
     manifests, loader, pids = open_manifests(c, c.dataset_blending_config), None, set()
     for epoch in range(4):
         start = 1 if epoch == 2 else 0
-        arguments = manifests, c, tokenizer, hearing, epoch, 0, 1, start
+        arguments = manifests, c, tokenizer, audio_config, epoch, 0, 1, start
         loader, record = train_loader(*arguments, loader)
         fresh, other = train_loader(*arguments[:1], loader_config(tiny_data, num_workers=0), *arguments[2:])
         batches, naive = list(loader), list(fresh)
@@ -476,9 +476,9 @@ def test_workers_live_through_epochs(tiny_data, tokenizer, monkeypatch):
 
 def test_a_rank_without_an_item_takes_part(tiny_data, tokenizer):
     c = loader_config(tiny_data, dataset_blending_global_weight=0.125)
-    hearing = HEARING | {"sample_rate": 16000}
+    audio_config = AUDIO_SETTINGS | {"sample_rate": 16000}
     manifests = open_manifests(c, c.dataset_blending_config)
-    ranks = [list(train_loader(manifests, c, tokenizer, hearing, 0, rank, 3)[0]) for rank in range(3)]
+    ranks = [list(train_loader(manifests, c, tokenizer, audio_config, 0, rank, 3)[0]) for rank in range(3)]
     learnt = [int((batch["labels"] != -100).sum()) for (batch,) in ranks]
     assert sorted(map(bool, learnt)) == [False, False, True]
 

@@ -15,7 +15,7 @@ import eval as scoring
 from data import Manifest
 from prepare import datasets, manifests, table
 from tests.helpers import ROOT, fails_with_one_line, run
-from tools import closed_sets
+from tools.eval import rules as closed_sets
 
 SCORE = SimpleNamespace(metric=None, labels=None, matching="exact", text_tokenizer="", device="cpu")
 CAPTIONS = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"

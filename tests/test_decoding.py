@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.test_model import batch, build
-from tools.decoding import Sampling, answer, hear, stream
+from tools.sample.decoding import Sampling, answer, hear, stream
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_device_that_is_asked_every_few_steps(model, monkeypatch):
     """What a GPU does: eight steps between two looks."""
     items = questions(model, 5)
     plain = dict(answer(model, items, 2, max_new_tokens=11))
-    monkeypatch.setattr("tools.decoding.asks_every_step", lambda device: False)
+    monkeypatch.setattr("tools.sample.decoding.asks_every_step", lambda device: False)
     assert dict(answer(model, items, 2, max_new_tokens=11)) == plain
 
 
@@ -58,12 +58,12 @@ def test_a_text_hears_the_clips_before_it(model):
     ids[0, :2] = model.audio_id
     n_windows = torch.tensor([[1, 2]])
     logits, _ = model(ids, windows, n_windows)
-    first, n_first = model.listen(windows[:1], torch.tensor([1]))
-    second, n_second = model.listen(windows[1:], torch.tensor([2]))
+    first, n_first = model.encode_audio(windows[:1], torch.tensor([1]))
+    second, n_second = model.encode_audio(windows[1:], torch.tensor([2]))
     kv = model.keys_values(torch.cat([first, second], 1))
     heard = torch.full((1, 9), int(n_first + n_second))
     heard[0, 0] = n_first
-    assert (model.lm.logits(model.hidden(ids, kv, heard)) - logits).abs().max() < 1e-4
+    assert (model.lm.logits(model.forward_hidden(ids, kv, heard)) - logits).abs().max() < 1e-4
     swapped, _ = model(ids, windows[[1, 2, 0]], torch.tensor([[2, 1]]))
     assert (swapped[0, 0] - logits[0, 0]).abs().max() > 1e-3  # the order of clips tells at the first mark
 
@@ -108,7 +108,7 @@ def test_an_answer_goes_on_from_given_words(model):
 
 
 def test_a_reasoning_answer_without_conclusion_is_asked_for_it(model, monkeypatch):
-    from tools import asking
+    from tools.sample import asking
     asked = []
 
     def said(model, items, slots, answer_prefix="", **how):
@@ -157,7 +157,7 @@ def test_the_whole_model_is_saved_by_torch(model, tmp_path):
 
 
 def test_noise_is_that_of_seed_and_step():
-    from tools.decoding import pick
+    from tools.sample.decoding import pick
     logits = torch.zeros(2, 50)
     how = Sampling(temperature=1.0, seed=4)
     together = pick(logits, how, [3, 7])
@@ -168,7 +168,7 @@ def test_noise_is_that_of_seed_and_step():
 def test_where_it_listened_at_every_word(model, tmp_path):
     """Against the weights of the naive attention, token by token."""
     from data import encode_prompts, encode_text
-    from tools.listening import attention_over_time, timeline, write_timeline
+    from tools.sample.attention_map import attention_over_time, timeline, write_timeline
     _, windows, _, _ = batch(model, n=(2,), T=(4,))
     windows = (windows * 32767).to(torch.int16)
     told = timeline(model, "What is it?", "a red dog", windows)
@@ -200,7 +200,7 @@ def test_where_it_listened_at_every_word(model, tmp_path):
 
 
 def test_compiled_decoding_answers_the_same(model, monkeypatch):
-    import tools.decoding as decoding
+    import tools.sample.decoding as decoding
     items = questions(model, 3)
     plain = dict(answer(model, items, 3, max_new_tokens=5))
     monkeypatch.setattr(decoding.torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -213,7 +213,7 @@ def test_compiled_decoding_answers_the_same(model, monkeypatch):
 
 def test_int8_weights(tiny_settings, tmp_path):
     """Each product within the rounding of its weights; the whole model answers, and is not saved."""
-    from tools.int8 import Int8Linear, quantize
+    from tools.sample.int8 import Int8Linear, quantize
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 96)
     few, many = torch.randn(3, 64), torch.randn(40, 64)

@@ -20,7 +20,7 @@ CASES = {  # clips, windows, tokens, answers | settings
 
 
 def settings(*given):
-    return config.load([*SMALL, *given], "tools/bench_fit.py")
+    return config.load([*SMALL, *given], "tools/bench/fit.py")
 
 
 def last_line(result):
@@ -55,10 +55,10 @@ def test_the_plans_figures_come_out():
 
 
 def test_largest_batch_fits_and_more_do_not(capsys):
-    from tools import bench_fit
+    from tools.bench import fit as bench_fit
     argv = [*SMALL, "--max_num_window=1", "--gpus=1", "--gpu=6", "--cross_attn_every_n_layers=[28]"]
     c = config.load([*argv, "--batch_size=40", "--items=1000", "--max_tokens=64", "--pretrained_path=gone"],
-                    "tools/bench_fit.py")
+                    "tools/bench/fit.py")
     bench_fit.fit(c)
     text = capsys.readouterr().out
     f = json.loads(text.splitlines()[-1])
@@ -73,16 +73,16 @@ def test_largest_batch_fits_and_more_do_not(capsys):
 
 
 def test_hardware_and_language_model_of_a_config(tmp_path, monkeypatch):
-    from tools import bench_fit
+    from tools.bench import fit as bench_fit
     file = tmp_path / "mine.py"
     file.write_text('"""Mine.\n\nHardware: 2 x 48 GB, or more.\n"""\nbatch_size = 1\n')
-    c = config.load([str(file)], "tools/bench_fit.py")
+    c = config.load([str(file)], "tools/bench/fit.py")
     assert bench_fit.hardware(c, file) == (2, 48.0)
-    c = config.load([str(file), "--gpu=24", "--gpus=1"], "tools/bench_fit.py")
+    c = config.load([str(file), "--gpu=24", "--gpus=1"], "tools/bench/fit.py")
     assert bench_fit.hardware(c, file) == (1, 24.0)
     for release, width in (("-0.5B", 896), ("-1.5B", 1536), ("", 2048), ("-SoundCoT", 2048)):
-        c = config.load([f"--pretrained_path=nvidia/audio-flamingo-2{release}"], "tools/bench_fit.py")
-        assert bench_fit.text_side(c)[1].width == width
+        c = config.load([f"--pretrained_path=nvidia/audio-flamingo-2{release}"], "tools/bench/fit.py")
+        assert bench_fit.load_lm_config_and_tokenizer(c)[1].width == width
     fails_with_one_line("tools/bench.py", "fit", "--lang_encoder_path=some/where",
                         saying=["lang_encoder_path", "some/where", "Qwen2.5-0.5B"])
 
@@ -91,7 +91,7 @@ def test_hardware_and_language_model_of_a_config(tmp_path, monkeypatch):
     "gpu=0", "gpu=-1", "gpu=1e30", "gpus=0", "windows=-1", "tokens=0", "answers=65", "items=-5", "mfu=0",
     "mfu=1.5", "tflops=-1", "precision=fp8"])
 def test_what_no_card_and_no_clip_is(given):
-    from tools import bench_fit
+    from tools.bench import fit as bench_fit
     with pytest.raises(ValueError, match=given.split("=")[0] + " = .*expected"):
         bench_fit.fit(settings("--" + given))
 
@@ -101,11 +101,11 @@ def test_sizes_of_a_local_release_are_its_own(tiny_settings, tmp_path, capsys):
     from types import SimpleNamespace
 
     import checkpoint
-    from tools import bench_fit
+    from tools.bench import fit as bench_fit
     model = checkpoint.new(SimpleNamespace(**(config.defaults() | tiny_settings)))
     model.save_pretrained(str(tmp_path / "r"))
     given = [f"--pretrained_path={tmp_path}/r", "--gpu=1.2", "--max_tokens=64"]
-    bench_fit.fit(config.load(given, "tools/bench_fit.py"))
+    bench_fit.fit(config.load(given, "tools/bench/fit.py"))
     text = capsys.readouterr().out
     f = json.loads(text.splitlines()[-1])
     assert f["trained"] + f["frozen"] == sum(p.numel() for p in model.parameters())
@@ -131,9 +131,9 @@ def measure(B, W, T, A, *given):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import checkpoint
-    from tools import bench_fit
-    from tools.meters import peak_memory
-    from tools.optimizers import parameter_groups
+    from tools.bench import fit as bench_fit
+    from tools.train.log import peak_memory
+    from tools.train.optim import parameter_groups
     c = settings(*given)
     dtype = torch.float32 if c.precision == "fp32" else torch.bfloat16
     model = bench_fit.build(c)

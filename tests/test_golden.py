@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from data import Collate, encode_prompts, load_audio
 from model import AudioFlamingo, log_mel, rotate, to_float
 from tests.helpers import GOLDEN as FOUND
-from tools.releases import our_name
+from tools.checkpoint.releases import our_name
 
 GOLDEN = FOUND if os.path.isdir(FOUND) else None
 assert GOLDEN or not os.environ.get("CI"), "in CI the golden numbers must be there"
@@ -23,8 +23,8 @@ BACKENDS = ["naive", "sdpa"] + ["triton"] * bool(os.environ.get("TRITON_INTERPRE
 @pytest.fixture(scope="module")
 def golden():
     arrays, facts = load_file(f"{GOLDEN}/golden.safetensors"), json.load(open(f"{GOLDEN}/golden.json"))
-    hearing = dict(window_length=10.0, window_overlap=0.0, max_num_window=3)
-    clips = [load_audio(f"{GOLDEN}/clip_{i}.wav", **hearing) for i in range(2)]
+    audio_config = dict(window_length=10.0, window_overlap=0.0, max_num_window=3)
+    clips = [load_audio(f"{GOLDEN}/clip_{i}.wav", **audio_config) for i in range(2)]
     windows = torch.from_numpy(np.concatenate(clips))
     return arrays, facts, windows, torch.tensor([len(c) for c in clips])
 
@@ -64,7 +64,7 @@ def test_audio_to_tokens(model, golden):
     close(log_mel(to_float(windows)), arrays["log_mel"][real], 2e-4)
     with torch.no_grad():
         close(model.clap(to_float(windows)), arrays["clap_tokens"][real], 2e-4)
-        audio, n_keys = model.listen(windows, n)
+        audio, n_keys = model.encode_audio(windows, n)
     for b in range(2):
         close(audio[b, :n_keys[b]], arrays["audio_tokens"][b, :n_keys[b]], 2e-4)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from tools import bench, gpu
+from tools import bench
+from tools import gpu
 
 HANGS = """
 import subprocess, sys, time

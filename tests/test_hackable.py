@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import config
 import model as model_file
 from model import AudioFlamingo, LanguageModel, key_mask
-from tools.language_models import text_side
+from tools.checkpoint.language_models import load_lm_config_and_tokenizer
 
 
 class ToyEncoder(nn.Module):
@@ -58,9 +58,9 @@ def one_step_and_an_answer(model, window):
 
 def test_another_encoder(tiny_settings):
     c = SimpleNamespace(**(config.defaults() | tiny_settings))
-    _, sizes, tokenizer = text_side(c)
+    _, sizes, tokenizer = load_lm_config_and_tokenizer(c)
     model = AudioFlamingo(c, sizes, tokenizer, encoder=ToyEncoder())
-    assert model.hearing["sample_rate"] == 8000  # what data.load_audio is given
+    assert model.audio_config["sample_rate"] == 8000  # what data.load_audio is given
     one_step_and_an_answer(model, window=20000)
     import train
     assert train.flops_per_step(model, 9, 3, 4) > 0 and "audio encoder" in train.parameter_table(model)
@@ -70,6 +70,6 @@ def test_another_encoder(tiny_settings):
 def test_another_attention(tiny_settings, monkeypatch, lm):
     monkeypatch.setitem(model_file.BACKENDS, "softer", softer_attention)
     c = SimpleNamespace(**(config.defaults() | tiny_settings | {"attention_backend": "softer"}))
-    _, sizes, tokenizer = text_side(c)
+    _, sizes, tokenizer = load_lm_config_and_tokenizer(c)
     lm = sizes if lm == "sizes" else LanguageModel(sizes, added=len(tokenizer) - sizes.vocab)
     one_step_and_an_answer(AudioFlamingo(c, lm, tokenizer), window=40000)

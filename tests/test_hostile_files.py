@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from tools.encoders import clap_state
+from tools.checkpoint.clap import clap_state
 import config
 import sample
 from tests.helpers import fails_with_one_line

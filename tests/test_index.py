@@ -13,11 +13,11 @@ import pytest
 
 from data import Manifest
 from tests.helpers import ROOT
-from tools import index
+from tools.data import index
 
 rng = np.random.default_rng(0)
 BUILD = ("import sys; sys.path.insert(0, {root!r})\n"
-         "from tools.index import open_items\n"
+         "from tools.data.index import open_items\n"
          "_, items = open_items({file!r}, lambda i, key, item: (1.0, 1), lambda head, n: None)\n"
          "print(len(items), items[len(items) - 1]['output'], items.path)\n")
 

@@ -457,7 +457,7 @@ def test_full_size_on_gpu(dtype, T, N, per_token):
 
 @on_gpu
 def test_faster_than_naive_on_gpu():
-    from tools.bench_kernel import kernel_rows
+    from tools.bench.kernel import kernel_rows
     shapes, backends = [(8, 256, 768, 0), (1, 1, 1920, 0)], ["naive", "sdpa", "triton"]
     rows = kernel_rows(DEVICE, torch.bfloat16, shapes, backends)
     for backward in (False, True):

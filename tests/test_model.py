@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 import checkpoint
 import config
 from model import AudioFlamingo, ClapEncoder, attention, gated_blocks, swin_block
-from tools.decoding import Sampling, pick
-from tests import plain
+from tools.sample.decoding import Sampling, pick
+from tools.bench import reference as plain
 from tests.helpers import ROOT
 
 torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_gradient_checkpointing_and_finite_differences(tiny_settings):
             with torch.no_grad():
                 p += shift
                 audio, n_keys = listen_double(model, windows, n)
-                logits = model.lm.logits(model.hidden(ids, model.keys_values(audio), n_keys))
+                logits = model.lm.logits(model.forward_hidden(ids, model.keys_values(audio), n_keys))
                 loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
                 difference.append(loss.item())
                 p -= shift
@@ -343,7 +343,7 @@ def test_a_decoding_step_is_one_graph(tiny_settings, monkeypatch):
     prefill = model.hidden
     hidden = lambda ids, *rest: (step if ids.shape[1] == 1 else prefill)(ids, *rest)
     monkeypatch.setattr(model, "hidden", hidden)
-    monkeypatch.setattr("tools.decoding.CACHE_STEP", 64)  # one length for both prompts
+    monkeypatch.setattr("tools.sample.decoding.CACHE_STEP", 64)  # one length for both prompts
     monkeypatch.setattr(model, "stop_ids", [])
     compiled = [list(model.stream(p, windows, n, max_new_tokens=20)) for p in (prompts, ["a", "b", "c"])]
     assert len(graphs) == 1
@@ -358,7 +358,7 @@ def test_a_growing_cache_changes_nothing(tiny_settings, monkeypatch):
     model.stop_ids = []
     answers = []
     for step in (256, 4):  # slots at first: all that are needed, or some, doubled again and again
-        monkeypatch.setattr("tools.decoding.CACHE_STEP", step)
+        monkeypatch.setattr("tools.sample.decoding.CACHE_STEP", step)
         answers.append(model.generate(["What?", "A longer question", "hm"], windows, n, max_new_tokens=50))
     assert answers[0] == answers[1]
 
@@ -415,13 +415,13 @@ def test_what_the_tokenizer_puts_before_a_text_stays(tiny_lm):
     from tokenizers import processors
     from transformers import AutoTokenizer
 
-    from data import Collate, add_marks, encode_prompts
+    from data import Collate, extend_tokenizer, encode_prompts
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     special = [("<s>", tokenizer.bos_token_id), ("<|endoftext|>", tokenizer.eos_token_id)]
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A <|endoftext|>", pair="<s> $A $B <|endoftext|>", special_tokens=special)
-    add_marks(tokenizer)
+    extend_tokenizer(tokenizer)
     (prompt,) = encode_prompts(tokenizer, ["Hi"])
     audio, end = tokenizer.convert_tokens_to_ids(["<audio>", "<|endofchunk|>"])
     assert prompt[:2] == [tokenizer.bos_token_id, audio] and prompt[-1] == tokenizer.sep_token_id

@@ -15,7 +15,7 @@ import soundfile
 import config
 import sample
 from tests.helpers import ROOT, run
-from tools import page
+from tools.sample import page
 
 gradio_client = pytest.importorskip("gradio_client", reason="no gradio: pip install -r requirements-page.txt")
 httpx = pytest.importorskip("httpx", reason="no httpx: pip install -r requirements-page.txt")

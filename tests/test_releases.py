@@ -22,8 +22,8 @@ from checkpoint import load
 from model import AudioFlamingo
 from tests.helpers import GOLDEN, ROOT, run
 from tests.test_checkpoint import save_lm, settings
-from tools.files import exchanged
-from tools.releases import PUBLISHED, rename
+from tools.checkpoint.files import exchanged
+from tools.checkpoint.releases import PUBLISHED, rename
 
 needs_golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason="golden files not found; set SHARED=...")
 
@@ -104,7 +104,7 @@ def routes(tmp_path_factory):
 def test_golden_by_every_route(routes, route):
     path, given = routes[route]
     model, golden = load(path, **given), load_file(f"{GOLDEN}/golden.safetensors")
-    clips = [data.load_audio(f"{GOLDEN}/clip_{i}.wav", **model.hearing) for i in range(2)]
+    clips = [data.load_audio(f"{GOLDEN}/clip_{i}.wav", **model.audio_config) for i in range(2)]
     windows, n = torch.from_numpy(np.concatenate(clips)), torch.tensor([len(c) for c in clips])
     with torch.no_grad():
         logits, _ = model(golden["input_ids"], windows, n)
@@ -230,7 +230,7 @@ def test_an_export_that_fails_leaves_the_old_one(model, release, tmp_path, monke
     folder = shutil.copytree(release, tmp_path / "r")
     (folder / "notes.txt").write_text("mine")
     before = bytes_of(folder)
-    for place in ("tools.releases.model_card", "tools.files.os.fsync", "tools.files.shutil.copytree"):
+    for place in ("tools.checkpoint.releases.model_card", "tools.checkpoint.files.os.fsync", "tools.checkpoint.files.shutil.copytree"):
         with monkeypatch.context() as patched:
             def full(*_, **__):
                 raise OSError(28, "No space left on device")
@@ -293,7 +293,7 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
         f"--pretrained_path={published}", f"--lang_encoder_path={published}/lm")
     for other in ([1], {"tasks": [1]}, {}):  # somebody else's file of that name
         json.dump(other, open(tmp_path / "tuned/scores.json", "w"))
-        assert "scores" not in checkpoint.read(f"{tmp_path}/tuned", {})[0].about
+        assert "scores" not in checkpoint.open_checkpoint(f"{tmp_path}/tuned", {})[0].about
     scores = {"tasks": {"toy-AQA/test": {"accuracy": 0.75, "n": 8}}}
     json.dump(scores, open(tmp_path / "tuned/scores.json", "w"))
     run("sample.py", f"--init_from={tmp_path}/tuned", f"--export={tmp_path}/a")
@@ -315,7 +315,7 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
 
 
 def test_whose_licences_a_card_names(model, tmp_path):
-    from tools.model_card import about_run, model_card, name_of
+    from tools.checkpoint.model_card import about_run, model_card, name_of
     home = tmp_path / "models--Qwen--Qwen2.5-3B/snapshots/0a1"
     os.makedirs(home)
     sizes = vars(model.config) | {"about": {}}
@@ -363,7 +363,7 @@ def test_the_text_tower_of_clap_goes_along(release, tmp_path):
 
 
 def test_a_release_tells_its_language_model_by_its_width(model, tmp_path, monkeypatch):
-    from tools import language_models
+    from tools.checkpoint import language_models
     model.save_pretrained(str(tmp_path / "r"))
     shutil.move(tmp_path / "r/lm", tmp_path / "lm")
     own = json.load(open(tmp_path / "r/config.json"))
@@ -403,7 +403,7 @@ TABLE = "lang_encoder.model.embed_tokens.weight"
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_published_checkpoint_tells_its_language_model_by_its_width(model, published, tiny_lm, tmp_path,
                                                                       monkeypatch, prefix):
-    from tools import language_models
+    from tools.checkpoint import language_models
     (state, given), file = published, str(tmp_path / "checkpoint_9.pt")
     torch.save({"epoch": 9, "model_state_dict": {prefix + n: t for n, t in state.items()}}, file)
     with pytest.raises(ValueError, match=r"checkpoint_9.pt: its .* width 64, .* 2048: .*--lang_encoder_path"):
@@ -449,7 +449,7 @@ def in_a_cache(cache, repo, folder):
 
 def test_a_hub_id_is_all_that_a_release_needs(model, release, tiny_lm, tmp_path, monkeypatch):
     """As SoundCoT's stands in a cache: no config.json, its language model under an id of its own."""
-    from tools import language_models
+    from tools.checkpoint import language_models
     shutil.copytree(release, tmp_path / "published")
     shutil.rmtree(tmp_path / "published/lm")
     os.remove(tmp_path / "published/config.json")
@@ -479,12 +479,12 @@ def lm_with_tokens(folder, tiny_lm, tokens, options=(), rows=300):
     return hf.get_input_embeddings().weight.detach()
 
 
-MARKS = list(data.MARKS)
+SPECIAL_TOKENS = list(data.SPECIAL_TOKENS)
 
 
 @pytest.mark.parametrize("tokens", [["<audio>", "x1", "x2"], ["x1", "<audio>"], ["<SEP>", "x1"],
-                                    ["x1", "<SEP>"], ["<|PAD_TOKEN|>", "x1"], ["<|endofchunk|>"], MARKS,
-                                    MARKS[::-1], MARKS + ["x1"]])
+                                    ["x1", "<SEP>"], ["<|PAD_TOKEN|>", "x1"], ["<|endofchunk|>"], SPECIAL_TOKENS,
+                                    SPECIAL_TOKENS[::-1], SPECIAL_TOKENS + ["x1"]])
 @pytest.mark.parametrize("special", [True, False])
 def test_pretrained_rows_are_never_touched(tiny_lm, tiny_settings, tmp_path, tokens, special):
     """A tokenizer with marks of ours among its own: their rows are used as they were learnt."""
@@ -598,8 +598,8 @@ def test_weights_that_are_not_numbers_are_told(model, release, tmp_path, capsys)
 
 
 def test_nothing_large_is_drawn_when_a_model_is_read(release):
-    model, state = checkpoint.read(release, {})
+    model, state = checkpoint.open_checkpoint(release, {})
     held = {n for n, p in model.named_parameters() if not p.is_meta}
     assert all(n.endswith("relative_position_bias_table") for n in held), "in memory before it is read"
-    checkpoint.finished(model, state, "cpu", torch.float32, release)
+    checkpoint.materialize(model, state, "cpu", torch.float32, release)
     assert not any(p.is_meta for p in model.parameters())

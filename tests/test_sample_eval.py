@@ -130,7 +130,7 @@ def test_what_is_not_heard_is_said_once(trained, tiny_data, tmp_path):
     result = sample(trained, "--audio", tmp_path / "long.wav", "--prompt", "What?", "--precision=fp32")
     assert result.stderr.count("note:") == 1 and note in result.stderr
     model = AudioFlamingo.from_pretrained(f"{trained}/tiny")
-    windows = torch.from_numpy(load_audio(str(tmp_path / "long.wav"), **model.hearing))
+    windows = torch.from_numpy(load_audio(str(tmp_path / "long.wav"), **model.audio_config))
     assert len(windows) == 2
     answer = model.generate(["What?"], windows, torch.tensor([2]), max_new_tokens=4)[0]
     assert result.stdout.rstrip("\n") == answer.rstrip("\n")

@@ -12,8 +12,14 @@ import pytest
 
 import eval as scoring
 from tests.helpers import fails_with_one_line, run
-from tools import captions, closed_sets, compare, intervals, records, report, table
-from tools.reading import normalise, options_of
+from tools.eval import captions
+from tools.eval import rules as closed_sets
+from tools.eval import compare
+from tools.eval import stats as intervals
+from tools.eval import records
+from tools.eval import report
+from tools.eval import results as table
+from tools.eval.parsing import normalise, options_of
 
 MC = "Which? (A) dog. (B) big dog. (C) cat."
 VOICE = "Who speaks? (A) A male voice. (B) A female voice. (C) A child. Answer with the letter."
@@ -663,7 +669,7 @@ def test_text_tower_is_the_t5_encoder(tmp_path):
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-    from tools.clap_text import load_text_tower, text_tower
+    from tools.eval.clap_text import load_text_tower, text_tower
 
     words = "<pad> </s> <unk> dog cat rain loud".split()
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))

@@ -21,7 +21,7 @@ import checkpoint
 import config
 from model import AudioFlamingo
 from tests.helpers import ROOT, fails_with_one_line, run, write_manifest
-from tools.files import load_pickle
+from tools.checkpoint.files import load_pickle
 
 EXACT = ("--precision=fp32",)  # on a CPU's bf16 units amp_bf16 rounds a batch and its halves differently
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -331,7 +331,7 @@ def test_the_newest_checkpoint_is_never_removed(ten_steps, tiny_config):
 
 def test_resumed_between_an_epochs_last_step_and_its_end(tiny_config, tmp_path, monkeypatch):
     """The interim checkpoint of that step: nothing of the epoch is left to divide."""
-    from tools import runs
+    from tools.train import run as runs
     options = ["--save_epochs=9", "--save_steps=2", "--valid_dataset_config={}"]
     for name, then, steps in (("same", [], 4), ("windows", ["--max_windows_per_batch=4"], 4),
                               ("other", ["--batch_size=1"], 6)):
@@ -432,7 +432,7 @@ def test_nothing_labelled_is_an_error(tiny_config, tiny_data, tmp_path, monkeypa
 
 def test_the_optimizers_own_clipping_is_torchs():
     """Gradients of norm 10, 0.5 and 3: moments and weights as after clip_grad_norm_."""
-    from tools.optimizers import clip
+    from tools.train.optim import clip
     torch.manual_seed(0)
     gradients = [[torch.randn(20, 30), torch.randn(7)] for _ in range(3)]
     sizes = [torch.cat([g.flatten() for g in step]).norm() for step in gradients]
@@ -470,7 +470,7 @@ def test_a_frozen_table_stays_frozen_where_the_language_model_trains(tiny_settin
 
 
 def test_one_folder_is_of_one_process(straight, tiny_config):
-    from tools.runs import Run
+    from tools.train.run import Run
     out, _ = straight
     c = config.load([str(tiny_config), f"--expdir={out}", "--run_name=straight"], "train.py")
     before = sorted(os.listdir(f"{out}/straight"))
@@ -501,7 +501,7 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path, monkeypatch, capsys):
 
 
 def test_the_copy_of_a_checkpoint_is_in_the_memory_of_the_one_before():
-    from tools.runs import on_host
+    from tools.train.run import on_host
     weights = {"a": torch.randn(3, 4), "b": torch.ones(2)}
     content = {"step": 1, "weights": weights, "groups": [{"lr": 1.0}, (2,)]}
     first = on_host(content)
@@ -550,10 +550,10 @@ def test_a_full_disk_is_one_line_that_names_the_file(straight, tiny_config, tiny
     soundfile.write(loud, np.random.default_rng(0).uniform(-1, 1, 80000), 16000)
     write_manifest(tmp_path / "m", "loud-AQA/train", [(str(loud), "Noise?", "yes")])
     scripts = {"rel": ["sample.py", f"--init_from={out}/straight", f"--export={tmp_path}/rel"],
-               "p.png": ["tools/plot.py", f"{out}/straight", f"--output={tmp_path}/p.png"],
+               "p.png": ["tools/train/plot.py", f"{out}/straight", f"--output={tmp_path}/p.png"],
                "AQA.jsonl": ["eval.py", "score", f"{tmp_path}/a.jsonl", "--task=AQA",
                              f"--results={tmp_path}"],
-               "audio": ["data.py", "convert", f"{tmp_path}/m/loud-AQA/train.json",
+               "audio": ["prepare/convert.py", f"{tmp_path}/m/loud-AQA/train.json",
                          f"--to={tmp_path}/packed"]}
     result = run("-c", script, 66000, json.dumps(list(scripts.values())), ok=False)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -581,14 +581,14 @@ def test_environments_that_are_not_torchruns(tiny_config, tmp_path, monkeypatch,
 
 
 def test_ranks_are_started_alike_and_say_once_what_all_find(tiny_config, tmp_path, monkeypatch):
-    from tools import runs
+    from tools.train import run as runs
     options = ["--batch_size=1", "--max_tokens=9"]
     result = train(tiny_config, tmp_path, "two", *options, launcher=TORCHRUN, ok=False)
     assert result.returncode and result.stderr.count("error: toy-AQA/val: no labelled token") == 1
     monkeypatch.setattr(runs, "gathered", lambda some, control: [*some, {"seed": 42, "batch_size": 8}])
-    runs.check_alike({"seed": 42, "batch_size": 8}, None)
+    runs.check_same_on_all_ranks({"seed": 42, "batch_size": 8}, None)
     with pytest.raises(ValueError, match="batch_size = 4 on one rank, 8 on another"):
-        runs.check_alike({"seed": 42, "batch_size": 4}, None)
+        runs.check_same_on_all_ranks({"seed": 42, "batch_size": 4}, None)
 
 
 def test_killed_ranks_restart_from_the_last_checkpoint(tiny_config, tmp_path):
@@ -636,7 +636,7 @@ def test_cached_clips_are_decoded_once_by_each_worker(tiny_config, tmp_path, mon
 
 def test_plot_and_profile(straight, tiny_config, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    from tools import plot
+    from tools.train import plot
     out, _ = straight
     here(tiny_config, tmp_path, "run", "--profile", "--num_epochs=4", "--dataset_blending_global_weight=0.5")
     assert "Self CPU" in capsys.readouterr().out
@@ -644,7 +644,7 @@ def test_plot_and_profile(straight, tiny_config, tmp_path, capsys, monkeypatch):
     here(tiny_config, tmp_path, "run", "--profile", "--num_epochs=5", "--dataset_blending_global_weight=0.5")
     assert "fourth step are traced, and there were fewer" in capsys.readouterr().out
     assert {len(row) for key in ("gates", "ff_gates") for row in log(tmp_path, "run", key)} == {3}  # layers
-    c = config.load([f"--output={tmp_path}/new/both.png"], "tools/plot.py")
+    c = config.load([f"--output={tmp_path}/new/both.png"], "tools/train/plot.py")
     plot.main(c, [f"{out}/straight", f"{tmp_path}/run"])
     assert open(tmp_path / "new/both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
     nulls = '{"step": 5, "gnorm": null, "gates": null, "valid": null}'
@@ -664,7 +664,7 @@ def test_plot_and_profile(straight, tiny_config, tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_whose_name_has_a_slash_is_the_newest(tiny_config, tmp_path):
-    from tools.run_folder import newest_run
+    from tools.checkpoint.run_dir import newest_run
     here(tiny_config, tmp_path, "old", "--max_steps=1", "--valid_dataset_config={}")
     here(tiny_config, tmp_path, "group/new", "--max_steps=1", "--valid_dataset_config={}")
     assert newest_run([str(tmp_path)]) == f"{tmp_path}/group/new"
@@ -738,7 +738,7 @@ def test_a_step_waits_for_nothing(tiny_config, tmp_path):
 
 def test_batches_are_copied_ahead_by_a_stream_of_their_own(monkeypatch):
     """CUDA's streams replaced by ones that tell what they were asked, and when."""
-    from tools import runs
+    from tools.train import run as runs
     told, current = [], ["compute"]
 
     class Stream(SimpleNamespace):
@@ -770,11 +770,11 @@ def test_batches_are_copied_ahead_by_a_stream_of_their_own(monkeypatch):
         told.clear()
         batches = [{"input_ids": Pinned(name=f"ids {i}"), "windows": Pinned(name=f"sound {i}"), "n": i}
                    for i in range(n)]
-        for i, batch in enumerate(runs.ahead(iter(batches), cuda)):
-            ids, windows = runs.arrived(batch, cuda)
+        for i, batch in enumerate(runs.prefetch_to_gpu(iter(batches), cuda)):
+            ids, windows = runs.wait_for_copy(batch, cuda)
             told.append(("compute", "uses", i))
             assert batch is batches[i] and (ids.name, windows.name) == (f"ids {i}", f"sound {i}")
-            assert "coming" not in batch and runs.arrived(batch, cuda)  # asked again: copied again
+            assert "coming" not in batch and runs.wait_for_copy(batch, cuda)  # asked again: copied again
         copied = lambda i: [("side", "copies", f"ids {i}"), ("side", "copies", f"sound {i}")]
         used = lambda i: [("compute", "waits for", "copies", f"sound {i}"), ("compute", "holds", f"ids {i}"),
                           ("compute", "holds", f"sound {i}"), ("compute", "uses", i),
@@ -782,7 +782,7 @@ def test_batches_are_copied_ahead_by_a_stream_of_their_own(monkeypatch):
         expected = [x for i in range(n) for x in (copied(0) if i == 0 else []) + (
             copied(i + 1) if i + 1 < n else []) + used(i)]
         assert told == expected
-    lazy = runs.ahead(iter(batches), torch.device("cpu"))
+    lazy = runs.prefetch_to_gpu(iter(batches), torch.device("cpu"))
     assert next(lazy) is batches[0] and list(lazy) == batches[1:] and told == expected
 
 
@@ -894,7 +894,7 @@ def test_which_parts_each_stage_of_the_recipe_moves(tiny_config, tiny_data, tmp_
     """The real config files, one after the other, at tiny sizes: only the second trains the audio encoder."""
     c = config.load([tiny_config], "train.py")
     of_a_stage = ("_config", "learning_rate")
-    sizes = {n: v for n, v in vars(c).items() if n in c.given and not n.endswith(of_a_stage)}
+    sizes = {n: v for n, v in vars(c).items() if n in c.user_set and not n.endswith(of_a_stage)}
     before = None
     for stage, moved in (("pretrain", {"audio_transformer", "xattn", "lm.embed_tokens"}),
                          ("sft", {"audio_transformer", "xattn", "lm.embed_tokens", "clap"}),
@@ -949,7 +949,7 @@ def test_questions_about_two_clips_train_and_are_scored(tiny_config, tiny_data, 
                "--num_epochs=1"]
     train(tiny_config, tmp_path, "two", *options)
     assert log(tmp_path, "two", "valid")[-1]["two-AQA/test"] > 0
-    run("data.py", "check", f"{tmp_path}/m/two-AQA/test.json", f"--data_root={tiny_data}")
+    run("prepare/check.py", f"{tmp_path}/m/two-AQA/test.json", f"--data_root={tiny_data}")
     result = run("eval.py", "--split=two-AQA/test", f"--init_from={tmp_path}/two", f"--data_root={tiny_data}",
                  f"--dataset_file_root={tmp_path}/m", "--max_new_tokens=2")
     assert "two-AQA/test: accuracy" in result.stdout and "n 8" in result.stdout

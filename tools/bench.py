@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config
 
-MODES = ("kernel", "decode", "train", "data", "fit")  # functions of tools/bench_<mode>.py
+MODES = ("kernel", "decode", "train", "data", "fit")  # functions of tools/bench/<mode>.py
 
 
 def main(mode="--help", *options):
@@ -28,9 +28,9 @@ def main(mode="--help", *options):
         sys.exit(2)
     elif mode == "fit":  # settings of its own, and config files
         del sys.argv[1]
-        config.run(importlib.import_module("tools.bench_fit").fit, "tools/bench_fit.py")
+        config.run(importlib.import_module("tools.bench.fit").fit, "tools/bench/fit.py")
     else:
-        print(json.dumps(getattr(importlib.import_module(f"tools.bench_{mode}"), mode)()))
+        print(json.dumps(getattr(importlib.import_module(f"tools.bench.{mode}"), mode)()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""What every stage uses: errors of the user, files written atomically, JSON, optional packages."""
+import importlib
+import json
+import os
+import subprocess
+import tempfile
+from contextlib import contextmanager, suppress
+
+
+class UserError(ValueError):
+    """A mistake in the input: a setting, a file, a folder. Scripts print it as one line and exit with code 2;
+    any other exception keeps its traceback."""
+
+
+def commit():
+    """The project's git commit, for logs and headers."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:  # git is not installed
+        return "unknown"
+
+
+def optional_import(module, purpose, extra):
+    """A module of an optional package; UserError names the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        command = f"pip install -r requirements-{extra}.txt"
+        raise UserError(f"{purpose} needs {package}, which is not installed: {command}") from error
+
+
+def shorten(error):
+    """The class and the beginning of the message of a library's exception, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def join_names(names, most=5):
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(str(name)[:120] for name in names[:most]) + more
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def check_folder_writable(folder):
+    """Fail fast: UserError where nothing can be written in a folder that is there or will be made."""
+    existing = os.path.abspath(folder)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing) as f:
+            f.write(bytes(2 ** 16))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def check_writable(file):
+    """Fail fast: UserError where a file cannot be written."""
+    if os.path.isdir(file) or not os.path.basename(file):
+        raise UserError(f"{file}: a folder, expected the name of a file to write")
+    check_folder_writable(os.path.dirname(file) or ".")
+
+
+@contextmanager
+def name_disk_errors(path, *kinds):
+    """Add the path to an OSError that names no file (a full disk), and to exceptions of `kinds`, by which a
+    library reports one."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        if isinstance(error, OSError) and (error.filename or error.errno is None):
+            raise
+        reason = getattr(error, "strerror", error)
+        raise OSError(f"{path}: could not be written, is the disk full? ({reason})") from error
+
+
+@contextmanager
+def atomic_write(path, mode="w"):
+    """A file opened for writing that replaces the one at `path` when the block ends: whole, or not at all."""
+    temporary = path + ".tmp"
+    try:
+        with name_disk_errors(path), open(temporary, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return json.load(f)
+    except ValueError as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from error
+
+
+def read_json_object(path):
+    """{name: value} of a JSON file."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a {type(content).__name__}, expected an object {{name: value}}")
+    return content
+
+
+def parse_json_line(line):
+    """The object of a line of a log; None for a torn line, or one that holds something else."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def read_json_lines(path):
+    """Yield (line number, object) of a JSON-lines file, without its empty lines; UserError names file and
+    line."""
+    with open(path, encoding="utf-8-sig") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path} line {number}: not JSON ({error})") from error
+            if not isinstance(entry, dict):
+                raise UserError(f"{path} line {number}: a {type(entry).__name__}, expected an object")
+            yield number, entry

@@ -1,0 +1,58 @@
+"""Weights of a byte each, for decoding: the time of a token is that of reading the weights."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tools.common import UserError
+
+
+class Int8Linear(nn.Module):
+    """A frozen nn.Linear whose weight is int8, times a scale per output row."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(torch.bfloat16))
+        self.bias = bias
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if len(rows) <= 16:  # torch's int8 product is for few rows, and fast with bf16 ones alone
+            y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).to(x.dtype)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+class Int8Head(nn.Module):
+    """A TokenTable whose logits are int8 products; embeddings are as they were."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.rows = table, Int8Linear(torch.cat([table.weight, table.added]))
+
+    def forward(self, ids):
+        return self.table(ids)
+
+    def logits(self, x):
+        return self.rows(x)
+
+
+def quantize(model):
+    """Replace, in place, what a decoding step multiplies with by int8: the language model's blocks and head,
+    to_q, to_out and the gated feed-forward. To answer with: it neither trains nor saves. ValueError where
+    torch has no such product."""
+    device = model.lm.norm.weight.device
+    if device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm"):
+        raise UserError(f"int8 weights: torch {torch.__version__} multiplies with them on a CPU, not on "
+                         f"{device.type}; leave int8 off")
+    for part in (model.lm.layers, model.xattn):
+        for parent in list(part.modules()):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear) and name != "to_kv":  # once a clip, as wide as it is
+                    setattr(parent, name, Int8Linear(linear.weight, linear.bias))
+    head = "embed_tokens" if model.lm.config.tied else "lm_head"
+    setattr(model.lm, head, Int8Head(getattr(model.lm, head)))
+    model.int8 = True
+    return model

@@ -15,7 +15,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tests.helpers import write_manifest
+from tests.helpers import run, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +96,11 @@ def tiny_config(tiny_settings, tiny_data, tmp_path_factory):
     with open(path, "w") as f:
         f.writelines(f"{name} = {value!r}\n" for name, value in names.items())
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_config, tmp_path_factory):
+    """A folder with tiny/, the run of a tiny model after one epoch; read it, do not write to it."""
+    out = tmp_path_factory.mktemp("exp")
+    run("train.py", tiny_config, f"--expdir={out}", "--run_name=tiny", "--num_epochs=1")
+    return out

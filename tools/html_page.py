@@ -1,0 +1,131 @@
+"""Reports as one file: an HTML page, tables, the log-mel of a clip as a picture, a player for its sound.
+
+Everything is embedded as data URIs, so that a page can be sent as it is. Pictures need matplotlib, which is
+imported when the first one is drawn. (Not named html.py: `python tools/bench.py` searches tools/ first, and the
+standard library's html would be hidden.)
+"""
+import base64
+import io
+import wave
+from html import escape
+
+from tools.common import optional_import
+
+STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
+td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+.item { border-left: 3px solid #c33; padding: 0 1em; margin: 1em 0 }
+audio { width: 100% } img { max-width: 100% } pre { white-space: pre-wrap; margin: 0 }
+"""
+
+
+def html_page(title, body, style=""):
+    """A page: `body` is HTML, `title` text; `style` is CSS beside the common one."""
+    head = f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}{style}</style>'
+    return f"{head}<h1>{escape(title)}</h1>\n{body}\n"
+
+
+def html_table(rows, header=()):
+    """A table of texts, which are escaped; without a header the first column is one."""
+    lines = ["<tr>" + "".join(f"<th>{escape(str(cell))}" for cell in header)] if header else []
+    for first, *cells in rows:
+        line = f"<tr><{'td' if header else 'th'}><pre>{escape(str(first))}</pre>"
+        lines.append(line + "".join(f"<td><pre>{escape(str(cell))}</pre>" for cell in cells))
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def md_table(header, rows):
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def data_uri(data, kind):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sound
+
+
+def audio_player(windows, sample_rate, max_seconds=15):
+    """An <audio> element: the first seconds of windows (n, L), int16 or float in [-1, 1], as 16-bit WAV."""
+    import torch
+
+    from model import to_float
+    samples = to_float(torch.as_tensor(windows)).flatten()[:int(max_seconds * sample_rate)]
+    data = io.BytesIO()
+    with wave.open(data, "wb") as f:
+        f.setparams((1, 2, sample_rate, 0, "NONE", ""))
+        f.writeframes((samples * 32767).to(torch.int16).numpy().tobytes())
+    return f'<audio controls src="{data_uri(data.getvalue(), "audio/wav")}"></audio>'
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def new_figure(width, height):
+    """A matplotlib Figure, inches; without pyplot, so that no window system is looked for."""
+    return optional_import("matplotlib.figure", "a picture", "eval").Figure((width, height), layout="constrained")
+
+
+def png_bytes(figure, dpi=90):
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi)
+    return data.getvalue()
+
+
+def image(figure):
+    """An <img> element of a figure."""
+    return f'<img src="{data_uri(png_bytes(figure), "image/png")}">'
+
+
+def plain_label(text, most=60):
+    """A label of a picture: one line, and no formulas (matplotlib reads $ as mathematics)."""
+    return text[:most].replace("\n", " ").replace("$", r"\$")
+
+
+def draw_log_mel(axes, windows, sample_rate):
+    """The log-mel of windows (n, L), int16 or float, over seconds; -> seconds."""
+    import torch
+
+    from model import log_mel, to_float
+    windows = to_float(torch.as_tensor(windows))
+    seconds = windows.numel() / sample_rate
+    mel = log_mel(windows, sample_rate).flatten(0, 1).T  # (64, frames)
+    axes.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
+    axes.set(ylabel="mel band")
+    return seconds
+
+
+def draw_attention(axes, weights, seconds, words=()):
+    """Attention over time under a log-mel: weights (steps,) as a curve, or (words, steps) as a map."""
+    import numpy as np
+    weights = np.asarray(weights)
+    if weights.ndim == 1:
+        axes.stairs(weights, np.linspace(0, seconds, len(weights) + 1), fill=True)
+        axes.set(xlabel="seconds", ylabel="attention", xlim=(0, seconds))
+        return
+    n = len(weights)
+    axes.imshow(weights, aspect="auto", extent=(0, seconds, n, 0), cmap="viridis")
+    labels = [plain_label(word) for word in words]
+    axes.set(xlabel="seconds", yticks=np.arange(n) + 0.5, yticklabels=labels)
+
+
+def log_mel_figure(windows, sample_rate, weights=None, words=()):
+    """-> matplotlib Figure of windows (n, L), int16 or float: the log-mel, and under it the attention weights:
+    (steps,), or (words, steps) with the words."""
+    if weights is None or len(weights) == 0:
+        figure = new_figure(8, 2)
+        draw_log_mel(figure.subplots(), windows, sample_rate)
+        return figure
+    height = max(1, 0.25 * len(words))
+    figure = new_figure(9 if len(words) else 8, 2 + height)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, height])
+    draw_attention(below, weights, draw_log_mel(above, windows, sample_rate), words)
+    return figure
+
+
+def log_mel_png(windows, sample_rate, weights=None):
+    """The picture of log_mel_figure as PNG bytes."""
+    return png_bytes(log_mel_figure(windows, sample_rate, weights))

@@ -11,7 +11,7 @@ data_root = "data/gm"
 
 window_length = 2.5  # s; a clip is one window
 max_num_window = 1
-clap_checkpoint = "out/demo/clap/epoch_16.pt"  # config/demo_clap.py; its weights tell the encoder's sizes
+clap_checkpoint = "out/demo/clap/epoch_16.pt"  # config/demo_clap.py; sizes are inferred from its weights
 audio_transformer_n_layers = 1
 audio_transformer_d_inner = 512
 cross_attn_every_n_layers = [22, 25, 28]  # of 30; the backward pass ends at the first
@@ -29,14 +29,14 @@ dataset_blending_config = {  # passes over each set
 valid_dataset_config = {"GM-Family-AQA/val": 1, "GM-Order-AQA/val": 1}
 dataset_blending_global_weight = 1
 num_epochs = 1
-batch_size = 8  # many small steps: what limits the demo is their number
+batch_size = 8  # small: the demo is limited by its number of steps
 num_workers = 0  # clips are small and cached
 cache_audio = True
-bucket_batches = 8  # enough to keep padding small; over more, texts of like length would be one task's
+bucket_batches = 8  # keeps padding small; larger buckets would fill a batch with one task
 max_tokens = 64
 
 learning_rate = 5e-4
-gate_learning_rate = 0.1  # a residual stream of size 10 hears nothing until the gates, at 0 first, are open
+gate_learning_rate = 0.1  # the gates start at 0; until they open, the model learns nothing from the audio
 lr_scheduler = "cosine"
 warmup_steps = 10
 freeze_lm_embeddings = True

@@ -1,5 +1,4 @@
-"""Stage 3 of Audio Flamingo 2, 3B: 5-minute clips. Trains what pretraining trained; the audio encoder is
-frozen again.
+"""Stage 3 of Audio Flamingo 2, 3B: 5-minute clips. Trains the same parts as stage 1, with a frozen encoder.
 
 Hardware: 8 x 80 GB. Wall time reported by the authors: about 12 hours on 128 A100; not measured here.
 Launch: torchrun --nproc_per_node=8 train.py config/long.py

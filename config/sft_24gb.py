@@ -1,21 +1,20 @@
-"""Fine-tune a published model on your own sounds, on one GPU: frozen weights in bf16, trained ones in
-float32, of the token tables the new rows alone, blocks computed again in the backward pass.
+"""Fine-tune a published model on your own sounds on one GPU: frozen weights in bf16, trained ones in float32,
+gradient checkpointing, of the embeddings only the special tokens; the encoder trains.
 
 Hardware: 1 x 24 GB; 1 x 80 GB for 3B. By tools/bench.py fit, not measured: 2-minute clips, 64 tokens; GB
-where all texts have 512; clips/s at 40 % of the peak of an RTX 4090, of an H100 for 3B, of which computing
-twice takes a quarter. The encoder trains.
+where all texts have 512; clips/s at 40 % of the peak of an RTX 4090, of an H100 for 3B.
 
     model   batch   GB     512    clips/s
     0.5B    8       16.9   18.6   13
     1.5B    2       22.1   23.0   12        --batch_size=2 --gradient_accumulation_steps=16
     3B      8       43.1   46.3   51
 
-and with --pretrained_path=nvidia/audio-flamingo-2-1.5B or nvidia/audio-flamingo-2 for the last two. The 9,700
+with --pretrained_path=nvidia/audio-flamingo-2-1.5B or nvidia/audio-flamingo-2 for the last two. The 9,700
 questions of the example, of 30 s at most, take some minutes a pass.
 Launch: python train.py config/sft_24gb.py
 """
 run_name = "sft_24gb"
-pretrained_path = "nvidia/audio-flamingo-2-0.5B"  # its width tells its language model
+pretrained_path = "nvidia/audio-flamingo-2-0.5B"  # its width determines its language model
 clap_finetune = True
 max_num_window = 12  # 2 min, as released
 

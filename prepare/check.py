@@ -24,8 +24,7 @@ from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Collate, Manifest, open_man
 from tools.data import audio as sound
 from tools.data.batches import about_tokens
 from tools.checkpoint.htsat import sample_rate_of_mel
-from tools.common import UserError, atomic_write, check_folder_writable, check_writable
-from tools.spread import spread
+from tools.common import UserError, atomic_write, check_folder_writable, check_writable, map_parallel
 
 write: str | None = None  # folder for cleaned copies of the manifests; None: none are written
 page: str | None = None  # HTML file of the report; None: the terminal alone
@@ -149,9 +148,9 @@ def main(c):
     tasks = ((m, i) for m, manifest in enumerate(opened) for i in range(len(manifest)))
     found = [Found(len(manifest)) for manifest in opened]
     bar = tqdm(total=sum(map(len, opened)), desc="check", unit="clip", disable=None)
-    todo = spread(partial(inspect, opened, audio_config), tasks, c.workers or os.cpu_count())
-    for (m, i), result, why in todo:
-        problem, found[m].seconds[i], found[m].rate[i] = result or (why, 0, 0)
+    inspected = map_parallel(partial(inspect, opened, audio_config), tasks, c.workers or os.cpu_count(),
+                             lambda task: opened[task[0]][task[1]]["path"])
+    for (m, i), (problem, found[m].seconds[i], found[m].rate[i]) in inspected:
         if problem:
             found[m].problems[i] = problem
             tqdm.write(f"{opened[m].name} {i}: {opened[m][i]['path']}: {problem}")

@@ -25,8 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config as settings
 from data import read_clip, read_heard
 from prepare.check import audio_config_of, open_all, targets_of, write_manifest
-from tools.common import UserError, check_folder_writable
-from tools.spread import spread
+from tools.common import UserError, check_folder_writable, map_parallel
 
 to: str | None = None  # folder of the copies and their manifests
 workers: int = 0  # processes; 0: one a core
@@ -115,9 +114,9 @@ def main(c):
     seconds = [np.full(len(manifest), np.nan) for manifest in manifests]
     tasks = ((m, i) for m, manifest in enumerate(manifests) for i in range(len(manifest)))
     bar = tqdm(total=sum(map(len, manifests)), desc="convert", unit="item", disable=None)
-    todo = spread(partial(convert, manifests, audio, audio_config), tasks, c.workers or os.cpu_count())
-    for (m, i), result, why in todo:
-        length, problem, disk = result or (None, f"{manifests[m][i]['path']}: {why}", False)
+    converted = map_parallel(partial(convert, manifests, audio, audio_config), tasks,
+                             c.workers or os.cpu_count(), lambda task: manifests[task[0]][task[1]]["path"])
+    for (m, i), (length, problem, disk) in converted:
         if disk:
             raise OSError(f"{audio}: could not be written, is the disk full? ({problem})")
         if problem:

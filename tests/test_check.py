@@ -16,7 +16,7 @@ from prepare import convert
 from prepare.check import inspect, targets_of
 from prepare.convert import make_copy
 from tests.helpers import fails_with_one_line, run, write_manifest
-from tools.spread import spread
+from tools.common import UserError, map_parallel
 
 rng = np.random.default_rng(0)
 AUDIO_SETTINGS = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 3, "sample_rate": 16000}
@@ -184,17 +184,17 @@ def test_a_clip_that_changes_while_it_is_converted_is_told(tmp_path, monkeypatch
     path = write_manifest(tmp_path, "a-AQA/train", [(f"{i}.wav", "p", "o") for i in range(2)])
 
     def then_change(*arguments):
-        yield from spread(*arguments)
+        yield from map_parallel(*arguments)
         soundfile.write(tmp_path / "1.wav", rng.standard_normal(8000) * 0.1, 16000)
 
-    monkeypatch.setattr(convert, "spread", then_change)
-    c = config.load([f"--to={tmp_path}/to", f"--data_root={tmp_path}"], "prepare/convert.py")
+    monkeypatch.setattr(convert, "map_parallel", then_change)
+    c = config.load([path, f"--to={tmp_path}/to", f"--data_root={tmp_path}"], "prepare/convert.py", files=True)
     with pytest.raises(ValueError, match=r"1\.wav: changed while it was converted"):
-        convert.main(c, [path])
+        convert.main(c)
     assert os.listdir(tmp_path / "to/a-AQA") == []
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="0"):
-        convert.main(c, [path])
+        convert.main(c)
     after = Clips([Manifest(f"{tmp_path}/to/a-AQA/train.json")], None, AUDIO_SETTINGS)
     assert all(after[i]["windows"] is not None for i in range(2))
 
@@ -202,36 +202,31 @@ def test_a_clip_that_changes_while_it_is_converted_is_told(tmp_path, monkeypatch
 def half_written(folder, task):
     try:
         open(f"{folder}/{task}.tmp", "w").close()
-        time.sleep(0 if task == 0 else 30)
+        time.sleep(0 if task == 0 else 0.5)
     finally:
         os.remove(f"{folder}/{task}.tmp")
+    return task
 
 
-def test_an_interrupted_work_leaves_nothing_half_written(tmp_path):
-    todo = spread(partial(half_written, str(tmp_path)), range(3), 2)
-    assert next(todo) == (0, None, None)
+def test_a_pool_that_is_closed_leaves_nothing_half_written(tmp_path):
+    results = map_parallel(partial(half_written, str(tmp_path)), range(9), 2)
+    assert next(results) == (0, 0)
     while not os.path.exists(tmp_path / "1.tmp"):
         time.sleep(0.01)
-    todo.close()  # as Ctrl-C does
+    results.close()  # as Ctrl-C does
     assert os.listdir(tmp_path) == []
 
 
-def fate(task):
-    if task % 10 == 3:
-        os._exit(11)
+def square_or_die(task):
     if task == 17:
-        time.sleep(60)
+        os._exit(11)
     return task * task
 
 
-def test_a_task_that_ends_or_stalls_its_process_is_named():
-    told = {task: (result, why) for task, result, why in spread(fate, range(40), 3, limit=2)}
-    assert set(told) == set(range(40))
-    for task, (result, why) in told.items():
-        if task % 10 == 3 or task == 17:
-            assert result is None and f"code {-9 if task == 17 else 11}" in why
-        else:
-            assert (result, why) == (task * task, None)
+def test_a_pool_names_the_task_that_ends_its_process():
+    assert sorted(map_parallel(square_or_die, range(17), 3)) == [(i, i * i) for i in range(17)]
+    with pytest.raises(UserError, match="task number 17:"):
+        list(map_parallel(square_or_die, range(40), 3, "task number {}".format))
 
 
 def test_manifests_of_one_name_are_not_written_over_each_other():

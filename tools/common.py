@@ -1,9 +1,17 @@
-"""What every stage uses: errors of the user, files written atomically, JSON, optional packages."""
+"""What every stage uses: errors of the user, files written atomically, JSON, optional packages, a process
+pool."""
 import importlib
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 
 
@@ -139,3 +147,56 @@ def read_json_lines(path):
             if not isinstance(entry, dict):
                 raise UserError(f"{path} line {number}: a {type(entry).__name__}, expected an object")
             yield number, entry
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Work for all cores
+
+
+def map_parallel(work, tasks, workers, describe=str):
+    """Yield (task, work(task)) in order of completion, computed by `workers` processes.
+
+    Tasks are drawn from their iterable as they are needed, two per worker ahead. An exception of `work` is
+    raised here. Where a worker dies (a decoder that crashes, no memory), the tasks under way are run again one
+    by one, and a UserError names (`describe`) the one that does it again. However the loop ends, tasks that
+    have begun are finished first: none leaves a file half-written.
+    """
+    fork = multiprocessing.get_context("fork")  # workers inherit `work` and what it refers to, unpickled
+    pool = ProcessPoolExecutor(workers, fork, _start_worker, [work])
+    tasks, pending = iter(tasks), {}  # future: its task, oldest first
+    try:
+        while True:
+            for task in itertools.islice(tasks, 2 * workers - len(pending)):
+                pending[pool.submit(_run_task, task)] = task
+            if not pending:
+                return
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                result = future.result()
+                yield pending.pop(future), result
+    except BrokenProcessPool as error:
+        suspects = list(pending.values())
+        if len(suspects) > 1:
+            for task in suspects:
+                list(map_parallel(work, [task], 1, describe))
+        names = join_names([describe(task) for task in suspects])
+        raise UserError(f"{names}: the worker process died (its memory, or a crash of a library)") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(work):
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent lets the workers finish
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run_task(task):
+    return _work(task)

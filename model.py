@@ -492,22 +492,22 @@ class LanguageModel(nn.Module):
         if not config.tied:
             self.lm_head = TokenTable(config.vocab, added, config.width)
 
-    def new_cache(self, B, length, like):
+    def new_kv_cache(self, B, length, like):
         """Keys and values of texts so far, (layers, 2, B, H, length, d): slot p of a row is for its token at
         position p. Shapes stay while an answer grows: a decoding step is one graph."""
         c = self.config
         return like.new_zeros(c.layers, 2, B, c.kv_heads, length, c.d)
 
-    def positions(self, ids, positions=None, cache=None):
+    def positions(self, ids, positions=None, kv_cache=None):
         """ids (B, T) -> their Positions: from position 0 on, or in a cache at positions (B, T)."""
         c = self.config
-        at = torch.arange(ids.shape[1], device=ids.device) if cache is None else positions[:, None]
+        at = torch.arange(ids.shape[1], device=ids.device) if kv_cache is None else positions[:, None]
         rope = rotary_table(at, c.d, c.rope_theta, c.rope_stretch)  # (T, d) or (B, 1, T, d)
-        if cache is None:
+        if kv_cache is None:
             return Positions(rope)
-        slots = torch.arange(cache.shape[4], device=ids.device)
+        slots = torch.arange(kv_cache.shape[4], device=ids.device)
         ahead = slots > positions.repeat(1, c.heads // c.kv_heads)[:, None, :, None]
-        return Positions(rope, positions, cache.new_zeros(ahead.shape).masked_fill_(ahead, -math.inf))
+        return Positions(rope, positions, kv_cache.new_zeros(ahead.shape).masked_fill_(ahead, -math.inf))
 
     def forward(self, ids, layers=None):
         """Without listening: ids (B, T) right-padded -> (B, T, D) before the head, after `layers` blocks."""
@@ -597,15 +597,18 @@ class AudioFlamingo(nn.Module):
         """audio (B, S, C) -> {block index: (B, S, 2, H, d)} for the gated blocks."""
         return dict(zip(map(int, self.xattn), keys_values(list(self.xattn.values()), audio)))
 
-    def forward_hidden(self, ids, kv, n_keys, positions=None, cache=None):
-        """ids (B, T) -> (B, T, D) before the head; kv of keys_values, n_keys of listen. With a cache the ids
-        are the tokens at `positions` (B, T) of texts whose earlier tokens are in it."""
+    def forward_hidden(self, ids, kv, n_keys, positions=None, kv_cache=None, inspect=None):
+        """ids (B, T) -> (B, T, D) before the head; kv of keys_values, n_keys of visible_keys. With a kv_cache
+        (LanguageModel.new_kv_cache) the ids are the tokens at `positions` (B, T) of texts whose earlier tokens
+        are in it. inspect(i, x) is called with the residual stream x (B, T, D) before gated block i."""
         call = recomputed if self.training and self.recompute else nn.Module.__call__
-        x, place = self.lm.embed_tokens(ids), self.lm.positions(ids, positions, cache)
+        x, place = self.lm.embed_tokens(ids), self.lm.positions(ids, positions, kv_cache)
         for i, block in enumerate(self.lm.layers):
             if i in kv:
+                if inspect:
+                    inspect(i, x)
                 x = call(self.xattn[str(i)], x, kv[i], n_keys, self.backend)
-            x = call(block, x, place, None if cache is None else cache[i])
+            x = call(block, x, place, None if kv_cache is None else kv_cache[i])
         return self.lm.norm(x)
 
     def forward(self, input_ids, windows, n_windows, labels=None):

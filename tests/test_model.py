@@ -115,7 +115,7 @@ def test_the_loss_of_many_tokens_in_parts(tiny_settings, monkeypatch):
     model, rows = build(tiny_settings, gates=0.5), []
     ids, windows, n, labels = batch(model, T=(1200, 1100, 700))
     heard = listen_double(model.double(), windows, n)
-    monkeypatch.setattr(model, "listen", lambda *_: heard)
+    monkeypatch.setattr(model, "encode_audio", lambda *_: heard)
     model.requires_grad_(True)
     logits_of = model.lm.logits
     monkeypatch.setattr(model.lm, "logits", lambda x: rows.append(x.numel() // x.shape[-1]) or logits_of(x))
@@ -339,10 +339,10 @@ def test_a_decoding_step_is_one_graph(tiny_settings, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend=count)
-    prefill = model.hidden
+    step = torch.compile(model.forward_hidden, fullgraph=True, dynamic=False, backend=count)
+    prefill = model.forward_hidden
     hidden = lambda ids, *rest: (step if ids.shape[1] == 1 else prefill)(ids, *rest)
-    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model, "forward_hidden", hidden)
     monkeypatch.setattr("tools.sample.decoding.CACHE_STEP", 64)  # one length for both prompts
     monkeypatch.setattr(model, "stop_ids", [])
     compiled = [list(model.stream(p, windows, n, max_new_tokens=20)) for p in (prompts, ["a", "b", "c"])]

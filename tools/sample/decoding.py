@@ -84,7 +84,7 @@ class Answers:
             raise UserError(f"a text of {self.longest} tokens: the language model was made for "
                              f"{model.lm.config.positions}")
         length = -(-(self.longest + 1) // CACHE_STEP) * CACHE_STEP
-        self.cache = model.lm.new_cache(B, length, like=self.kv[min(self.kv)])
+        self.cache = model.lm.new_kv_cache(B, length, like=self.kv[min(self.kv)])
         positions = torch.arange(self.longest, device=device).expand(B, -1)
         x = model.forward_hidden(ids, self.kv, model.visible_keys(ids, n_keys), positions, self.cache)
         self.lengths = torch.tensor(lengths, device=device)
@@ -95,7 +95,7 @@ class Answers:
         """One more token (B,) of those that are `going` (B,) int64; the others stay as they are."""
         if self.longest >= self.cache.shape[4]:
             self.cache = fit(self.cache, 4, 2 * self.longest)
-        hidden = getattr(self.model, "one_token", self.model.hidden)  # compiled, if that was asked for
+        hidden = getattr(self.model, "one_token", self.model.forward_hidden)  # compiled, if that was asked for
         self.x = hidden(token[:, None], self.kv, self.n_keys, self.lengths[:, None], self.cache)[:, 0]
         self.lengths, self.longest = self.lengths + going, self.longest + 1
 
@@ -115,7 +115,7 @@ class Answers:
 def compile_decoding(model):
     """One graph for a decoding step; on a GPU one launch of it (CUDA graphs)."""
     mode = "reduce-overhead" if model.lm.norm.weight.is_cuda else None
-    model.one_token = torch.compile(model.hidden, fullgraph=True, dynamic=False, mode=mode)
+    model.one_token = torch.compile(model.forward_hidden, fullgraph=True, dynamic=False, mode=mode)
 
 
 def asks_every_step(device):

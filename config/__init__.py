@@ -4,8 +4,8 @@
     c = load(sys.argv[1:], "train.py")     # config/defaults.py and the annotated settings of train.py
     c.batch_size, c.user_set               # a value, and the names that the user gave
 
-A config file is flat Python that assigns settings (`batch_size = 8`); it may compute, it may not invent names.
-A script ends with `run(main, __file__)`, which prints a UserError as one line and exits with code 2.
+A config file is flat Python that assigns settings (`batch_size = 8`); it may compute, but not invent names. A
+script ends with `run(main, __file__)`, which prints a UserError as one line and exits with code 2.
 """
 import ast
 import difflib
@@ -177,7 +177,8 @@ def load(argv, script, reads=None, files=False):
             found = path if os.path.exists(path) else resolve_path(path)
             if not os.path.isfile(found):
                 raise UserError(f"command line: {path}: no such config file")
-            values |= {name: check(name, value, known, path) for name, value in read_config_file(found).items()}
+            for name, value in read_config_file(found).items():
+                values[name] = check(name, value, known, path)
         elif files:
             others.append(argv.pop(0))
         else:
@@ -202,8 +203,8 @@ def print_help(script, known, names):
 
 
 def run(main, script, reads=None, files=False):
-    """Call main(settings), which may return an exit code. The user's mistakes, and files that cannot be read or
-    written, are printed as one line and exit with code 2; a programmer's mistake keeps its traceback."""
+    """Call main(settings), which may return an exit code. A user's mistake, or a file that cannot be read or
+    written, is printed as one line, with exit code 2; a programmer's mistake keeps its traceback."""
     code, ranks = 2, int(os.environ.get("WORLD_SIZE", "1"))
     try:
         code = main(load(sys.argv[1:], script, reads, files)) or 0

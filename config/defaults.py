@@ -81,7 +81,7 @@ MODEL_SETTINGS = ("lang_encoder_path", "tokenizer_path", "clap_spec_size", "clap
 LOADING = (*MODEL_SETTINGS, "pretrained_path", "clap_checkpoint", "cache_dir", "attention_backend")
 PATHS = ("lang_encoder_path", "tokenizer_path", "pretrained_path", "clap_checkpoint", "dataset_file_root",
          "data_root")
-ORIGINS = ("expdir", "run_name", "pretrained_ckpt", *PATHS[2:])  # of a run: its folder, and what it started from
+ORIGINS = ("expdir", "run_name", "pretrained_ckpt", *PATHS[2:])  # folder and parts of a run
 
 # Bounds of numbers, also of scripts' own settings.
 AT_LEAST_1 = """

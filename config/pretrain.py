@@ -1,4 +1,4 @@
-"""Stage 1 of Audio Flamingo 2, 3B: trains the audio transformer, the gated cross-attention and the embeddings.
+"""Stage 1 of Audio Flamingo 2, 3B: trains audio transformer, gated cross-attention and embeddings.
 
 Hardware: 8 x 80 GB. Global batch 1024 = 16 clips x 8 accumulation x 8 GPUs. Wall time reported by the
 authors: about 4 days on 128 A100; not measured here. Expect the gates to open from 0 within the first
@@ -20,7 +20,7 @@ gradient_checkpointing = True
 save_epochs = valid_epochs = 10  # published: 1; an epoch of the blend may take less than a minute
 save_minutes = 20.0
 
-# Passes over each set, table 21 of the paper; AudioSet, LP-MusicCaps-MSD and NSynth are not legible there (1.0).
+# Passes over each set, table 21 of the paper; AudioSet, LP-MusicCaps-MSD and NSynth (1.0) are not legible.
 dataset_blending_config = {
     "OpenAQA-AQA/train": 1.0,
     "BBCSoundEffects-AudioDescription/train": 5.0,

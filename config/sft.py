@@ -1,4 +1,4 @@
-"""Stage 2 of Audio Flamingo 2, 3B: fine-tuning on skills and tasks with 2-minute clips; trains the encoder, too.
+"""Stage 2 of Audio Flamingo 2, 3B: skills and tasks, with 2-minute clips; the encoder trains, too.
 
 Hardware: 8 x 80 GB; one GPU with a smaller model or batch. Wall time reported by the authors: about 5 days on
 128 A100; not measured here.

@@ -69,13 +69,8 @@ def check(name, value, known, where):
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise UserError(f"{where}: unknown setting {name!r}{hint}")
-    allowed = allowed_types(known[name][0])
     where = f"{where}: {name} = {value!r:.200}"
-    if type(value) is int and float in allowed and int not in allowed:
-        value = float(value) if abs(value) < LARGEST else math.inf
-    if type(value) not in allowed and not (value is None and types.NoneType in allowed):
-        expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
-        raise UserError(f"{where} is a {type(value).__name__}, expected {expected}")
+    value = check_type(value, allowed_types(known[name][0]), where)
     if type(value) in (int, float):
         check_number(name, value, where)
     if type(value) is dict:
@@ -84,6 +79,15 @@ def check(name, value, known, where):
         raise UserError(f"{where}, expected the name of a folder")
     if name == "run_name" and (os.path.isabs(value) or ".." in value.split("/")):
         raise UserError(f"{where}, expected the name of a folder inside expdir")
+    return value
+
+
+def check_type(value, allowed, where):
+    if type(value) is int and float in allowed and int not in allowed:
+        return float(value) if abs(value) < LARGEST else math.inf
+    if type(value) not in allowed and not (value is None and types.NoneType in allowed):
+        expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+        raise UserError(f"{where} is a {type(value).__name__}, expected {expected}")
     return value
 
 

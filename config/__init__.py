@@ -85,7 +85,7 @@ def check(name, value, known, where):
 def check_type(value, allowed, where):
     if type(value) is int and float in allowed and int not in allowed:
         return float(value) if abs(value) < LARGEST else math.inf
-    if type(value) not in allowed and not (value is None and types.NoneType in allowed):
+    if type(value) not in allowed:
         expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
         raise UserError(f"{where} is a {type(value).__name__}, expected {expected}")
     return value

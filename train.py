@@ -5,19 +5,18 @@
     torchrun --nproc_per_node=8 train.py config/pretrain.py                   # one node
     torchrun --nnodes=2 --node_rank=$RANK --master_addr=$HOST --nproc_per_node=8 train.py config/pretrain.py
 
-A run lives in expdir/run_name/: checkpoint_<epoch>.pt, log.jsonl. Started again, it goes on from its newest
-checkpoint, to the bit where the step takes the same items. SIGTERM, SIGUSR1 and Ctrl-C save and end it;
-torchrun --max-restarts=3 starts it again by itself when a process dies.
+A run lives in expdir/run_name/: checkpoint_<epoch>.pt and log.jsonl. The same command resumes it from its newest
+checkpoint, on a CPU bit for bit. SIGTERM, SIGUSR1 and Ctrl-C save and stop it within a step; on one node
+torchrun --max-restarts=3 resumes it when a process dies.
 """
-import contextlib
 import math
-import os
 import random
 import signal
-import sys
 import time
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -25,359 +24,293 @@ from tqdm import tqdm
 
 import checkpoint
 import config as settings
-from data import open_manifests, train_loader, truncation_warning, valid_loader
-from model import pick_backend
-from tools.train import log as meters
-from tools.train import run as runs
-from tools.checkpoint.devices import pick_device, pick_precision
-from tools.train.log import flops_per_step, parameter_table, peak_memory
-from tools.train.optim import clip, load_optimizer, make_optimizer
-from tools.train.resume import (OWN, STANDS, changes, check_same_run, epoch_items, plan_of, read_saved,
-                            rest_of_epoch, what_is_left)
+from data import open_manifests, train_loader, valid_loader
 from tools.checkpoint.run_dir import newest_whole
 from tools.common import UserError
-from tools.train.watch import COUNTS, Watch, count, count_tokens
+from tools.train.log import StepStats, count_labelled, describe_machine, parameter_table
+from tools.train.optim import load_optimizer, make_optimizer
+from tools.train.resume import (PER_RANK_SETTINGS, TrainState, check_same_run, describe_blend, items_per_epoch,
+                                read_checkpoint, restore_state, sample_order, say_schedule, what_is_left)
+from tools.train.run import (INTERIM, Run, all_gather_lists, any_rank, catch_signals, check_same_on_all_ranks,
+                             prefetch_to_gpu, wait_for_copy)
 
 
-def schedule(c, step, items, per_step, total_items):
-    """Factor on the learning rates at a step (from 0): linear warm-up, then by the share of the items done,
-    which stays where it is when a run goes on with another batch: constant, cosine or linear."""
-    if step < c.warmup_steps:
-        return (step + 1) / c.warmup_steps
-    warm = c.warmup_steps * per_step
-    done = min(1.0, max(0.0, items - warm) / max(1, total_items - warm))
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return {"constant": 1.0, "cosine": cosine, "linear": 1 - done}[c.lr_scheduler]
+def lr_factor(c, state, samples_per_step, total_samples):
+    """Factor on the learning rates of the next step: linear warm-up over warmup_steps, then constant, cosine or
+    linear in the share of the samples taken, which another batch size does not move."""
+    if state.step < c.warmup_steps:
+        return (state.step + 1) / c.warmup_steps
+    warmup = c.warmup_steps * samples_per_step
+    progress = max(0, state.samples - warmup) / max(1, total_samples - warmup)
+    progress = min(1.0, progress)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return {"constant": 1.0, "cosine": cosine, "linear": 1 - progress}[c.lr_scheduler]
 
 
 def seed_step(c, rank, step):
-    """Drop path and SpecAugment differ between ranks and steps, and not between a straight run and a resumed
-    one: random numbers depend on nothing else."""
-    torch.manual_seed(((c.seed * 1000003 + step) * 4099 + rank + 1) % 2 ** 63)
-    random.seed(torch.initial_seed())
+    """Seed drop path and SpecAugment by rank and step alone: a resumed run draws the same numbers."""
+    seed = ((c.seed * 1000003 + step) * 4099 + rank + 1) % 2 ** 63
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
-def on_device(batch, device):
-    """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host: positions are
+def model_inputs(batch, device):
+    """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host, where indices are
     made of them."""
-    return *runs.wait_for_copy(batch, device), batch["n_windows"], batch["labels"]
+    input_ids, windows = wait_for_copy(batch, device)
+    return input_ids, windows, batch["n_windows"], batch["labels"]
+
+
+class StepResult(NamedTuple):
+    """Of one optimizer step, over all ranks; scalar tensors on the device."""
+    loss: torch.Tensor  # mean over labelled tokens
+    grad_norm: torch.Tensor  # before clipping
+    labelled: torch.Tensor  # number of labelled tokens
+    updated: torch.Tensor  # 0 where loss or gradient were not finite, or nothing was labelled; else 1
+
+
+def autocast(run):
+    return torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not torch.float32)
+
+
+def train_step(model, optimizer, micro_batches, run, grad_clip):
+    """One optimizer step -> StepResult. The loss is the mean over the labelled tokens of all micro-batches and
+    ranks. Where it or its gradient is not finite, weights and optimizer state stay as they are. Nothing here waits
+    for the device."""
+    labelled = torch.full((), float(sum(map(count_labelled, micro_batches))), device=run.device)
+    total_loss = torch.zeros((), device=run.device)
+    if run.world > 1:
+        dist.all_reduce(labelled)
+    with autocast(run):  # one context for all micro-steps: weights are cast to bf16 once
+        for i, batch in enumerate(micro_batches):
+            is_last = i + 1 == len(micro_batches)  # gradients are reduced once a step
+            with nullcontext() if is_last or run.world == 1 else model.no_sync():
+                _, loss = model(*model_inputs(batch, run.device))
+                loss = loss * count_labelled(batch) / labelled.clamp(min=1)
+                with torch.autocast(run.device.type, enabled=False):
+                    (loss * run.world).backward()  # DDP divides gradients by the number of ranks
+            total_loss += loss.detach()
+    if run.world > 1:
+        dist.all_reduce(total_loss)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    updated = (grad_norm + total_loss).isfinite() & (labelled > 0)
+    # GradScaler's switch: where found_inf is 1, fused AdamW changes nothing; the host need not know
+    getattr(optimizer, "optim", optimizer).found_inf = 1 - updated.float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total_loss, grad_norm, labelled, updated.float())
+
+
+def optimizer_steps(c, run, manifests, model, state):
+    """Yield (this rank's micro-batches, number of samples on all ranks, epoch of the step after it) of every
+    optimizer step from where `state` stands to the end of the last epoch. The caller advances `state`."""
+    loader, accumulation = None, c.gradient_accumulation_steps
+    last_epoch = state.epoch if state.finished(c) else c.num_epochs
+    for epoch in range(state.epoch, last_epoch):
+        first = state.step_in_epoch * accumulation
+        loader, selection = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
+                                         run.world, first, loader, state.remaining)
+        if state.between_epochs():
+            run.log(epoch=epoch, step=state.step + 1, **loader.stats)
+            run.log_blend(selection)
+        sizes = [len(rows) for rows in loader.rows]  # of every micro-batch, over all ranks
+        batches = prefetch_to_gpu(loader, run.device)
+        for i in range(first, len(sizes), accumulation):
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            is_last = i + accumulation >= len(sizes)
+            yield micro_batches, sum(sizes[i:i + accumulation]), epoch + is_last
 
 
 @torch.no_grad()
-def validate(model, c, loaders, device, autocast, world, control, came):
-    """Mean loss per labelled token of every validation manifest, over all ranks: {name: loss}, None if a
-    signal came; and what could not be read. ValueError where no token is labelled."""
+def validate(c, run, model, loaders, signals):
+    """-> {manifest: mean loss per labelled token, over all ranks}, None if a signal arrived; and why clips could
+    not be read. UserError where nothing is labelled or a loss is not finite."""
     model.eval()
-    losses, bad = {}, []
+    losses, errors = {}, []
     for name, loader in loaders.items():
-        total = torch.zeros(3, dtype=torch.float64, device=device)  # summed loss, tokens, outputs cut off
-        unread = []
-        for batch in runs.prefetch_to_gpu(loader, device):
-            if came:
+        total = torch.zeros((), device=run.device)
+        labelled, truncated, unreadable = 0, 0, []
+        for batch in prefetch_to_gpu(loader, run.device):
+            if signals:
                 break
-            n = count_tokens(batch)
-            unread += batch["bad"]
-            with autocast():
-                _, loss = model(*on_device(batch, device))
-            total += torch.stack([loss.double() * n, *total.new_tensor([n, batch["cut"]])])
-        if runs.any_rank([bool(came)], control)[0]:
-            return None, []
-        if world > 1:
-            dist.all_reduce(total)
-        unread = runs.all_gather_lists(unread, control)
-        loss, labelled, cut = total.tolist()
-        if not labelled:
-            why = f"{cut:.0f} answers cut off by max_tokens = {c.max_tokens}, {len(unread)} clips not read"
-            raise UserError(f"{name}: no labelled token in {len(loader.dataset)} items: {why}" +
-                             (f", e.g. {unread[0]}" if unread else ""))
-        if not math.isfinite(loss):
-            raise UserError(f"{name}: the validation loss is {loss}")
-        losses[name] = loss / labelled
-        bad += [f"{name}: {cause}" for cause in unread]
+            with autocast(run):
+                _, loss = model(*model_inputs(batch, run.device))
+            n = count_labelled(batch)
+            total += loss * n
+            labelled += n
+            truncated += batch["cut"]
+            unreadable += batch["bad"]
+        if any_rank([bool(signals)], run.control)[0]:
+            losses = None
+            break
+        per_rank = all_gather_lists([(float(total), labelled, truncated)], run.control)
+        total, labelled, truncated = map(sum, zip(*per_rank))
+        unreadable = all_gather_lists(unreadable, run.control)
+        if not labelled or not math.isfinite(total):
+            raise UserError(f"{name}: the validation loss is {total} over {labelled} labelled tokens; {truncated} "
+                            f"answers were cut off by max_tokens = {c.max_tokens}, {len(unreadable)} clips not "
+                            f"read {unreadable[:1]}")
+        losses[name] = total / labelled
+        errors += [f"{name}: {error}" for error in unreadable]
     model.train()
-    return losses, bad
+    return losses, errors
 
 
-def train(c, run, rank, world, local_rank):
+def build_model(c):
+    """-> the model without weights; its weights; the names of the tensors that its checkpoints store, which are
+    trainable or randomly initialised; a hash of the frozen ones."""
+    overrides = settings.overrides(c)
+    if c.pretrained_path:  # sizes that the user did not give are that model's
+        model, weights = checkpoint.open_pretrained(c, overrides)
+    else:
+        model, weights = checkpoint.init_from_parts(c, overrides)
+    model.recompute, model.clap.recompute = c.gradient_checkpointing, c.clap_gradient_checkpointing
+    model.set_trainable(c)
+    stored = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name in model.state_dict():
+        batch_norm = c.clap_finetune and name.startswith("clap.")  # its running statistics change, too
+        added_rows = not c.pretrained_path and name.endswith(".added")
+        if name not in weights or batch_norm or added_rows:
+            stored.add(name)
+    frozen_hash = checkpoint.fingerprint({name: t for name, t in weights.items() if name not in stored})
+    return model, weights, stored, frozen_hash
+
+
+def start_or_resume(c, run, manifests):
+    """-> model, optimizer, state, the manifests in the order that counts their rows, and what checkpoints hold
+    beside weights and states. UserError where the newest checkpoint of the run's folder is of another run."""
+    torch.manual_seed(c.seed)  # the same new weights on every rank
+    model, weights, stored, frozen_hash = build_model(c)
+    resumed_from = all_gather_lists([newest_whole(run.folder, run.say)] if run.rank == 0 else [], run.control)[0]
+    source = resumed_from or c.pretrained_path or c.lang_encoder_path
+    sizes = {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS}
+    facts = {"world_size": run.world, "config": vars(c) | sizes, "frozen_hash": frozen_hash, "stored": stored,
+             "frozen_from": c.pretrained_path or c.lang_encoder_path, **describe_blend(manifests, c),
+             "sample_order": sample_order(c, run.world, model.audio_config)}
+    same = {name: value for name, value in vars(c).items() if name not in PER_RANK_SETTINGS}
+    check_same_on_all_ranks(same | {"resumed_from": resumed_from, "frozen weights": frozen_hash,
+                                    "manifests": facts["digests"]}, run.control)
+    saved = read_checkpoint(resumed_from) if resumed_from else None
+    if saved:
+        trained = checkpoint.trained_tensors(saved, model.lm.config)
+        check_same_run(saved, facts, resumed_from, trained)
+        weights |= trained
+        manifests = {name: manifests[name] for name in saved["blend"]}
+    checkpoint.place_weights(model, weights, run.device, run.dtype, source)
+    optimizer, facts["optimizer_names"] = make_optimizer(model, c, run.world)
+    state = TrainState()
+    if saved:
+        load_optimizer(optimizer, facts["optimizer_names"], saved)
+        state = restore_state(saved, facts, manifests, model.tokenizer, run)
+        run.say(f"resumed {resumed_from}: epoch {state.epoch}, step {state.step}")
+    run.truncate(state)
+    return model, optimizer, state, manifests, facts
+
+
+def save_checkpoint(c, run, model, optimizer, state, facts):
+    """Save an epoch's checkpoint at its end, else the interim one. Called on all ranks."""
+    if state.skipped_steps == state.step:
+        return  # nothing has been learned
+    if c.shard_optimizer and run.world > 1:
+        optimizer.consolidate_state_dict(0)
+    if run.rank > 0:
+        return
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name in facts["stored"]}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"step {state.step}: weights are not finite and not saved; learning_rate = "
+                        f"{c.learning_rate:g}, weight_decay = {c.weight_decay:g}")
+    epoch = state.epoch - state.between_epochs()  # the last one trained
+    content = facts | {"epoch": epoch, "step": state.step, "train_state": asdict(state),
+                       "model_state_dict": weights, "optimizer_state_dict": optimizer.state_dict()}
+    run.save(f"checkpoint_{epoch}.pt" if state.between_epochs() else INTERIM, content)
+
+
+def log_validation(c, run, model, valid, state, signals):
+    losses, errors = validate(c, run, model, valid, signals)
+    for name, loss in (losses or {}).items():
+        run.say(f"epoch {state.epoch - 1} | {name} | loss {loss:.4f}")
+    if losses:
+        run.log(epoch=state.epoch - 1, step=state.step, valid=losses, skipped=errors)
+
+
+def train(c, run):
+    # --- where we run, data, model, optimizer, state
+    run.say(describe_machine(run.device, run.world))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    manifests, valid = open_manifests(c, c.dataset_blending_config), open_manifests(c, c.valid_dataset_config)
+    total_samples = int(items_per_epoch(manifests, c).sum())
+    model, optimizer, state, manifests, facts = start_or_resume(c, run, manifests)
+    run.say(parameter_table(model))
+    loader_args = c, model.tokenizer, model.audio_config, run.rank, run.world
+    valid = {name: valid_loader(manifest, *loader_args) for name, manifest in valid.items()}
+    for block in [*model.lm.layers, *model.xattn.values()] if c.compile else ():
+        block.compile()
+    ddp = model
+    if run.world > 1:  # labels stay on the host, so no device_ids
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=c.clap_finetune)
+    model.train()
+    samples_per_step = facts["sample_order"]["items per step"]
+    if c.max_steps:
+        total_samples = min(total_samples, c.max_steps * samples_per_step)
+    say_schedule(c, run, total_samples, samples_per_step)
+
+    # --- the loop
+    stats, saved_at, stop = StepStats(c, run, state, model), time.time(), False
+    bar = tqdm(initial=state.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
+    with catch_signals() as signals:
+        if valid and state.validation_due(c) and not any_rank([run.has_validation(state.step)], run.control)[0]:
+            log_validation(c, run, model, valid, state, signals)  # the run was stopped before its end
+        for micro_batches, samples, next_epoch in optimizer_steps(c, run, manifests, model, state):
+            epoch, factor = state.epoch, lr_factor(c, state, samples_per_step, total_samples)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            seed_step(c, run.rank, state.step)
+            result = train_step(ddp, optimizer, micro_batches, run, c.grad_clip)
+            state.advance(samples, next_epoch)
+            stats.add(result, micro_batches)
+            bar.update()
+            finished = state.finished(c)
+
+            if state.step % c.logging_steps == 0 or finished:
+                bar.total = math.ceil(total_samples * state.step / state.samples)  # estimated
+                stats.log_line(epoch, c.learning_rate * factor, bar.total)
+            overdue = 0 < 60 * c.save_minutes < time.time() - saved_at
+            stop, overdue = any_rank([bool(signals), overdue], run.control)
+            save_epoch = state.between_epochs() and state.epoch % c.save_epochs == 0
+            if finished or stop or overdue or save_epoch:
+                stats.flush()  # raises after too many steps without an update
+                save_checkpoint(c, run, model, optimizer, state, facts)
+                saved_at = time.time()
+            if valid and state.validation_due(c) and not stop:
+                log_validation(c, run, model, valid, state, signals)
+                stats.line_start = time.time()
+            if finished or stop:
+                break
+    bar.close()
+    run.wait()  # for the last checkpoint
+    if state.skipped_steps == state.step:
+        raise UserError(f"none of the {state.step} steps made an update: {stats.explanation()}")
+    if run.world > 1:
+        dist.barrier(run.control)
+        dist.destroy_process_group()
+    run.say(f"{run.folder}: {state.step} steps done, {state.skipped_steps} of them without an update")
+    run.say(what_is_left(c, run, state, valid, signals, stop))
+    return 130 if signal.SIGINT in signals else 0
+
+
+def main(c):
     if not c.dataset_blending_config:
         raise UserError("dataset_blending_config is empty: give a config file, e.g. config/pretrain.py")
     if c.lr_scheduler not in ("constant", "cosine", "linear"):
         raise UserError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
-
-    # --- where we run
-    device = pick_device(c.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    main_rank, control = rank == 0, None
-    dtype, reason = pick_precision(c.precision, device)
-    if world > 1:  # control: between hosts, no device waits
-        control = runs.join("nccl" if device.type == "cuda" else "gloo", rank, world)
-    say = tqdm.write if main_rank else (lambda *_: None)
-    note = lambda text: main_rank and tqdm.write(text, file=sys.stderr)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-    torch.manual_seed(c.seed)  # the same weights on every rank
-    torch.backends.cuda.matmul.allow_tf32 = True
-    backend = (c.attention_backend, "asked for") if c.attention_backend != "auto" else pick_backend(device)
-    say(meters.describe_machine(device, world))
-    say(f"products in {dtype} ({reason}) | cross-attention: {backend[0]} ({backend[1]})")
-
-    # --- data, model, optimizer
-    manifests = open_manifests(c, c.dataset_blending_config)
-    valid = open_manifests(c, c.valid_dataset_config)
-    counts = epoch_items(manifests, valid, c)
-    blend = {n: [len(m), c.dataset_blending_config[n] * c.dataset_blending_global_weight]
-             for n, m in manifests.items()}
-    digests = {n: m.items.told["digest"] for n, m in manifests.items()}
-    saved_file = newest_whole(run.folder, say)
-    given = settings.overrides(c)
-    if c.pretrained_path:  # sizes that were not given are its own
-        model, state = checkpoint.open_pretrained(c, given)
-    else:
-        model, state = checkpoint.init_from_parts(c, given)
-    model.recompute, model.clap.recompute = c.gradient_checkpointing, c.clap_gradient_checkpointing
-    heard = model.tokenizer, model.audio_config, rank, world
-    valid = {name: valid_loader(manifest, c, *heard) for name, manifest in valid.items()}
-    model.set_trainable(c)
-    # what a checkpoint holds: what trains, and what is drawn at random here
-    kept = {n for n, p in model.named_parameters() if p.requires_grad}
-    kept |= {n for n in model.state_dict() if n not in state}
-    if not c.pretrained_path:
-        kept |= {n for n in state if n.endswith(".added")}
-    if c.clap_finetune:
-        kept |= {n for n in model.state_dict() if n.startswith("clap.")}  # its BatchNorm moves, too
-    frozen_hash = checkpoint.fingerprint({n: t for n, t in state.items() if n not in kept})
-    here = digests | {"checkpoint": os.path.basename(saved_file or ""), "frozen weights": frozen_hash}
-    runs.check_same_on_all_ranks(here | {n: v for n, v in vars(c).items() if n not in OWN}, control)
-    saved = {}
-    if saved_file:
-        saved = read_saved(saved_file)
-        trained = checkpoint.trained_tensors(saved, model.lm.config)
-        check_same_run(saved, saved_file, frozen_hash, kept, trained, blend, c)
-        manifests = {name: manifests[name] for name in saved["blend"]}  # in this order its rows are counted
-        state |= trained
-    source = c.pretrained_path or c.lang_encoder_path
-    checkpoint.place_weights(model, state, device, dtype, saved_file or source)
-    say(parameter_table(model))
-    for block in [*model.lm.layers, *model.xattn.values()] if c.compile else ():
-        block.compile()
-    optimizer, names = make_optimizer(model, c, world)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    sizes = {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS}
-
-    # --- where it stands: whole epochs, optimizer steps of this one, items of the blend
-    plan, accumulation = plan_of(c, world, model.audio_config), c.gradient_accumulation_steps
-    at = dict.fromkeys(STANDS, 0) | {"only": None}
-    seen = dict.fromkeys(COUNTS, 0)
-    if saved:
-        load_optimizer(optimizer, names, saved)
-        at = {name: saved[name] for name in at}
-        seen |= saved["seen"]
-        say(f"resumed {saved_file}: epoch {at['next_epoch']}, step {at['step']}")
-        if changed := changes(saved, c, world, digests):
-            say(f"note: other settings than before, in effect from now on: {changed}")
-        if at["steps_in_epoch"] and saved["plan"] != plan:
-            at["only"] = rest_of_epoch(manifests, model.tokenizer, saved).tolist()
-            at["steps_in_epoch"] = 0
-            say(f"note: a step takes other items than before; the {len(at['only'])} items of epoch "
-                f"{at['next_epoch']} that are left are divided anew: not bit for bit the run it was")
-    run.begin(at["next_epoch"] + (at["steps_in_epoch"] > 0 or at["only"] is not None), at["step"])
-    ddp = model
-    if world > 1:  # every rank has read the frozen weights: only what trains is compared, sent and reduced
-        frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-        frozen += [n for n, _ in model.named_buffers() if not c.clap_finetune]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
-    model.train()
-
-    # --- how long
-    passes = c.num_epochs * c.dataset_blending_global_weight
-    if abs(passes - 1) > 1e-6:
-        say(f"note: num_epochs x dataset_blending_global_weight = {passes:g}: so many passes over the "
-            f"weighted blend, not one")
-    limit, per_step, total_items = c.max_steps or math.inf, plan["items per step"], int(counts.sum())
-    if c.max_steps:
-        total_items = min(total_items, at["done_items"] + max(0, limit - at["step"]) * per_step)
-    if c.warmup_steps * per_step > total_items:
-        say(f"note: warmup_steps = {c.warmup_steps}, and there are about {total_items // per_step} steps: "
-            f"learning_rate = {c.learning_rate:g} is never reached")
-
-    watch = Watch(c, run, at, seen, device, control, saved_file)
-    forward = lambda batch: model(*on_device(batch, device))[1]
-
-    def save(name):
-        watch.look(last_step)
-        if at["skipped_steps"] == at["step"]:
-            return  # nothing has been learnt
-        with autocast():
-            watch.check_weights(model, forward)
-        if c.shard_optimizer and world > 1:
-            optimizer.consolidate_state_dict(0)
-        if main_rank:
-            content = at | {
-                "epoch": at["next_epoch"] - (at["steps_in_epoch"] == 0), "seen": seen, "plan": plan,
-                "world": world, "blend": blend, "digests": digests, "config": vars(c) | sizes,
-                "frozen_hash": frozen_hash, "frozen_from": source,
-                "model_state_dict": {n: t for n, t in model.state_dict().items() if n in kept},
-                "optimizer_state_dict": optimizer.state_dict(), "optimizer_names": names,
-                "lr_scheduler_state_dict": {"step": at["step"]}}
-            run.save(name, content)
-        watch.newest = os.path.join(run.folder, name)
-
-    def look_at_valid(epoch):
-        losses, unread = validate(model, c, valid, device, autocast, world, control, came)
-        for name, value in (losses or {}).items():
-            say(f"epoch {epoch} | {name} | loss {value:.4f}")
-        for cause in unread:
-            note(f"skipped: {cause}")
-        if losses:
-            run.write(epoch=epoch, step=at["step"], valid=losses, skipped=unread)
-        return losses is None
-
-    ended = at["next_epoch"] if valid and saved and not at["steps_in_epoch"] and at["only"] is None else 0
-    due = ended and (ended == c.num_epochs or ended % c.valid_epochs == 0)
-    came, stop, loader = runs.catch_signals(), False, None
-    if runs.any_rank([main_rank and due and not run.validated(at["step"])], control)[0]:
-        stop = look_at_valid(ended - 1)  # the process died between checkpoint and validation
-
-    # --- the loop: an epoch is a window of the blend; a step is `accumulation` micro-batches
-    steps_in = lambda items: int(np.ceil(items / per_step).sum())  # rounded up in every epoch
-    bar = tqdm(initial=at["step"], desc="train", unit="step", disable=None if main_rank else True)
-    peak, first_epoch, saved_at = meters.peak_flops(device), at["next_epoch"], time.time()
-    window = dict.fromkeys(("steps", "good", "loss", "tokens", "slots", "seconds", "flops"), 0)
-    window["start"] = time.time()
-    run.profiler = runs.profiler(run.folder, device) if c.profile and main_rank else None
-    for epoch in range(first_epoch, c.num_epochs):
-        if stop or at["step"] >= limit:
-            break
-        taken = []
-        if counts[epoch]:
-            first = at["steps_in_epoch"] * accumulation
-            loader, chosen = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, rank, world,
-                                          first, loader, at["only"])
-            if not first and at["only"] is None:
-                run.write(epoch=epoch, step=at["step"], **loader.stats)
-                run.write_blend(chosen)
-            for entry in chosen:
-                if entry["stop"] == entry["first"]:
-                    say(f"note: epoch {epoch} selects no item of {entry['dataset']}")
-            parts = list(map(len, loader.rows))
-            taken = [sum(parts[i:i + accumulation]) for i in range(first, len(parts), accumulation)]
-            per_step = sum(taken) / len(taken) if c.max_windows_per_batch and taken else per_step
-            batches = runs.prefetch_to_gpu(loader, device)
-        last_step = min(limit, at["step"] + len(taken) + steps_in(counts[epoch + 1:]))
-        bar.total = last_step
-        for items in taken:
-            if at["step"] >= limit:
-                break
-            group = [next(batches) for _ in range(accumulation)]
-            factor = schedule(c, at["step"], at["done_items"], per_step, total_items)
-            for options in optimizer.param_groups:
-                options["lr"] = options["peak"] * factor
-            seed_step(c, rank, at["step"])
-            # One all-reduce of counts makes the loss the mean over all labelled tokens of the step, on all
-            # ranks. It stays on the device.
-            of_step = sum(count(batch) for batch in group).to(device, non_blocking=True)
-            if world > 1:
-                dist.all_reduce(of_step)
-            labelled, step_loss = of_step[0].clamp(min=1).float(), torch.zeros((), device=device)
-            with autocast():  # around all of them: trained matrices are cast once a step
-                for i, batch in enumerate(group):
-                    reduce = i + 1 == len(group)  # one all-reduce per step
-                    with contextlib.nullcontext() if reduce or world == 1 else ddp.no_sync():
-                        _, loss = ddp(*on_device(batch, device))
-                        loss = loss * count_tokens(batch) / labelled
-                        with torch.autocast(device.type, enabled=False):
-                            (loss * world).backward()
-                    step_loss += loss.detach()
-            if world > 1:
-                dist.all_reduce(step_loss)
-            norm = clip(optimizer, parameters, c.grad_clip)
-            # 1: not finite, 2: nothing to learn from: AdamW leaves everything as it is, on all ranks alike
-            flag = torch.where(of_step[0] == 0, 2.0, (~(norm + step_loss).isfinite()).float())
-            getattr(optimizer, "optim", optimizer).found_inf = (flag > 0).float()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            at |= {"step": at["step"] + 1, "steps_in_epoch": at["steps_in_epoch"] + 1,
-                   "done_items": at["done_items"] + items}
-            watch.add(at["step"], flag, of_step, group)
-            bar.update()
-            if run.profiler:
-                run.profiler.step()
-
-            # --- the log line
-            for b in group:
-                slots = b["input_ids"].numel()
-                window["tokens"] += int(np.count_nonzero(b["input_ids"].numpy() != model.pad_id)) * world
-                window["slots"] += slots * world
-                window["seconds"] += len(b["windows"]) * model.audio_config["window_length"] * world
-                window["flops"] += flops_per_step(model, slots, len(b["windows"]), count_tokens(b))
-            window["steps"] += 1
-            window["good"] = window["good"] + (flag == 0)  # no synchronisation here
-            window["loss"] = window["loss"] + torch.where(flag == 0, step_loss, 0.0)
-            if at["step"] % c.logging_steps == 0 or at["step"] == last_step:
-                watch.look(last_step)
-                seconds = time.time() - window["start"]
-                loss = float(window["loss"] / window["good"]) if float(window["good"]) else math.nan
-                gates = meters.gates(model)
-                ms = 1000 * seconds / window["steps"]
-                entry = dict(
-                    step=at["step"], epoch=epoch, loss=loss, lr=c.learning_rate * factor, gnorm=float(norm),
-                    gate=float(np.mean(np.abs(gates["gates"]))), ms=ms, tok_s=window["tokens"] / seconds,
-                    audio_s=window["seconds"] / seconds, pad=1 - window["tokens"] / window["slots"],
-                    mfu=window["flops"] / seconds / peak if peak else None, mem_gb=peak_memory(device),
-                    skipped_steps=at["skipped_steps"], items_done=at["done_items"], **seen, **gates)
-                say(meters.line(entry, last_step, (last_step - at["step"]) * ms / 1000))
-                run.write(**entry)
-                window = dict.fromkeys(window, 0) | {"start": time.time()}
-            late = main_rank and c.save_minutes and time.time() - saved_at > 60 * c.save_minutes
-            stop, late = runs.any_rank([bool(came), bool(late)], control)
-            if stop:
-                break
-            if late or (c.save_steps and at["step"] % c.save_steps == 0):
-                if at["step"] < last_step:
-                    save("checkpoint_interim.pt")
-                    saved_at = time.time()
-        if counts[epoch] and at["steps_in_epoch"] * accumulation < len(parts):  # stopped in its middle
-            save("checkpoint_interim.pt" if stop else f"checkpoint_{epoch}.pt")
-            break
-        at |= {"next_epoch": epoch + 1, "steps_in_epoch": 0, "only": None}
-        if epoch == first_epoch and seen["long"]:
-            say(truncation_warning(int(seen["items"]), int(seen["long"]), seen["unheard"], model.audio_config))
-        last = stop or epoch + 1 == c.num_epochs or at["step"] >= limit
-        if last or (epoch + 1) % c.save_epochs == 0:
-            save(f"checkpoint_{epoch}.pt")
-            saved_at = time.time()
-        if valid and not stop and (last or (epoch + 1) % c.valid_epochs == 0):
-            stop = look_at_valid(epoch)
-            window["start"] = time.time()
-    bar.close()
-    if world > 1:
-        dist.barrier(control)
-        dist.destroy_process_group()
-    run.close()
-    skipped = at["skipped_steps"] and f", {at['skipped_steps']} of them without an update (see log.jsonl)"
-    say(f"{run.folder}: {at['step']} steps done{skipped or ''}")
-    if left := what_is_left(c, at, stop, came, watch.newest):
-        say(left)
-    return 130 if came and came[0] == signal.SIGINT else 0
-
-
-def main(c):
-    rank, world, local_rank = runs.processes()
-    run = runs.Run(c, rank)  # its folder, found unwritable or taken before anything is loaded
-    try:
-        return train(c, run, rank, world, local_rank)
-    except RuntimeError as error:
-        if "DataLoader worker (pid" in str(error):
+    with closing(Run(c)) as run:
+        try:
+            return train(c, run)
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
             raise UserError(f"{error} A data loading process was killed: out of memory, most likely") from error
-        if world == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
-            raise
-        raise UserError(f"rank {rank}: another rank ended ({str(error).splitlines()[0][:200]})") from error
-    finally:
-        runs.release_signals()
-        run.end()
 
 
 if __name__ == "__main__":

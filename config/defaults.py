@@ -6,7 +6,6 @@ expdir: str = "exp"  # runs are written to expdir/run_name/
 run_name: str = "pretrain"  # folder of this run
 delete_previous_checkpoint: bool = False  # published name of keep_last = 1
 keep_last: int = 0  # number of epoch checkpoints to keep, the newest; 0: all
-keep_every: int = 0  # with keep_last: those of every so many epochs stay as well; 0: none does
 pretrained_path: str | None = None  # run, checkpoint, release directory or hub id to start from
 pretrained_ckpt: str | None = None  # checkpoint file inside pretrained_path, e.g. checkpoint_99.pt
 lang_encoder_path: str = "Qwen/Qwen2.5-3B"  # Hugging Face directory or hub id of the language model
@@ -36,11 +35,9 @@ freeze_lm_embeddings: bool | str = False  # False: embeddings train (published);
 unfreeze_full_lm: bool = False  # train the language model's blocks too
 clap_finetune: bool = False  # train the audio encoder too (sft)
 logging_steps: int = 10  # optimizer steps between log lines
-save_steps: int = 0  # also save an interim checkpoint every this many steps; 0: never
 save_epochs: int = 1  # epochs between checkpoints (published: 1); the last epoch always saves one
 save_minutes: float = 0.0  # also save an interim checkpoint when the last one is this old; 0: never
 valid_epochs: int = 1  # epochs between validations; the last epoch always validates
-profile: bool = False  # trace two of the first steps: trace.json in the run's folder, and a table
 max_steps: int = 0  # stop after this many optimizer steps, also the length of the schedule; 0: num_epochs
 device: str = "auto"  # auto: cuda where there is one, else cpu
 
@@ -90,7 +87,7 @@ AT_LEAST_1 = """
     audio_transformer_d_inner cross_attn_every_n_layers clap_steps clap_batch_size eval_batch_size"""
 NOT_NEGATIVE = """
     seed learning_rate clap_learning_rate gate_learning_rate warmup_steps weight_decay grad_clip max_bad_steps
-    save_steps save_minutes max_steps keep_last keep_every num_workers max_bad_fraction window_overlap
+    save_minutes max_steps keep_last num_workers max_bad_fraction window_overlap
     audio_transformer_n_layers clap_text_bank clap_text_layers workers examples"""
 MINIMUM = dict.fromkeys(AT_LEAST_1.split(), 1) | dict.fromkeys(NOT_NEGATIVE.split(), 0)
 POSITIVE = ("window_length", "dataset_blending_global_weight", "clap_peak_lr", "clap_muon_lr",

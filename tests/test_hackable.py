@@ -10,6 +10,7 @@ import config
 import model as model_file
 from model import AudioFlamingo, LanguageModel, key_mask
 from tools.checkpoint.language_models import load_lm_config_and_tokenizer
+from tools.train.log import flops_per_step, parameter_table
 
 
 class ToyEncoder(nn.Module):
@@ -62,8 +63,7 @@ def test_another_encoder(tiny_settings):
     model = AudioFlamingo(c, sizes, tokenizer, encoder=ToyEncoder())
     assert model.audio_config["sample_rate"] == 8000  # what data.load_audio is given
     one_step_and_an_answer(model, window=20000)
-    import train
-    assert train.flops_per_step(model, 9, 3, 4) > 0 and "audio encoder" in train.parameter_table(model)
+    assert flops_per_step(model, 9, 3, 4) > 0 and "audio encoder" in parameter_table(model)
 
 
 @pytest.mark.parametrize("lm", ["sizes", "module"])

@@ -1,27 +1,177 @@
-"""What training tells about itself: parts that train, operations, memory, the line of a logged step."""
+"""What training reports: statistics of its steps, the log line, parameters that train, operations, memory."""
+import math
 import os
 import platform
+import resource
 import sys
+import time
 
+import numpy as np
 import torch
 
+from data import truncation_warning
 from model import matrix_sizes
-from tools.common import commit
+from tools.common import UserError, commit, join_names
+from tools.train.run import all_gather_lists
 
 # dense bf16 peak, TFLOP/s, of the vendors' data sheets
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165, "MI300X": 1307}
 
+# ------------------------------------------------------------------------------------------------------------
+# Statistics of steps
+
+COUNTS = ("labelled_tokens", "clips", "unreadable_clips", "truncated_answers", "truncated_clips",
+          "truncated_seconds")
+
+
+def count_labelled(batch):
+    """Labels that are predicted: a position's label is that of the next token, so the first has no prediction."""
+    return int((batch["labels"].numpy()[:, 1:] != -100).sum())
+
+
+class StepStats:
+    """Statistics of training steps, over all ranks. Losses and gradient norms stay on the device until `flush`
+    reads them: the only host-device synchronisation of the training loop.
+
+    flush keeps state.counts and state.skipped_steps up to date.
+    """
+
+    def __init__(self, c, run, state, model):
+        self.c, self.run, self.state, self.model = c, run, state, model
+        self.steps = []  # since the last flush: (step, result of train_step, paths of this rank's clips)
+        self.counts, self.errors = np.zeros(len(COUNTS)), []  # of this rank since the last flush
+        self.bad_steps_in_a_row = 0
+        self.warned_of_truncation = False
+        self.start_line()
+
+    def start_line(self):
+        """Start the sums of the next log line."""
+        self.line_start, self.n_steps, self.losses = time.time(), 0, []
+        self.tokens = self.slots = self.audio_seconds = self.flops = 0
+
+    def add(self, result, micro_batches):
+        """Count a step that was taken: host arithmetic alone."""
+        step, paths = self.state.step, []
+        for batch in micro_batches:
+            labelled, slots, windows = count_labelled(batch), batch["input_ids"].numel(), len(batch["windows"])
+            paths += batch["paths"]
+            self.errors += [(step, error) for error in batch["bad"]]
+            self.counts += (labelled, len(batch["paths"]), len(batch["bad"]), batch["cut"], batch["long"],
+                            batch["unheard"])
+            self.tokens += np.count_nonzero(batch["input_ids"].numpy() != self.model.pad_id)
+            self.slots += slots
+            self.audio_seconds += windows * self.model.audio_config["window_length"]
+            self.flops += flops_per_step(self.model, slots, windows, labelled)
+        self.steps.append((step, result, paths))
+        self.n_steps += 1
+
+    def flush(self):
+        """Read the steps since the last flush and report those without an update. UserError where training
+        cannot go on: before a checkpoint is written."""
+        steps, self.steps = self.steps, []
+        if not steps:
+            return
+        values = torch.stack([torch.stack(result) for _, result, _ in steps]).tolist()
+        self.gather_counts()
+        for (step, _, paths), (loss, norm, labelled, updated) in zip(steps, values):
+            self.norm = norm
+            if updated:
+                self.losses.append(loss)
+                self.bad_steps_in_a_row = 0
+            else:
+                self.report_skipped_step(step, "loss or gradient not finite" if labelled else "no labelled token",
+                                         all_gather_lists(paths, self.run.control))
+
+    def gather_counts(self):
+        counts = self.state.counts
+        gathered = all_gather_lists([(self.counts, self.errors)], self.run.control)
+        self.counts, self.errors = np.zeros(len(COUNTS)), []
+        for rank_counts, errors in gathered:
+            for name, n in zip(COUNTS, rank_counts.tolist()):
+                counts[name] += n
+            for step, error in errors:
+                self.run.warn(f"skipped: {error}")
+                self.run.log(step=step, skipped=error)
+                self.last_error = error
+        files, unreadable = counts["clips"] + counts["unreadable_clips"], counts["unreadable_clips"]
+        if unreadable > self.c.max_bad_fraction * max(files, 100):
+            raise UserError(f"{unreadable:.0f} of {files:.0f} audio files so far could not be read, more than "
+                            f"max_bad_fraction = {self.c.max_bad_fraction}; the last: {self.last_error}")
+        if counts["truncated_clips"] and not self.warned_of_truncation:
+            self.warned_of_truncation = True
+            self.run.warn(truncation_warning(int(counts["clips"]), int(counts["truncated_clips"]),
+                                         counts["truncated_seconds"], self.model.audio_config))
+
+    def report_skipped_step(self, step, reason, paths):
+        c, self.reason = self.c, reason
+        self.state.skipped_steps += 1
+        self.bad_steps_in_a_row += 1
+        self.run.warn(f"step {step}: {reason}, no update; its clips: {join_names(paths, 20)}")
+        self.run.log(step=step, no_update=reason, items=paths)
+        if self.bad_steps_in_a_row > c.max_bad_steps:
+            raise UserError(f"step {step}: {self.bad_steps_in_a_row} steps in a row without an update "
+                            f"(max_bad_steps = {c.max_bad_steps}): {self.explanation()}")
+
+    def explanation(self):
+        """Why the last skipped step was, and the figures that it may be due to."""
+        c, counts = self.c, self.state.counts
+        return (f"{self.reason}; learning_rate = {c.learning_rate:g}, precision = {c.precision}, "
+                f"{counts['truncated_answers']:.0f} of {counts['clips']:.0f} answers cut off by max_tokens = "
+                f"{c.max_tokens}, {counts['unreadable_clips']:.0f} clips not read")
+
+    def log_line(self, epoch, lr, total_steps):
+        """Write the log line of the steps since the last one."""
+        self.flush()
+        state, world, seconds = self.state, self.run.world, time.time() - self.line_start
+        peak, gates = world * peak_flops(self.run.device), gate_values(self.model)
+        entry = dict(
+            step=state.step, epoch=epoch, lr=lr, gnorm=self.norm,
+            loss=float(np.mean(self.losses)) if self.losses else math.nan,
+            gate=float(np.mean(np.abs(gates["gates"]))), ms=1000 * seconds / self.n_steps,
+            tok_s=world * self.tokens / seconds, audio_s=world * self.audio_seconds / seconds,
+            pad=1 - self.tokens / self.slots, mfu=world * self.flops / seconds / peak if peak else None,
+            mem_gb=peak_memory(self.run.device), samples=state.samples, skipped_steps=state.skipped_steps,
+            **state.counts, **gates)
+        self.run.say(format_line(entry, total_steps))
+        self.run.log(**entry)
+        self.start_line()
+
+
+def gate_values(model):
+    """tanh of the gates of every gated block: {"gates": of attention, "ff_gates": of the feed-forward}."""
+    blocks = list(model.xattn.values())
+    values = torch.cat([b.attn_gate for b in blocks] + [b.ff_gate for b in blocks]).detach().float().tanh()
+    values = [round(value, 6) for value in values.tolist()]
+    return {"gates": values[:len(blocks)], "ff_gates": values[len(blocks):]}
+
+
+def format_line(entry, total_steps):
+    """A log entry for the terminal."""
+    mfu = f"{entry['mfu']:.0%}" if entry["mfu"] else "n/a"
+    eta = (total_steps - entry["step"]) * entry["ms"] / 1000
+    faults = [f" | {name.replace('_', ' ')} {entry[name]:.0f}"
+              for name in ("truncated_answers", "unreadable_clips", "skipped_steps") if entry[name]]
+    return (f"step {entry['step']}/{total_steps} | loss {entry['loss']:.4f} | lr {entry['lr']:.1e} | "
+            f"gnorm {entry['gnorm']:.2f} | gate {entry['gate']:.3f} | {entry['ms']:.0f} ms | "
+            f"{entry['tok_s'] / 1000:.1f}k tok/s | {entry['audio_s']:.0f} s-audio/s | "
+            f"pad {entry['pad']:.0%} | mfu {mfu} | mem {entry['mem_gb']:.1f}G | "
+            f"eta {eta // 3600:.0f}h{eta % 3600 // 60:02.0f}m{''.join(faults)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model and machine
+
 
 def parameter_table(model):
     """A line per part of the model: parameters, and how many of them train."""
-    text = {"embeddings and head": "lm.embed_tokens lm.lm_head", "language-model blocks": "lm.layers lm.norm"}
     parts = {"audio encoder (CLAP)": "clap", "audio transformer": "audio_transformer",
-             "gated cross-attention": "xattn"} | text
+             "gated cross-attention": "xattn", "embeddings and head": ("lm.embed_tokens", "lm.lm_head"),
+             "language-model blocks": ("lm.layers", "lm.norm")}
     lines = [f"{'part':24} {'parameters':>15} {'trainable':>15}"]
     for part, prefixes in parts.items():
-        mine = [p for name, p in model.named_parameters() if name.startswith(tuple(prefixes.split()))]
-        trained = sum(p.numel() for p in mine if p.requires_grad)
-        lines.append(f"{part:24} {sum(p.numel() for p in mine):15,} {trained:15,}")
+        parameters = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        lines.append(f"{part:24} {sum(p.numel() for p in parameters):15,} {trainable:15,}")
     return "\n".join(lines)
 
 
@@ -29,13 +179,15 @@ def flops_per_step(model, tokens, windows, answers):
     """Forward and backward operations of one step: 2 per weight and use forward, as much again for the
     gradient of the input where anything below trains, and again for that of the weight where it trains
     itself. Attention's own products are left out: a few percent."""
-    per, first = model.clap.tokens_per_window * windows, min(map(int, model.xattn))
-    uses = lambda i, block: 1 + (i >= first) + next(block.parameters()).requires_grad
-    lm = 2 * tokens * sum(matrix_sizes(b) * uses(i, b) for i, b in enumerate(model.lm.layers))
+    audio_tokens, first = model.clap.tokens_per_window * windows, min(map(int, model.xattn))
+    lm = 0
+    for i, block in enumerate(model.lm.layers):
+        passes = 1 + (i >= first) + next(block.parameters()).requires_grad
+        lm += 2 * tokens * matrix_sizes(block) * passes
     to_kv = sum(x.attn.to_kv.weight.numel() for x in model.xattn.values())
-    gated = 2 * 3 * (tokens * (matrix_sizes(model.xattn) - to_kv) + per * to_kv)
+    gated = 2 * 3 * (tokens * (matrix_sizes(model.xattn) - to_kv) + audio_tokens * to_kv)
     head = 2 * 2 * answers * model.lm.embed_tokens.weight.numel()
-    audio = 2 * 3 * per * matrix_sizes(model.audio_transformer)
+    audio = 2 * 3 * audio_tokens * matrix_sizes(model.audio_transformer)
     return lm + gated + head + audio + model.clap.flops(windows) * (3 if model.clap_trains() else 1)
 
 
@@ -55,25 +207,5 @@ def peak_memory(device=torch.device("cpu")):
     """GiB: the most allocated on a GPU, the largest resident size of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    import resource
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2 ** 30
-
-
-def gates(model):
-    """tanh of the gates of every gated block: {"gates": of attention, "ff_gates": of the feed-forward}."""
-    blocks = list(model.xattn.values())
-    values = torch.cat([b.attn_gate for b in blocks] + [b.ff_gate for b in blocks]).detach().float().tanh()
-    values = [round(value, 6) for value in values.tolist()]
-    return {"gates": values[:len(blocks)], "ff_gates": values[len(blocks):]}
-
-
-def line(entry, total, left):
-    """A logged step for people; left: seconds to go."""
-    mfu = f"{entry['mfu']:.0%}" if entry["mfu"] else "n/a"
-    faults = [f" | {name} {entry[name]:.0f}" for name in ("cut", "bad", "skipped_steps") if entry[name]]
-    return (f"step {entry['step']}/{total} | loss {entry['loss']:.4f} | lr {entry['lr']:.1e} | "
-            f"gnorm {entry['gnorm']:.2f} | gate {entry['gate']:.3f} | {entry['ms']:.0f} ms | "
-            f"{entry['tok_s'] / 1000:.1f}k tok/s | {entry['audio_s']:.0f} s-audio/s | "
-            f"pad {entry['pad']:.0%} | mfu {mfu} | mem {entry['mem_gb']:.1f}G | "
-            f"eta {left // 3600:.0f}h{left % 3600 // 60:02.0f}m{''.join(faults)}")

@@ -1,14 +1,14 @@
-"""Sound, manifests, blending, batches, and the form of a prompt.
+"""Audio, prompts, manifests, blending, batches.
 
 A manifest is <dataset_file_root>/<Name-Task>/<split>.json (README, "Reproduce"). Training draws from many of
 them: each is an endless shuffled stream, and an epoch is a window of that stream (Manifest.epoch).
 """
 import math
 import os
-import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,63 +17,67 @@ from torch.utils.data import DataLoader, Dataset
 import config as settings
 from model import AUDIO_SETTINGS, SAMPLE_RATE, SPECIAL_TOKENS
 from tools.common import UserError
-from tools.data import audio as sound
-from tools.data.batches import Batches, about_tokens
+from tools.data.audio import read_audio
+from tools.data.batches import estimate_tokens, padding_stats, plan_batches
 from tools.data.index import open_items
 
-MOST_SECONDS = 1e7  # a clip is shorter
+MAX_SECONDS = 1e7  # bound of a manifest's duration and audio_start
 
 # ------------------------------------------------------------------------------------------------------------
-# Sound
+# Audio
 
 
 def load_audio(path, start=0.0, *, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
-    """One clip as windows: int16 (n, window_length * sample_rate), 1 <= n <= max_num_window; model.audio_config
-    gives the settings, all of them seconds but the last two.
+    """A clip as windows: int16 (n, window_length * sample_rate), 1 <= n <= max_num_window. model.audio_config
+    gives the settings: lengths in seconds, the rate in Hz.
 
-    From `start` seconds on; first channel; resampled; peak 1 (silence stays silence); zero-padded to whole
-    windows; 16 bits as in the published system. FileNotFoundError or ValueError name the file and what is
-    wrong with it.
+    From `start` seconds on; first channel; resampled; scaled to peak 1 (silence stays silence); zero-padded
+    to whole windows; 16 bits, as in the published system. FileNotFoundError or UserError name the file and
+    what is wrong with it.
     """
-    return read_clip(path, start, window_length, window_overlap, max_num_window, sample_rate)[0]
+    return read_clip(path, start, None, window_length=window_length, window_overlap=window_overlap,
+                     max_num_window=max_num_window, sample_rate=sample_rate)[0]
 
 
-def read_clip(path, start, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE,
-              seconds=None):
-    """-> windows as load_audio gives them, and how many seconds after them are not heard. `seconds`: all that
-    the item hears from `start` on, if that is told: a manifest's duration."""
-    y, unheard = read_heard(path, start, window_length, window_overlap, max_num_window, sample_rate, seconds)
-    L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
-    n = min(max_num_window, 1 + max(0, -(-(len(y) - L) // (L - O))))
-    if silence := n * L - (n - 1) * O - len(y):
-        y = np.concatenate([y, np.zeros(silence, np.int16)])
-    return np.stack([y[i * (L - O):i * (L - O) + L] for i in range(n)]) if O else y.reshape(n, L), unheard
+def read_clip(path, start=0.0, duration=None, **audio_config):
+    """-> windows as load_audio gives them, and the seconds cut off after them. duration: seconds from `start`
+    on that belong to the item; None: to the end of the file."""
+    samples, truncated_seconds = read_samples(path, start, duration, **audio_config)
+    return cut_windows(samples, **audio_config), truncated_seconds
 
 
-def read_heard(path, start, window_length, window_overlap, max_num_window, sample_rate, seconds=None):
-    """What read_clip cuts into windows: int16 (n,), n > 0; and how many seconds after it are not heard."""
-    L, O = round(window_length * sample_rate), round(window_overlap * sample_rate)
-    if not (0 <= O < L and max_num_window >= 1 and 0 <= start < MOST_SECONDS):
-        raise UserError(f"{path}: start {start} s, {max_num_window} windows of {window_length} s, overlap "
-                         f"{window_overlap} s: expected start >= 0, 0 <= overlap < length, 1 window or more")
-    longest = max_num_window * L - (max_num_window - 1) * O
-    heard = min(longest / sample_rate, seconds or math.inf)
-    x, low, high, rest = sound.read(path, start, heard, sample_rate)
-    peak = max(high, -low)
-    if low >= 0 < peak:  # the published rule
-        x = 2 * x / high - 1
-    elif peak > 0:  # all zeros would be 0/0 there
-        x /= peak
-    x *= 32767
-    return x[:longest].astype(np.int16), max(0.0, min(rest, seconds or math.inf) - heard)
+def read_samples(path, start, duration, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
+    """-> samples that fill at most max_num_window windows, int16 (n,), n > 0; seconds cut off after them."""
+    if not 0 <= window_overlap < window_length:
+        raise UserError(f"window_overlap = {window_overlap} s, expected less than window_length = {window_length} s")
+    duration = duration or math.inf
+    max_seconds = max_num_window * (window_length - window_overlap) + window_overlap
+    x, seconds_left = read_audio(path, start, min(max_seconds, duration), sample_rate)
+    low, high = x.min(), x.max()
+    if low >= 0 < high:  # the published rule
+        x = 2 * (x / high) - 1
+    elif low < 0:  # all zeros would be 0/0 there
+        x /= max(high, -low)
+    samples = (x[:round(max_seconds * sample_rate)] * 32767).astype(np.int16)
+    return samples, max(0.0, min(seconds_left, duration) - max_seconds)
 
 
-def truncation_warning(clips, long, seconds, audio_config):
-    """One line for people about clips longer than what is heard of them; empty if there is none."""
+def cut_windows(samples, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
+    """(n,) -> windows (W, window_length * sample_rate), zero-padded."""
+    L, overlap = round(window_length * sample_rate), round(window_overlap * sample_rate)
+    step = L - overlap
+    n = min(max_num_window, 1 + max(0, math.ceil((len(samples) - L) / step)))
+    samples = np.pad(samples, (0, n * step + overlap - len(samples)))
+    return np.stack([samples[i * step:i * step + L] for i in range(n)])
+
+
+def truncation_warning(n_clips, n_truncated, seconds, audio_config):
+    """Warning for clips longer than max_num_window; "" if there are none."""
+    if not n_truncated:
+        return ""
     length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
-    heard = most * (length - overlap) + overlap
-    return long and (f"note: {long} of {clips} clips are longer than the {heard:g} s that are heard "
-                     f"(max_num_window = {most}): {seconds:.1f} s are left out")
+    return (f"Warning: {n_truncated} of {n_clips} clips are longer than max_num_window = {most} windows "
+            f"({most * (length - overlap) + overlap:g} s): {seconds:.1f} s are cut off")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -81,33 +85,30 @@ def truncation_warning(clips, long, seconds, audio_config):
 
 
 def extend_tokenizer(tokenizer):
-    """A tokenizer with the marks of a prompt, in the published order; <SEP> only if it has no sep token. One
-    that is there already stays where it is. ValueError if a mark is not read as one token, or eos lacks."""
+    """Add the special tokens in the published order, <SEP> only if the tokenizer has no sep token. A token that
+    it already holds keeps its id."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, which ends an answer: see its config")
     tokenizer.add_tokens(list(SPECIAL_TOKENS[:2]), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": SPECIAL_TOKENS[2]})
     if tokenizer.sep_token is None:
         tokenizer.add_special_tokens({"sep_token": SPECIAL_TOKENS[3]})
-    for mark in (*SPECIAL_TOKENS[:3], tokenizer.sep_token):
-        ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
-        if ids != [tokenizer.convert_tokens_to_ids(mark)]:
-            raise UserError(f"the tokenizer reads its mark {mark} as {len(ids)} tokens")
     return tokenizer
 
 
 def encode_text(tokenizer, texts):
-    """Texts -> lists of token ids. Only we place marks: inside a text all are characters."""
+    """Texts -> lists of token ids. Special tokens inside a text are tokenized as plain text."""
     texts = [text.strip().lower() for text in texts]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_prompts(tokenizer, prompts, n_clips=None):
-    """Prompts -> lists of ids: what the tokenizer begins with, <audio> for each clip, prompt, sep."""
+    """Prompts -> lists of ids: [BOS] <audio>*n prompt <sep>. n_clips: of each prompt; None: one."""
     audio = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])
     begin = tokenizer(SPECIAL_TOKENS[0])["input_ids"]
-    begin = begin[:begin.index(audio)]
-    texts, n_clips = encode_text(tokenizer, prompts), n_clips or [1] * len(prompts)
+    begin = begin[:begin.index(audio)]  # BOS, if the tokenizer adds one
+    texts = encode_text(tokenizer, prompts)
+    n_clips = n_clips or [1] * len(prompts)
     return [begin + [audio] * n + ids + [tokenizer.sep_token_id] for ids, n in zip(texts, n_clips)]
 
 
@@ -135,16 +136,15 @@ def make_labels(input_ids, sep_id, end_id, pad_id):
 # Manifests
 
 
-HALF = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8, tokenizers and file systems can't
-KEYS = {"split": str, "split_path": str, "flamingo_task": str, "total_num": int, "data": dict}
+MANIFEST_KEYS = {"split": str, "split_path": str, "flamingo_task": str, "total_num": int, "data": dict}
 
 
 class Manifest:
-    """One checked manifest. len(m), m[i] -> {"prompt", "output", "path", "paths", "start", "duration"},
-    m.items[i] -> all that the manifest says of item i, m.epoch(e, w). duration: the seconds from start on
-    that the item hears, of all its clips together, or None.
+    """A checked manifest. len(m); m[i] -> {"prompt", "output", "path", "paths", "start", "duration"};
+    m.items[i] -> item i as the file has it; m.head: the file's other keys; m.epoch(e, weight).
 
-    Raises FileNotFoundError, or ValueError with file, key and what was expected there.
+    duration: seconds from start on that belong to the item, of all its clips together, or None.
+    Raises FileNotFoundError, or UserError with file, item, key and what was expected.
     """
 
     def __init__(self, file, data_root=".", cache_dir=None):
@@ -152,64 +152,54 @@ class Manifest:
         self.name = "/".join(file.removesuffix(".json").split("/")[-2:])  # Name-Task/split
         if not os.path.isfile(file):
             raise FileNotFoundError(f"{file}: no such manifest")
-        self.dotted = []  # (item, name): names with "..", which split_path tells the place of
-        self.head, self.items = open_items(file, self._check_item, self._check_head, cache_dir)
+        self.items = open_items(file, self._check_content, cache_dir)
+        self.head, self.digest = self.items.header["head"], self.items.header["digest"]
         self.folder = os.path.join(data_root, self.head["split_path"])
-        self.order = None, None  # the pass at hand and its order
+        self.order = None, None  # number and order of the pass used last
 
-    def _check_head(self, content, n):
+    def _check_content(self, content):
+        """JSON of the file -> iterator of (seconds, number of clips) of the items, each checked."""
         if not isinstance(content, dict):
-            raise UserError(f"{self.file}: a {type(content).__name__}, expected an object with "
-                             f"{', '.join(KEYS)}")
-        for key, kind in KEYS.items():
+            self._fail("JSON", content, f"an object with {', '.join(MANIFEST_KEYS)}")
+        for key, kind in MANIFEST_KEYS.items():
             self._expect(content, key, kind)
-        if content["split"] not in ("train", "val", "test") and not content["split"].startswith("test"):
-            self._fail("split", content["split"], "train, val, test (or test_<something>)")
-        if content["total_num"] != n:
-            self._fail("total_num", content["total_num"], f"the number of items in data, {n}")
-        folder = os.path.normpath(content["split_path"])
-        outside = lambda path: path == ".." or path.startswith("../")
-        if outside(folder):
-            self._fail("split_path", content["split_path"], "a path inside data_root, or an absolute one")
-        for i, name in self.dotted:
-            path = os.path.normpath(os.path.join(folder, name))
-            if outside(path) or (os.path.isabs(folder) and outside(os.path.relpath(path, folder))):
-                self._fail("name", name, "a path inside data_root", i)
+        data, folder = content["data"], content["split_path"]
+        if content["total_num"] != len(data):
+            self._fail("total_num", content["total_num"], f"the number of items in data, {len(data)}")
+        if leaves_root(folder):
+            self._fail("split_path", folder, "a path inside data_root, or an absolute one")
+        return (self._check_item(i, key, data[key], folder) for i, key in enumerate(data))
 
-    def _check_item(self, i, key, item):
-        """-> seconds heard, nan where that is not told; number of clips."""
+    def _check_item(self, i, key, item, folder):
+        """-> duration (nan: unknown), number of clips."""
         if key != str(i):
             self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0', '1', ... in order)")
         if type(item) is not dict:
             self._fail("", item, "an object with name, prompt, output", i)
         names = item.get("name")
-        names = names if type(names) is list and len(names) > 1 else [self._expect(item, "name", str, i)]
+        if type(names) is not list or len(names) < 2:  # a list: several clips of one question
+            names = [self._expect(item, "name", str, i)]
+        for name in names:
+            if type(name) is not str:
+                self._fail("name", name, "a str", i)
+            if ".." in name and leaves_root(folder, name):
+                self._fail("name", name, "a path inside data_root", i)
         self._expect(item, "prompt", str, i)
         self._expect(item, "output", str, i)
         for field in ("duration", "audio_start"):
-            if field in item and not (type(item[field]) in (int, float) and 0 <= item[field] < MOST_SECONDS):
-                self._fail(field, item[field], f"seconds, not negative, below {MOST_SECONDS:g}", i)
-        for name in names:
-            if len(names) > 1:  # clips of one question
-                self._expect({"name": name}, "name", str, i)
-            if ".." in name:
-                self.dotted.append((i, name))
+            if field in item and not (type(item[field]) in (int, float) and 0 <= item[field] < MAX_SECONDS):
+                self._fail(field, item[field], f"seconds, not negative, below {MAX_SECONDS:g}", i)
         return item.get("duration") or math.nan, len(names)
+
+    def _expect(self, mapping, key, kind, item=None):
+        value = mapping.get(key)
+        if type(value) is not kind:
+            self._fail(key, value if key in mapping else "missing", f"a {kind.__name__}", item)
+        return value
 
     def _fail(self, key, value, expected, item=None):
         where = key if item is None else f"data['{item}'] {key}".strip()
         raise UserError(f"{self.file}: {where} = {str(value)[:80]!r}, expected {expected}")
-
-    def _expect(self, mapping, key, kind, item=None):
-        if key not in mapping:
-            where = "has" if item is None else f"data['{item}'] has"
-            raise UserError(f"{self.file}: {where} no {key!r}, expected a {kind.__name__}")
-        value = mapping[key]
-        if type(value) is not kind:
-            self._fail(key, value, f"a {kind.__name__}", item)
-        if kind is str and not value.isascii() and HALF.search(value):
-            self._fail(key, ascii(value), "text, without halves of characters", item)
-        return value
 
     def __len__(self):
         return len(self.items)
@@ -242,12 +232,17 @@ class Manifest:
         return order
 
 
+def leaves_root(folder, name=""):
+    """Whether ".." leads a path out of data_root, or out of an absolute folder."""
+    root = folder if os.path.isabs(folder) else "."
+    path = os.path.relpath(os.path.join(folder, name), root)
+    return path == ".." or path.startswith("../")
+
+
 def open_manifests(config, names):
     """{"Name-Task/split": Manifest} for the keys of a blending config."""
     folder, data_root = settings.resolve_path(config.dataset_file_root), settings.resolve_path(config.data_root)
-    open_one = lambda name: Manifest(os.path.join(folder, name + ".json"), data_root, config.cache_dir)
-    with ThreadPoolExecutor(4) as pool:  # most of it is hashing and reading, outside of Python's lock
-        return dict(zip(names, pool.map(open_one, names)))
+    return {name: Manifest(os.path.join(folder, name + ".json"), data_root, config.cache_dir) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -256,7 +251,7 @@ def open_manifests(config, names):
 
 class Clips(Dataset):
     """clips[row] or clips[manifest, item] -> {"prompt", "output", "path", "windows" int16 (n, L), "n_windows"
-    of each clip, "unheard" seconds}; where a file can't be read windows are None and "error" says why."""
+    of each clip, "truncated_seconds"}; where a file can't be read windows are None and "error" says why."""
 
     def __init__(self, manifests, rows, audio_config, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; audio_config: that of the model."""
@@ -275,53 +270,52 @@ class Clips(Dataset):
 
     def __getitem__(self, i):
         item = self.item(i)
-        sample = {"prompt": item["prompt"], "output": item["output"], "path": item["path"]}
-        seconds = item["duration"] if len(item["paths"]) == 1 else None  # of several clips, their sum
-        where = (item["path"], item["start"], seconds)
-        if self.cache is not None and where in self.cache:
-            return sample | self.cache[where]
+        duration = item["duration"] if len(item["paths"]) == 1 else None  # of several clips: their sum
+        key = (item["path"], item["start"], duration)
+        sample = {name: item[name] for name in ("prompt", "output", "path")}
+        if self.cache is not None and key in self.cache:
+            return sample | self.cache[key]
         try:
-            part = {"start": item["start"], "seconds": seconds} | self.audio_config
-            clips = [read_clip(path, **part) for path in item["paths"]]
-        except (FileNotFoundError, UserError) as error:  # counted and reported by whoever asked
+            clips = [read_clip(path, start=item["start"], duration=duration, **self.audio_config)
+                     for path in item["paths"]]
+        except (FileNotFoundError, UserError) as error:  # counted and reported by the caller
             return sample | {"windows": None, "error": str(error)}
-        windows = np.concatenate([windows for windows, _ in clips])
-        heard = {"windows": torch.from_numpy(windows), "n_windows": [len(windows) for windows, _ in clips],
-                 "unheard": sum(more for _, more in clips)}
+        windows, truncated_seconds = zip(*clips)
+        decoded = {"windows": torch.from_numpy(np.concatenate(windows)), "n_windows": list(map(len, windows)),
+                   "truncated_seconds": sum(truncated_seconds)}
         if self.cache is not None:
-            self.cache[where] = heard
-        return sample | heard
+            self.cache[key] = decoded
+        return sample | decoded
 
     def windows(self):
-        """(n,) windows of every row, as manifests tell; the most where one tells no duration."""
+        """(n,) windows of every row by the manifests' durations; max_num_window where there is none."""
         length, overlap, most = (self.audio_config[name] for name in AUDIO_SETTINGS)
         rate = self.audio_config.get("sample_rate", SAMPLE_RATE)
         windows = np.empty(len(self), np.int64)
         for m in np.unique(self.rows[:, 0]):
-            mine, items = self.rows[:, 0] == m, self.manifests[m].items
-            chosen = self.rows[mine, 1]
-            clips, seconds = items.column("clips")[chosen], items.column("seconds")[chosen].astype(float)
-            samples = np.nan_to_num(np.rint(seconds * rate), nan=math.inf)
+            mask = self.rows[:, 0] == m
+            columns = self.manifests[m].items.columns()[self.rows[mask, 1]]
+            clips = columns["clips"]
+            samples = np.nan_to_num(np.rint(columns["seconds"].astype(float) * rate), nan=math.inf)
             more = np.ceil((samples - clips * length * rate) / ((length - overlap) * rate))
-            windows[mine] = np.minimum(most * clips, clips + np.maximum(0, more))
+            windows[mask] = np.minimum(most * clips, clips + np.maximum(0, more))
         return windows
 
     def sizes(self, tokenizer=None):
         """(n, 2): windows and text tokens (without a tokenizer: characters) of every row."""
-        prompts, outputs = [""] * len(self), [""] * len(self)
+        texts = np.empty((len(self), 2), object)
         for m in np.unique(self.rows[:, 0]):
-            mine = np.flatnonzero(self.rows[:, 0] == m)
-            for i, item in zip(mine.tolist(), self.manifests[m].items.many(self.rows[mine, 1])):
-                prompts[i], outputs[i] = item["prompt"].strip().lower(), item["output"].strip().lower()
-        count = about_tokens(tokenizer, {*prompts, *outputs}).get if tokenizer else len
-        texts = [count(prompt) + count(output) for prompt, output in zip(prompts, outputs)]
-        return np.stack([self.windows(), np.array(texts, np.int64)], 1)
+            mask = self.rows[:, 0] == m
+            items = self.manifests[m].items.select(self.rows[mask, 1])
+            texts[mask] = [(item["prompt"].strip().lower(), item["output"].strip().lower()) for item in items]
+        lengths = estimate_tokens(tokenizer, texts.ravel()) if tokenizer else np.vectorize(len)(texts)
+        return np.stack([self.windows(), lengths.reshape(-1, 2).sum(1)], 1)
 
 
 class Collate:
-    """List of Clips items -> a batch: input_ids and labels (B, T), windows (sum W, L) int16, n_windows (B,),
-    and what is to be reported: bad (why clips could not be read), cut (outputs beyond max_tokens), long
-    (clips heard in part), unheard (their seconds that are not) and paths of the others."""
+    """A list of Clips items -> a batch: input_ids and labels (B, T), windows (sum W, L) int16, n_windows (B,)
+    and, to be reported, errors (of clips that could not be read), unfinished (outputs cut by max_tokens),
+    truncated_clips, truncated_seconds (longer than max_num_window) and paths of the clips that were read."""
 
     def __init__(self, tokenizer, max_tokens, window_samples, multiple=1):
         self.tokenizer, self.max_tokens, self.multiple = tokenizer, max_tokens, multiple
@@ -339,102 +333,121 @@ class Collate:
         return ids, torch.from_numpy(labels), int((labels == -100).all(1).sum())
 
     def __call__(self, items):
+        errors = [item["error"] for item in items if item["windows"] is None]
         good = [item for item in items if item["windows"] is not None]
-        bad = [item["error"] for item in items if item["windows"] is None]
-        unheard = [item["unheard"] for item in good if item["unheard"]]
-        n_clips = [len(item["n_windows"]) for item in good] or [1]
-        pairs = [(item["prompt"], item["output"]) for item in good] or [("", "")]
-        ids, labels, cut = self.encode(pairs, n_clips)
-        windows = [item["windows"] for item in good]
-        n_windows = [item["n_windows"] for item in good]
+        truncated = [item["truncated_seconds"] for item in good if item["truncated_seconds"]]
+        batch = {"errors": errors, "truncated_clips": len(truncated), "truncated_seconds": sum(truncated),
+                 "paths": [item["path"] for item in good], "unfinished": 0}
         if not good:  # a rank whose whole batch is unreadable still takes part, with nothing to learn
-            windows, n_windows, labels, cut = [self.silence], [[1]], torch.full_like(labels, -100), 0
-        n_windows = window_counts(n_windows)
-        return {"input_ids": ids, "labels": labels, "windows": torch.cat(windows), "n_windows": n_windows,
-                "cut": cut, "bad": bad, "long": len(unheard), "unheard": sum(unheard),
-                "paths": [item["path"] for item in good]}
+            ids, _, _ = self.encode([("", "")])
+            return batch | {"input_ids": ids, "labels": torch.full_like(ids, -100), "windows": self.silence,
+                            "n_windows": window_counts([[1]])}
+        n_windows = [item["n_windows"] for item in good]
+        pairs = [(item["prompt"], item["output"]) for item in good]
+        ids, labels, unfinished = self.encode(pairs, list(map(len, n_windows)))
+        return batch | {"input_ids": ids, "labels": labels, "unfinished": unfinished,
+                        "windows": torch.cat([item["windows"] for item in good]),
+                        "n_windows": window_counts(n_windows)}
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that plans the epoch after its own in a thread, once its workers are there: training does
-    not wait for that. Its batch_sampler is a list; plan(): what that becomes, or None."""
-    plan, planned, thread = None, None, ThreadPoolExecutor(1)
+    """A DataLoader whose workers stay for all epochs; its batch_sampler is a list that train_loader replaces.
+
+    The next epoch is planned in a thread while this one is read. It starts after the workers are forked: a
+    fork while the thread holds a lock of the tokenizer would never end.
+    """
+    plan_next, planned, next_epoch = None, None, None
+    thread = ThreadPoolExecutor(1)
 
     def __iter__(self):
         batches = super().__iter__()
-        self.planned = self.plan and self.thread.submit(self.plan)
+        self.planned = self.plan_next and self.thread.submit(self.plan_next)
         return batches
 
 
-def make_loader(clips, batches, tokenizer, config, live=False):
-    """live: its workers wait for the next batches that are put into the list."""
-    workers, audio_config = config.num_workers, clips.audio_config
-    collate = Collate(tokenizer, config.max_tokens, round(audio_config["window_length"] * audio_config["sample_rate"]),
-                      64 if config.compile else 1)
-    ahead = {"prefetch_factor": 4, "worker_init_fn": _one_thread, "persistent_workers": live}
-    return EpochLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                       pin_memory=torch.cuda.is_available(), **(ahead if workers else {}))
+def make_loader(clips, batches, tokenizer, config, persistent_workers):
+    """EpochLoader over a list of batches, each a list of indices of clips."""
+    audio_config, options = clips.audio_config, {}
+    window_samples = round(audio_config["window_length"] * audio_config["sample_rate"])
+    collate = Collate(tokenizer, config.max_tokens, window_samples, 64 if config.compile else 1)
+    if config.num_workers:
+        options = {"num_workers": config.num_workers, "prefetch_factor": 4, "worker_init_fn": init_worker,
+                   "persistent_workers": persistent_workers}
+    return EpochLoader(clips, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available(),
+                       **options)
 
 
-def _one_thread(_):
+def init_worker(_):
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process to answer
+    for number in (signal.SIGINT, signal.SIGUSR1):  # handled by the training process
         signal.signal(number, signal.SIG_IGN)
     # clusters send it to every process, and the training process still saves: the second one ends a worker
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def plan_epoch(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, only=None):
-    """One epoch (or `only` some of its rows) -> this rank's micro-batches, each a list of (manifest, item);
-    all ranks': arrays of rows; stats of tools/data/batches.py; what the blending record says."""
+def select_rows(manifests, config, epoch):
+    """-> (n, 2) rows (manifest, item) that an epoch takes of the blend; a record of each manifest's share."""
     rows, record = [], []
     for m, (name, manifest) in enumerate(manifests.items()):
-        w = config.dataset_blending_global_weight * config.dataset_blending_config[name]
-        chosen = manifest.epoch(epoch, w)
-        rows.append(np.stack([np.full(len(chosen), m), chosen], 1))
-        first = int(epoch * len(manifest) * w)
-        record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": w,
-                       "first": first, "stop": first + len(chosen)})
-    rows = np.concatenate(rows)
+        weight = config.dataset_blending_global_weight * config.dataset_blending_config[name]
+        items = manifest.epoch(epoch, weight)
+        rows.append(np.stack([np.full(len(items), m), items], 1))
+        first = int(epoch * len(manifest) * weight)
+        record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": weight,
+                       "first": first, "stop": first + len(items)})
+    return np.concatenate(rows), record
+
+
+def plan_epoch(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, only=None):
+    """Plan one epoch, or `only` some of its rows (an array of row numbers), from micro-step `start` on.
+
+    -> this rank's micro-batches, lists of (manifest, item); the row numbers of every micro-step, of all ranks
+    and from 0 on; padding_stats; what dataset_blending_output records."""
+    rows, record = select_rows(manifests, config, epoch)
     if not len(rows):
-        raise UserError(f"epoch {epoch} selects no item at all: dataset_blending_global_weight = "
-                         f"{config.dataset_blending_global_weight} is too small for these manifests")
-    only = np.arange(len(rows)) if only is None else np.array(only, np.int64)  # none left is none
+        raise UserError(f"epoch {epoch} selects no item: dataset_blending_global_weight = "
+                        f"{config.dataset_blending_global_weight} is too small for these manifests")
+    max_windows, most = config.max_windows_per_batch, audio_config["max_num_window"]
+    if max_windows and max_windows < most:
+        raise UserError(f"max_windows_per_batch = {max_windows}, expected at least max_num_window = {most}: one clip")
+    only = np.arange(len(rows)) if only is None else np.array(only, np.int64)
     rows = rows[only]
-    if config.max_windows_per_batch and config.max_windows_per_batch < audio_config["max_num_window"]:
-        raise UserError(f"max_windows_per_batch = {config.max_windows_per_batch}: one clip may have "
-                         f"max_num_window = {audio_config['max_num_window']}")
     sizes = Clips(list(manifests.values()), rows, audio_config).sizes(tokenizer)
-    batches = Batches(sizes, config.batch_size, [config.seed, epoch], rank, world, start,
-                      config.bucket_batches, config.max_windows_per_batch, config.gradient_accumulation_steps)
-    mine = [list(map(tuple, rows[batch].tolist())) for batch in batches]  # an empty list stays one
-    return mine, [only[part] for part in batches.plan], batches.stats, record
+    plan = plan_batches(sizes, config.batch_size, [config.seed, epoch], world, config.bucket_batches,
+                        max_windows, config.gradient_accumulation_steps)
+    mine = [micro[(rank + k) % world] for k, micro in enumerate(plan)]  # ranks take turns
+    mine = [list(map(tuple, rows[batch].tolist())) for batch in mine[start:]]
+    return mine, [only[np.concatenate(micro)] for micro in plan], padding_stats(sizes, plan), record
 
 
 def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, loader=None,
                  only=None):
-    """Loader of this rank's micro-batches of one epoch, and what the blending record says of it. The loader
-    of an epoch before, if given, goes on: its workers live, and so does what they cached. loader.rows: those
-    of each micro-batch of all ranks, loader.stats: see tools/data/batches.py."""
-    plan = lambda e, *part: plan_epoch(manifests, config, tokenizer, audio_config, e, rank, world, *part)
-    planned = loader and loader.upcoming == epoch and not start and only is None and loader.planned
-    mine, rows, stats, record = planned.result() if planned else plan(epoch, start, only)
+    """-> EpochLoader of this rank's micro-batches of an epoch, what dataset_blending_output records of it.
+
+    loader: the one of an earlier epoch, which goes on with its workers and what they cached. loader.rows:
+    row numbers of each micro-step of all ranks; loader.stats: padding_stats."""
+    plan = partial(plan_epoch, manifests, config, tokenizer, audio_config, rank=rank, world=world)
+    if loader and loader.planned and loader.next_epoch == epoch and not start and only is None:
+        batches, rows, stats, record = loader.planned.result()
+    else:
+        batches, rows, stats, record = plan(epoch, start=start, only=only)
     if loader is None:
         clips = Clips(list(manifests.values()), np.empty((0, 2), int), audio_config, config.cache_audio)
-        loader = make_loader(clips, mine, tokenizer, config, live=True)
-    loader.batch_sampler[:], loader.rows, loader.stats, loader.upcoming = mine, rows, stats, epoch + 1
-    # without workers it is this process that uses the tokenizer, which two threads must not
-    more = config.num_workers and epoch + 1 < config.num_epochs
-    loader.plan, loader.planned = (lambda: plan(epoch + 1)) if more else None, None
+        loader = make_loader(clips, [], tokenizer, config, persistent_workers=True)
+    loader.batch_sampler[:] = batches
+    loader.rows, loader.stats, loader.next_epoch = rows, stats, epoch + 1
+    # without workers this process uses the tokenizer, which two threads must not do
+    plan_next = config.num_workers and epoch + 1 < config.num_epochs
+    loader.plan_next, loader.planned = partial(plan, epoch + 1) if plan_next else None, None
     return loader, record
 
 
 def valid_loader(manifest, config, tokenizer, audio_config, rank=0, world=1):
     """This rank's share of one validation manifest, in order."""
     clips = Clips([manifest], None, audio_config, config.cache_audio)
-    mine = np.arange(rank, len(clips), world)
-    batches = np.split(mine, range(config.batch_size, len(mine), config.batch_size))
-    return make_loader(clips, [b.tolist() for b in batches if len(b)], tokenizer, config, config.cache_audio)
+    mine = list(range(rank, len(clips), world))
+    batches = [mine[i:i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
+    return make_loader(clips, batches, tokenizer, config, config.cache_audio)
 
 
 if __name__ == "__main__":

@@ -185,8 +185,8 @@ def answer_split(model, manifest, path, c, matters, about, rank, world):
             item = {"id": i} | answers.question_of(manifest, i) | {"answer": text}
             if "error" in clip:
                 item["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
-            elif clip["unheard"]:
-                item["unheard"] = round(clip["unheard"], 2)  # seconds beyond what is heard
+            elif clip["truncated_seconds"]:
+                item["unheard"] = round(clip["truncated_seconds"], 2)  # seconds beyond what is heard
             f.write(json.dumps(item, ensure_ascii=False) + "\n")
             f.flush()
             bar.update()

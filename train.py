@@ -139,8 +139,8 @@ def validate(c, run, model, loaders, signals):
             n = count_labelled(batch)
             total += loss * n
             labelled += n
-            truncated += batch["cut"]
-            unreadable += batch["bad"]
+            truncated += batch["unfinished"]
+            unreadable += batch["errors"]
         if any_rank([bool(signals)], run.control)[0]:
             losses = None
             break

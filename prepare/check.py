@@ -21,8 +21,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
-from tools.data import audio as sound
-from tools.data.batches import about_tokens
+from tools.data.audio import SILENT, count_frames, missing_seconds, read_audio
+from tools.data.batches import estimate_tokens
 from tools.checkpoint.htsat import sample_rate_of_mel
 from tools.common import UserError, atomic_write, check_folder_writable, check_writable, map_parallel
 
@@ -63,8 +63,9 @@ def inspect(manifests, audio_config, task):
     problem, total, rate = None, 0.0, 0
     for path in item["paths"]:
         try:
-            x, low, high, rest = sound.read(path, item["start"], longest, audio_config["sample_rate"], count=True)
-            here, lacking = sound.told(path)
+            x, _ = read_audio(path, item["start"], longest, audio_config["sample_rate"])
+            frames, here = count_frames(path)
+            rest, lacking = frames / here - item["start"], missing_seconds(path)
         except (FileNotFoundError, UserError) as error:
             problem = problem or str(error).removeprefix(path + ": ")
             continue
@@ -72,7 +73,7 @@ def inspect(manifests, audio_config, task):
         rest += 0 if item["duration"] else lacking
         if held < min(longest, rest) - 0.1:  # the sound ends before the header says so
             problem = problem or f"truncated: {held:.2f} s, its header says {rest:.2f} s"
-        elif max(high, -low) <= sound.SILENT:
+        elif np.abs(x).max() <= SILENT:
             problem = problem or "silent"
         total += rest
     duration = item["duration"]
@@ -162,7 +163,7 @@ def main(c):
         print(f"{manifest.name}: {len(manifest)} items, {len(good)} good" +
               "".join(f", {n} {what}" for what, n in causes.most_common()) + f"; {hours:.4g} h")
         if folder:
-            write_manifest(targets[m], manifest.head, manifest.items.many(good))
+            write_manifest(targets[m], manifest.head, manifest.items.select(good))
             print(f"wrote {targets[m]}")
     told = summary(opened, found, audio_config, tokenizer)
     for what, (values, unit) in told.items():
@@ -190,13 +191,13 @@ def summary(opened, found, audio_config, tokenizer):
     length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
     windows = np.clip(1 + np.ceil((seconds - length) / (length - overlap)), 1, most)
     shares = [rows[::max(1, len(seconds) // 100_000)] for rows in good]
-    items = (item for manifest, rows in zip(opened, shares) for item in manifest.items.many(rows))
+    items = (item for manifest, rows in zip(opened, shares) for item in manifest.items.select(rows))
     texts = [(item["prompt"].strip().lower(), item["output"].strip().lower()) for item in items]
-    count = about_tokens(tokenizer, {t for pair in texts for t in pair}).get if tokenizer else len
+    count = (lambda texts: estimate_tokens(tokenizer, texts)) if tokenizer else lambda texts: np.array(list(map(len, texts)))
     unit = " tokens" if tokenizer else " characters"
     return {"duration": (seconds, " s"), "windows a clip": (windows, ""),
-            "prompt": (np.array([count(p) for p, _ in texts]), unit),
-            "output": (np.array([count(o) for _, o in texts]), unit),
+            "prompt": (count([p for p, _ in texts]), unit),
+            "output": (count([o for _, o in texts]), unit),
             "sample rate": (rates, " Hz")}
 
 

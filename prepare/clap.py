@@ -30,7 +30,7 @@ import config as settings
 from checkpoint import load_language_model
 from data import AUDIO_SETTINGS, Clips, open_manifests
 from model import ClapEncoder, log_mel, to_float
-from tools.data.batches import Batches
+from tools.data.batches import plan_batches
 from tools.checkpoint.devices import pick_device, pick_precision
 from tools.checkpoint.files import save_atomically
 from tools.common import UserError, check_writable
@@ -222,8 +222,9 @@ def main(c):
     clap.train()
     bar, step, epoch, losses = tqdm(total=c.clap_steps, desc="clap", disable=None), 0, 0, []
     while step < c.clap_steps:
-        for rows in Batches(np.zeros((len(clips), 2), np.int64), c.clap_batch_size, [c.seed, epoch]):
-            mels, clip_of, rows = log_mels(rows)
+        no_sizes = np.zeros((len(clips), 2), np.int64)
+        for (rows,) in plan_batches(no_sizes, c.clap_batch_size, [c.seed, epoch]):
+            mels, clip_of, rows = log_mels(rows.tolist())
             if not rows:
                 continue
             own_texts = {t for i in rows for t in positives[i] + negatives[i]}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
-from data import read_clip, read_heard
+from data import cut_windows, read_clip, read_samples
 from prepare.check import audio_config_of, open_all, targets_of, write_manifest
 from tools.common import UserError, check_folder_writable, map_parallel
 
@@ -76,12 +76,12 @@ def make_copy(clip, folder, audio_config):
     copy, rate = os.path.join(folder, name_of(*clip, audio_config)), audio_config["sample_rate"]
     if not (frames := frames_of(copy)):
         os.makedirs(os.path.dirname(copy), exist_ok=True)
-        windows, _ = read_clip(path, start, seconds=seconds, **audio_config)
-        y, _ = read_heard(path, start, seconds=seconds, **audio_config)
+        y, _ = read_samples(path, start, seconds, **audio_config)
+        windows = cut_windows(y, **audio_config)
         part = f"{copy}.{os.getpid()}.tmp"
         try:
             soundfile.write(part, quantised(y), rate, format="FLAC", subtype="PCM_16")
-            again, _ = read_clip(part, 0.0, **audio_config)
+            again, _ = read_clip(part, **audio_config)
             if again.shape != windows.shape or np.abs(again.astype(int) - windows).max() > 1:
                 raise UserError(f"{path}: its copy does not give the same windows")
             os.replace(part, copy)

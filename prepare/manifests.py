@@ -230,11 +230,11 @@ class Folder:
 
 def seconds_of(path):
     """Seconds of a sound file, or in words why it is none."""
-    from tools.data import audio as sound
+    from tools.data.audio import count_frames
     if not os.path.isfile(path):
         return "missing"
     try:
-        frames, rate = sound.length(path)
+        frames, rate = count_frames(path)
         return frames / rate if frames else "empty"
     except Exception:  # whatever a decoder says of a damaged file, it is one of many
         with open(path, "rb") as f:

@@ -120,7 +120,7 @@ def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
             a, b = before[j], after[i]
             assert a["n_windows"] == b["n_windows"] and a["output"] == b["output"]
             assert np.abs(a["windows"].numpy().astype(int) - b["windows"].numpy()).max() <= 1
-            assert b["unheard"] == 0
+            assert b["truncated_seconds"] == 0
             told, paths = after.manifests[0].items[i], after.item(i)["paths"]
             seconds = sum(soundfile.info(path).duration for path in paths)
             assert "audio_start" not in told and abs(told["duration"] - seconds) < 1e-3

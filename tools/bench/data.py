@@ -19,8 +19,7 @@ import torch
 
 import config as settings
 from data import Clips, Manifest, load_audio, plan_epoch, train_loader
-from tools.data.batches import Batches
-from tools.data.batches import padding as waste
+from tools.data.batches import padding_stats, plan_batches
 
 MANIFESTS, WORLD, EPOCH = 40, 8, 50_000
 AUDIO_SETTINGS = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 30}
@@ -166,14 +165,10 @@ def padding(files, tokenizer_path):
     for name, options in {"by size": {"max_windows": 48}, "by count": {}, "random": None}.items():
         if name == "random":
             order = rng.permutation(EPOCH)[:EPOCH // 128 * 128].reshape(-1, 16, WORLD)
-            figures[name] = waste(true, [list(batch.T) for batch in order])
+            figures[name] = padding_stats(true, [list(batch.T) for batch in order])
             continue
-        ranks = [Batches(sizes, 16, [0, 0], rank, WORLD, pool=pool, **options).mine for rank in range(WORLD)]
-        assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(EPOCH))
-        figures[name] = waste(true, list(zip(*ranks)))
-        if "max_windows" in options:
-            most = max(len(b) * sizes[b, 0].max() for rank in ranks for b in rank if b)
-            assert most <= options["max_windows"], most
+        plan = plan_batches(sizes, 16, [0, 0], WORLD, pool, **options)
+        figures[name] = padding_stats(true, plan)
     return figures
 
 

@@ -1,111 +1,105 @@
-"""Batches of equal work: tokens without a tokenizer's time, a share for every rank, what padding wastes."""
+"""Batches of like size and equal work: token counts estimated word by word, bucketing, a share for every rank."""
 import re
 
 import numpy as np
-from torch.utils.data import Sampler
 
-TOKENS_PER_WINDOW = 10  # a window of 10 s costs a training step of the 3B model as much as ten tokens of text
-WORD = re.compile(r"\0| ?\w+| ?[^\w\s\0]+|\s+")  # about what tokenizers cut a text into first
-
-
-def about_tokens(tokenizer, texts):
-    """{text: about how many tokens it is}: every word is tokenized once, in a fraction of the time of all."""
-    texts = list(texts)
-    words = WORD.findall("".join(text.replace("\0", " ") + "\0" for text in texts))
-    known = list(set(words))
-    ids = tokenizer(known, add_special_tokens=False, split_special_tokens=True)["input_ids"] if known else []
-    known = dict(zip(known, map(len, ids))) | {"\0": -1}
-    counts = np.fromiter(map(known.__getitem__, words), np.int64, len(words))
-    totals = np.maximum(counts, 0).cumsum()[counts < 0]
-    return dict(zip(texts, np.diff(totals, prepend=0).tolist()))
+TOKENS_PER_WINDOW = 10  # a 10 s window costs a training step of the 3B model about as much as ten text tokens
+WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # about what tokenizers split a text into first
 
 
-class Batches(Sampler):
-    """Index lists of one rank for one epoch: seeded, the same plan on every rank, from micro-step `start` on;
-    every item once.
+def estimate_tokens(tokenizer, texts):
+    """-> (n,) tokens of each text. Every distinct word is tokenized once: a tenth of the time of all texts."""
+    words = [WORD.findall(text) for text in texts]
+    distinct = list({word for some in words for word in some})
+    ids = tokenizer(distinct, add_special_tokens=False, split_special_tokens=True)["input_ids"] if distinct else []
+    lengths = dict(zip(distinct, map(len, ids)))
+    return np.array([sum(map(lengths.__getitem__, some)) for some in words], np.int64)
 
-    The shuffled items are cut into pools of `pool` global batches; inside a pool, items of like size
-    (windows, then text) share a batch, and the ranks share each global batch: little padding, equal work.
-    A rank's batch has at most batch_size items and, if that is given, at most max_windows, padded: then how
-    many it has is for its work to equal the other ranks'. Pool order stays random. `multiple` batches of all
-    ranks are one optimizer step: the same items whatever they are divided into. The last may have fewer, then
-    some batches are empty. stats: see padding.
+
+def plan_batches(sizes, batch_size, seed, world=1, pool=64, max_windows=None, multiple=1):
+    """The micro-batches of an epoch: [[indices of rank 0, of rank 1, ...], ...], every item once.
+
+    sizes: (n, 2) windows and text tokens. seed: a list of integers. The shuffled items are cut into pools of
+    `pool` global batches; inside a pool, items of like size (windows, then text) share a batch, and the ranks
+    share each global batch. A rank's batch has at most batch_size items and, padded, at most max_windows
+    windows: then its number of items makes its work equal to the other ranks'. `multiple` micro-batches are
+    one optimizer step: the same items, whatever they are divided into. The last step may have fewer items, and
+    empty batches. The order of steps is random.
     """
-
-    def __init__(self, sizes, batch_size, seed, rank=0, world=1, start=0, pool=64, max_windows=None,
-                 multiple=1):
-        order = np.random.default_rng(seed).permutation(len(sizes))  # seed: a list of integers
-        most, plan, left = pool * batch_size * world * multiple, [], order[:0]
-        for part in np.split(order, range(most, len(order), most)):
-            part = np.concatenate([left, part])
-            windows, text = sizes[part].T
-            if max_windows:  # to and fro: texts are alike where the number of windows changes, too
-                text = np.where(windows % 2, text, -text)
-            part, step = part[np.lexsort((text, windows))], []
-            left = part  # to the next pool
-            while micro := share(part, sizes, batch_size, world, max_windows):
-                step, part = [*step, micro], part[sum(map(len, micro)):]
-                if len(step) == multiple:
-                    plan, left, step = [*plan, step], part, []
-        last = []
-        while len(left):
-            B = batch_size
-            while B > 1 and max_windows and B * sizes[left[:B * world][-1], 0] > max_windows:
-                B -= 1
-            last.append([left[:B * world][r::world] for r in range(world)])
-            left = left[B * world:]
-        last += [[left] * world] * (-len(last) % multiple)  # empty
-        plan += [last[i:i + multiple] for i in range(0, len(last), multiple)]
-        order = np.random.default_rng([*seed, 1]).permutation(len(plan))
-        plan = [micro for i in order for micro in plan[i]]
-        self.mine = [micro[(rank + k) % world].tolist() for k, micro in enumerate(plan)][start:]
-        self.plan = [np.concatenate(micro) for micro in plan]  # of all ranks
-        self.stats = padding(sizes, plan)
-
-    def __len__(self):
-        return len(self.mine)
-
-    def __iter__(self):
-        return iter(self.mine)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    pool_size = pool * batch_size * world * multiple
+    steps, rest = [], order[:0]
+    for part in np.split(order, range(pool_size, len(order), pool_size)):
+        rest = sort_by_size(np.concatenate([rest, part]), sizes, max_windows)
+        while step := take_step(rest, sizes, batch_size, world, max_windows, multiple):
+            steps.append(step)
+            rest = rest[sum(map(len, sum(step, []))):]
+    last = []
+    while len(rest):
+        B = batch_size
+        while B > 1 and max_windows and B * sizes[rest[:B * world][-1], 0] > max_windows:
+            B -= 1
+        last.append([rest[:B * world][r::world] for r in range(world)])
+        rest = rest[B * world:]
+    last += [[rest] * world] * (-len(last) % multiple)  # empty
+    steps += [last[i:i + multiple] for i in range(0, len(last), multiple)]
+    order = np.random.default_rng([*seed, 1]).permutation(len(steps))
+    return [micro for i in order for micro in steps[i]]
 
 
-def share(part, sizes, batch_size, world, max_windows):
-    """The batches of `world` ranks from the beginning of sorted items, or None if they do not suffice."""
-    if not max_windows:
-        whole = part[:batch_size * world]
-        return [whole[r::world] for r in range(world)] if len(whole) == batch_size * world else None
+def sort_by_size(items, sizes, max_windows):
+    windows, text = sizes[items].T
+    if max_windows:  # up and down: texts are alike where the number of windows changes, too
+        text = np.where(windows % 2, text, -text)
+    return items[np.lexsort((text, windows))]
 
-    def work(i):  # of one, two, ... items from the i-th on, as many as fit into a batch
-        windows, tokens = sizes[part[i:i + batch_size]].T
+
+def take_step(items, sizes, batch_size, world, max_windows, multiple):
+    """The micro-batches of one optimizer step from the first of sorted items; None if they do not suffice."""
+    step = []
+    for _ in range(multiple):
+        if len(items) < batch_size * world:
+            return None
+        if max_windows:
+            micro = split_by_work(items, sizes, batch_size, world, max_windows)
+        else:
+            micro = [items[:batch_size * world][r::world] for r in range(world)]
+        step.append(micro)
+        items = items[sum(map(len, micro)):]
+    return step
+
+
+def split_by_work(items, sizes, batch_size, world, max_windows):
+    """Consecutive batches of equal work for all ranks; where texts are longer, fewer items."""
+    def cumulative_work(i):  # of one, two, ... items from the i-th on, as many as fit into a batch
+        windows, tokens = sizes[items[i:i + batch_size]].T
         counts = np.arange(1, len(windows) + 1)
         fits = max(1, (counts * np.maximum.accumulate(windows) <= max_windows).sum())
         work = TOKENS_PER_WINDOW * windows.cumsum() + counts * np.maximum.accumulate(tokens)
         return work[:fits]
 
-    if len(part) < world * batch_size:
-        return None
-    first = work(0)
-    target = min(first[-1], work((world - 1) * len(first))[-1])  # where texts are longer, fewer items fill it
-    step, i = [], 0
+    first = cumulative_work(0)
+    target = min(first[-1], cumulative_work((world - 1) * len(first))[-1])
+    batches, i = [], 0
     for _ in range(world):
-        n = 1 + np.abs(work(i) - target).argmin()
-        step.append(part[i:i + n])
+        n = 1 + np.abs(cumulative_work(i) - target).argmin()
+        batches.append(items[i:i + n])
         i += n
-    return step
+    return batches
 
 
-def padding(sizes, ranks):
-    """What a plan wastes: the padded shares of windows and of text slots, and by how much the rank with the
-    most work has more than the mean, over steps. Work: text slots, and windows, each as much as ten."""
-    if not ranks:
+def padding_stats(sizes, plan):
+    """What a plan wastes: the padded shares of windows and of text tokens, and by how much the rank with the
+    most work exceeds the mean, summed over steps."""
+    if not plan:
         return {}
-    real, slots, work = sizes.sum(0), np.zeros(2), np.zeros((len(ranks), len(ranks[0])))
-    for k, batches in enumerate(ranks):
-        for r, batch in enumerate(batches):
+    slots, work = np.zeros(2), np.zeros((len(plan), len(plan[0])))
+    for k, micro in enumerate(plan):
+        for r, batch in enumerate(micro):
             if len(batch):
                 padded = len(batch) * sizes[batch].max(0)
                 slots += padded
                 work[k, r] = TOKENS_PER_WINDOW * sizes[batch, 0].sum() + padded[1]
-    window_padding, token_padding = (1 - real / np.maximum(slots, 1)).tolist()
-    imbalance = work.max(1).sum() / max(work.mean(1).sum(), 1e-9) - 1
-    return {"window_padding": window_padding, "token_padding": token_padding, "rank_imbalance": imbalance}
+    windows, tokens = (1 - sizes.sum(0) / np.maximum(slots, 1)).tolist()
+    imbalance = float(work.max(1).sum() / max(work.mean(1).sum(), 1e-9) - 1)
+    return {"window_padding": windows, "token_padding": tokens, "rank_imbalance": imbalance}

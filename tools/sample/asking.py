@@ -18,7 +18,7 @@ def sampling(c):
 
 def load_clips(paths, model):
     """-> windows (sum W, L) int16, n_windows (clips,), and of each clip the seconds that are not heard."""
-    clips = [read_clip(path, 0.0, **model.audio_config) for path in paths]
+    clips = [read_clip(path, **model.audio_config) for path in paths]
     windows = [torch.from_numpy(clip) for clip, _ in clips]
     return torch.cat(windows), torch.tensor([len(w) for w in windows]), [seconds for _, seconds in clips]
 

@@ -55,9 +55,9 @@ class StepStats:
         for batch in micro_batches:
             labelled, slots, windows = count_labelled(batch), batch["input_ids"].numel(), len(batch["windows"])
             paths += batch["paths"]
-            self.errors += [(step, error) for error in batch["bad"]]
-            self.counts += (labelled, len(batch["paths"]), len(batch["bad"]), batch["cut"], batch["long"],
-                            batch["unheard"])
+            self.errors += [(step, error) for error in batch["errors"]]
+            self.counts += (labelled, len(batch["paths"]), len(batch["errors"]), batch["unfinished"],
+                            batch["truncated_clips"], batch["truncated_seconds"])
             self.tokens += np.count_nonzero(batch["input_ids"].numpy() != self.model.pad_id)
             self.slots += slots
             self.audio_seconds += windows * self.model.audio_config["window_length"]

@@ -81,7 +81,7 @@ def describe_blend(manifests, c):
     """What a checkpoint says of its data: {manifest: items and passes per epoch}, {manifest: digest of its items}."""
     weight = c.dataset_blending_global_weight
     blend = {name: [len(m), c.dataset_blending_config[name] * weight] for name, m in manifests.items()}
-    return {"blend": blend, "digests": {name: m.items.told["digest"] for name, m in manifests.items()}}
+    return {"blend": blend, "digests": {name: m.digest for name, m in manifests.items()}}
 
 
 def read_checkpoint(file):

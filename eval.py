@@ -33,7 +33,7 @@ from tools.eval.captions import captioning
 from tools.eval.clap_text import text_tower
 from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth
 from tools.eval.compare import compare
-from tools.sample.decoding import answer
+from tools.sample.decoding import Sampling, answer_items
 from tools.sample.attention_map import attention_over_time
 from tools.eval.parsing import (labels_of, mark_of, marks_in, normalise, option_named, options_of,
                            reference_option, said)
@@ -199,7 +199,8 @@ def answer_split(model, manifest, path, c, matters, about, rank, world):
                     heard.append((i, clip))
                     yield clip["prompt"], clip.pop("windows"), clip["n_windows"]
 
-        for index, text in answer(model, questions(), c.eval_batch_size, max_new_tokens=c.max_new_tokens):
+        for index, text in answer_items(model, questions(), c.eval_batch_size,
+                                        Sampling(max_new_tokens=c.max_new_tokens)):
             write(*heard[index], text)
     wait(world)
     if rank:

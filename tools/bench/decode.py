@@ -15,7 +15,7 @@ import config
 from data import SPECIAL_TOKENS
 from model import AudioFlamingo, naive_attention
 from tools.bench.reference import norm
-from tools.sample.decoding import Sampling, tokens
+from tools.sample.decoding import Sampling, decode_stream
 from tools.sample.int8 import quantize
 
 SMOLLM2 = SimpleNamespace(width=576, layers=30, inner=1536, heads=9, kv_heads=3, d=64, vocab=49152, eps=1e-5,
@@ -151,7 +151,7 @@ def continuous_speedup(model, questions=64, slots=8):
     """Time of plain batches over that of rows which take the next question when theirs is answered."""
     windows, _ = clips(questions)
     items = [(f"question {i}", windows[i:i + 1], [1]) for i in range(questions)]
-    ask = lambda some: list(tokens(model, some, slots, Sampling(max_new_tokens=64)))
+    ask = lambda some: list(decode_stream(model, some, slots, Sampling(max_new_tokens=64)))
     plain = lambda: [ask(items[i:i + slots]) for i in range(0, questions, slots)]
     device = model.lm.norm.weight.device
     return seconds_of(plain, device) / seconds_of(lambda: ask(items), device)

@@ -1,74 +1,46 @@
-"""Between a question and its answer: what sample.py and its page (tools/sample/page.py) share."""
-import json
+"""From paths of clips and questions about them to what tools/sample/decoding.py takes; for sample.py and its page."""
 import os
-import re
+from dataclasses import fields
 
 import torch
 
-from data import read_clip, window_counts
-from tools.common import UserError
-from tools.sample.decoding import Sampling, answer, hear, text_of, tokens
+from data import read_clip, truncation_warning
+from tools.common import UserError, read_json_lines
+from tools.sample.decoding import Sampling
 
 
-def sampling(c):
-    """The settings of a Sampling among those of a script."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "answer_prefix")
-    return {name: getattr(c, name) for name in names}
+def sampling_of(c):
+    """The Sampling that a script's settings ask for."""
+    return Sampling(**{field.name: getattr(c, field.name) for field in fields(Sampling)})
 
 
 def load_clips(paths, model):
-    """-> windows (sum W, L) int16, n_windows (clips,), and of each clip the seconds that are not heard."""
+    """The clips of one prompt -> windows (sum W, L) int16, the number of windows of each clip, and the seconds of
+    each that are beyond the model's windows."""
     clips = [read_clip(path, **model.audio_config) for path in paths]
-    windows = [torch.from_numpy(clip) for clip, _ in clips]
-    return torch.cat(windows), torch.tensor([len(w) for w in windows]), [seconds for _, seconds in clips]
+    windows = torch.cat([torch.from_numpy(clip) for clip, _ in clips])
+    return windows, [len(clip) for clip, _ in clips], [seconds for _, seconds in clips]
 
 
-def hear_clips(windows, n_windows, model):
-    """Keys and values of the clips of one prompt, for every question about them."""
-    with torch.no_grad():
-        return hear(model.eval(), windows, window_counts([n_windows.tolist()]))
+def truncation_note(seconds, model):
+    """One line about the clips that load_clips truncated; '' if none."""
+    return truncation_warning(len(seconds), sum(s > 0 for s in seconds), sum(seconds), model.audio_config)
 
 
 def read_questions(path):
-    """The lines of a JSONL file, {"path": str or list, "prompt": str, ...}; every one checked before any is
-    answered. A path that is not there is looked for beside the file."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+    """JSONL of {"path": str or list, "prompt": str, ...} -> [(question, paths of its clips)]. A relative path means
+    the working directory, or the folder of the file if it is there alone. UserError names the first wrong line."""
     questions = []
-    for number, line in enumerate(open(path), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            good = isinstance(item["prompt"], str) and paths and all(isinstance(p, str) for p in paths)
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            expected = '{"path": clip or list of clips, "prompt": text}'
-            raise UserError(f"{path} line {number}: expected {expected}, got {line.strip()[:80]}")
-        beside = [os.path.join(os.path.dirname(path), p) for p in paths]
-        places = [b if not os.path.exists(p) and os.path.exists(b) else p for p, b in zip(paths, beside)]
-        questions.append((item, places))
+    for number, question in read_json_lines(path):
+        names, prompt = question.get("path"), question.get("prompt")
+        names = [names] if isinstance(names, str) else names
+        if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names + [prompt])):
+            raise UserError(f'{path} line {number}: expected {{"path": clip or list of clips, "prompt": text}}')
+        questions.append((question, [name if os.path.exists(name) else beside(path, name) for name in names]))
     return questions
 
 
-def concluded(model, item, text, how, heard=None):
-    """A reasoning answer that ends without its conclusion is cut at the last sentence and asked for it."""
-    if "<conclusion>" in text.lower():
-        return text
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
-    prefix = f"{text[:ends[-1]] if ends else text} <conclusion>"
-    return dict(answer(model, [item], 1, heard=heard, **how | {"answer_prefix": prefix}))[0]
-
-
-def growing(model, item, heard, c):
-    """An answer, longer and longer, as its tokens come."""
-    ids, text, how = [], "", sampling(c)
-    for step in tokens(model, [item], 1, Sampling(**how), heard):
-        ids += [t for t in step.values() if t >= 0]
-        text = text_of(model, ids, c.answer_prefix)
-        if not text.endswith("\ufffd"):  # a character may be several tokens: wait until it is whole
-            yield text
-    text = text_of(model, ids, c.answer_prefix)
-    yield concluded(model, item, text, how, heard) if c.reasoning else text
+def beside(file, name):
+    """The path of a name in the folder of a file, if it is there; else the name as it is."""
+    path = os.path.join(os.path.dirname(file), name)
+    return path if os.path.exists(path) else name

@@ -1,26 +1,29 @@
-"""From a model to answers: greedy or sampled, streamed, in batches that never wait for their longest answer.
+"""Decoding: prefill, KV cache, greedy or sampled tokens, continuous batching.
 
-    generate(model, prompts, windows, n_windows)    # AudioFlamingo.generate: a batch
-    answer(model, items, slots=8)                   # any number of questions, a few at a time
+    generate(model, prompts, windows, n_windows)            # AudioFlamingo.generate: one batch
+    answer_items(model, items, slots=8, sampling=Sampling())  # any number of items, 8 at a time
 
-An item is (prompt, windows (W, L), windows of each of its clips).
+An item is (prompt, windows (W, L), [number of windows of each of its clips]). audio_kv is what encode_audio_kv
+returns: the audio's keys and values, computed once per clip and reused by every token and follow-up question.
 """
 import itertools
 import math
-from dataclasses import dataclass
+import re
+import zlib
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from data import encode_prompts, encode_text, pad_rows, window_counts
 from tools.common import UserError
 
-CACHE_STEP = 64  # slots of a cache at first, or a multiple: one shape for most prompts and answers
-STOP_TEST = 8  # steps after which a GPU is asked which answers have ended; it would wait for every look
+CACHE_STEP = 64  # first length of a KV cache, or a multiple: few shapes for compiled graphs
+SYNC_EVERY = 8  # decoding steps between two host-device synchronisations on a GPU
 
 
 @dataclass
 class Sampling:
-    """How answers are decoded; ValueError for what makes no sense."""
+    """How tokens are chosen. UserError for values that make no sense."""
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: greedy
     top_k: int | None = None  # sample among the k likeliest tokens; 0 and None: all
@@ -29,192 +32,262 @@ class Sampling:
     answer_prefix: str = ""  # words that every answer begins with
 
     def __post_init__(self):
-        positive = self.max_new_tokens >= 0 and (self.top_k or 0) >= 0 and 0 <= self.temperature < math.inf
-        if not positive or not 0 < (1 if self.top_p is None else self.top_p) <= 1:
+        top_p = 1 if self.top_p is None else self.top_p
+        if min(self.max_new_tokens, self.temperature, self.top_k or 0) < 0 or not 0 < top_p <= 1:
             raise UserError(f"{self}: expected nothing below 0 but the seed, and 0 < top_p <= 1")
 
 
-def pick(logits, how, steps):
-    """logits (B, V) float32, steps: how many tokens each answer has -> token ids (B,). Sampling adds Gumbel
-    noise (argmax of logits + Gumbel noise is a draw from the softmax) that depends on seed and step alone: no
-    answer depends on the others."""
-    if how.temperature == 0:
+def sample_tokens(logits, sampling, generators):
+    """logits (B, V) float32 -> token ids (B,): the likeliest, or with a temperature draws from the softmax
+    (argmax of logits + Gumbel noise). generators: {row: torch.Generator}; other rows are not in use."""
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / how.temperature
-    if how.top_k:
-        least = logits.topk(min(how.top_k, logits.shape[1])).values[:, -1:]
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        least = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if how.top_p:
+    if sampling.top_p:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= how.top_p  # the first token is always kept
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token is always kept
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -math.inf)
-    seeded = lambda step: torch.Generator().manual_seed(how.seed * 2 ** 20 + step)
-    uniform = torch.stack([torch.rand(logits.shape[1], generator=seeded(step)) for step in steps])
-    return (logits - (-uniform.clamp(min=1e-20).log()).log().to(logits.device)).argmax(-1)
+    uniform = torch.full(logits.shape, 0.5)
+    for row, generator in generators.items():
+        uniform[row] = torch.rand(logits.shape[1], generator=generator)
+    gumbel = -(-uniform.clamp(min=1e-20).log()).log()
+    return (logits + gumbel.to(logits.device)).argmax(-1)
 
 
-def fit(x, dim, size):
+def item_generator(item, seed):
+    """Noise that depends on the seed, an item's prompt and its clips, not on its batch."""
+    prompt, windows, _ = item
+    key = zlib.crc32(windows.cpu().numpy(), zlib.crc32(f"{seed} {prompt}".encode()))
+    return torch.Generator().manual_seed(key)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The batch
+
+
+def encode_audio_kv(model, windows, n_windows):
+    """windows (sum W, L), n_windows (B,) or (B, K) -> keys and values {gated block: (B, S, 2, H, d)}, n_keys
+    (B,) or (B, K) as AudioFlamingo.encode_audio."""
+    audio, n_keys = model.encode_audio(windows.to(model.lm.norm.weight.device), n_windows)
+    return model.keys_values(audio), n_keys
+
+
+def encode_questions(model, prompts, n_clips, answer_prefix=""):
+    """-> lists of token ids, up to where the answer goes on. UserError where one is too long for the model."""
+    (prefix,) = encode_text(model.tokenizer, [answer_prefix])
+    rows = [ids + prefix for ids in encode_prompts(model.tokenizer, prompts, n_clips)]
+    longest, most = max(map(len, rows)), model.lm.config.positions
+    if longest > most:
+        raise UserError(f"a prompt of {longest} tokens: the language model takes at most {most}")
+    return rows
+
+
+def pad_to(x, dim, size):
     """x with zeros after it, up to `size` along a dimension."""
     more = x.new_zeros(*x.shape[:dim], size - x.shape[dim], *x.shape[dim + 1:])
     return torch.cat([x, more], dim) if more.numel() else x
 
 
-def hear(model, windows, n_windows):
-    """Keys and values of clips, and how many each text has: made once, for as many questions as one likes."""
-    if not len(n_windows) or int(n_windows.sum()) != len(windows) or int(n_windows.min()) < 0:
-        raise UserError(f"clips of {n_windows.tolist()} windows and {len(windows)} windows do not belong "
-                         f"together")
-    audio, n_keys = model.encode_audio(windows.to(model.lm.norm.weight.device), n_windows)
-    return model.keys_values(audio), n_keys
+class DecodingBatch:
+    """B sequences being generated.
 
+    kv, n_keys (B,): the audio's keys and values, see encode_audio_kv
+    kv_cache (layers, 2, B, H_kv, length, d): the KV cache of the text
+    lengths (B,): tokens in the cache; longest: an upper bound of them that needs no look at the device
+    x (B, D): hidden state at the last token, whose logits choose the next; tokens (B,): that one
+    """
 
-class Answers:
-    """B answers under way: x (B, D), the stream at each text's last token, tells the next one."""
-
-    def __init__(self, model, prompts, heard, n_windows, prefix):
-        n_clips = (n_windows.view(len(n_windows), -1) > 0).sum(1)
-        if not n_clips.all():
-            raise UserError(f"clips of {n_windows.tolist()} windows: expected a clip or more for a prompt")
-        self.model, (self.kv, n_keys) = model, heard
-        (more,), device = encode_text(model.tokenizer, [prefix]), n_keys.device
-        rows = [row + more for row in encode_prompts(model.tokenizer, prompts, n_clips.tolist())]
-        ids, lengths = pad_rows(rows, model.pad_id).to(device), [len(row) for row in rows]
+    def __init__(self, model, items, sampling, audio_kv=None):
+        """Prefill: the prompts pass through the model at once and fill the KV cache."""
+        prompts, windows, clips = zip(*items)
+        rows = encode_questions(model, prompts, [len(counts) for counts in clips], sampling.answer_prefix)
+        if audio_kv is None:
+            audio_kv = encode_audio_kv(model, torch.cat(windows), window_counts(clips))
+        self.model, (self.kv, n_keys) = model, audio_kv
+        ids = pad_rows(rows, model.pad_id).to(n_keys.device)  # (B, T)
         B, self.longest = ids.shape
-        if self.longest > model.lm.config.positions:
-            raise UserError(f"a text of {self.longest} tokens: the language model was made for "
-                             f"{model.lm.config.positions}")
-        length = -(-(self.longest + 1) // CACHE_STEP) * CACHE_STEP
-        self.cache = model.lm.new_kv_cache(B, length, like=self.kv[min(self.kv)])
-        positions = torch.arange(self.longest, device=device).expand(B, -1)
-        x = model.forward_hidden(ids, self.kv, model.visible_keys(ids, n_keys), positions, self.cache)
-        self.lengths = torch.tensor(lengths, device=device)
-        self.n_keys = n_keys if n_keys.ndim == 1 else n_keys[:, -1]  # what comes now hears all clips
+        length = math.ceil((self.longest + 1) / CACHE_STEP) * CACHE_STEP
+        self.kv_cache = model.lm.new_cache(B, length, like=next(iter(self.kv.values())))
+        positions = torch.arange(self.longest, device=ids.device).expand(B, -1)
+        x = model.forward_hidden(ids, self.kv, model.visible_keys(ids, n_keys), positions, self.kv_cache)
+        self.lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        self.n_keys = n_keys if n_keys.ndim == 1 else n_keys[:, -1]  # an answer attends to all clips
         self.x = x[torch.arange(B), self.lengths - 1]
 
-    def step(self, token, going):
-        """One more token (B,) of those that are `going` (B,) int64; the others stay as they are."""
-        if self.longest >= self.cache.shape[4]:
-            self.cache = fit(self.cache, 4, 2 * self.longest)
-        hidden = getattr(self.model, "one_token", self.model.forward_hidden)  # compiled, if that was asked for
-        self.x = hidden(token[:, None], self.kv, self.n_keys, self.lengths[:, None], self.cache)[:, 0]
-        self.lengths, self.longest = self.lengths + going, self.longest + 1
+    def step(self):
+        """Append the chosen tokens; rows that are not in use advance, too, and are never read."""
+        if self.longest >= self.kv_cache.shape[4]:
+            self.kv_cache = pad_to(self.kv_cache, 4, 2 * self.longest)
+        forward = getattr(self.model, "compiled_forward", self.model.forward_hidden)
+        ids, positions = self.tokens[:, None], self.lengths[:, None]
+        self.x = forward(ids, self.kv, self.n_keys, positions, self.kv_cache)[:, 0]
+        self.lengths = self.lengths + 1
+        self.longest += 1
 
-    def put(self, rows, new):
-        """Some rows become those of other Answers."""
+    def choose(self, sampling, active, steps):
+        """-> the next `steps` tokens of every row, lists of B ids; active: {row: Answer}. The last ones are not
+        yet appended."""
+        generators = {row: answer.generator for row, answer in active.items()}
+        chosen, nan = [], 0
+        for n in range(steps):
+            if n > 0:
+                self.step()
+            logits = self.model.lm.logits(self.x).float()  # (B, V)
+            self.tokens = sample_tokens(logits, sampling, generators)
+            chosen.append(self.tokens)
+            nan = nan + logits.isnan().any(-1).long()
+        *chosen, nan = torch.stack([*chosen, nan]).tolist()  # the only host-device synchronisation
+        if any(nan[row] for row in active):
+            raise UserError("the model's logits are NaN: weights that are not finite (checkpoint.py PATH names "
+                            "them), or float16, which is too narrow for it")
+        return chosen
+
+    def insert_rows(self, rows, new):
+        """Replace finished rows by the newly prefilled sequences of another batch -> self."""
         rows = torch.tensor(rows, device=self.x.device)
-        S = max(kv.shape[1] for kv in (*self.kv.values(), *new.kv.values()))
-        length = max(self.cache.shape[4], new.cache.shape[4])
-        for i, kv in new.kv.items():
-            self.kv[i] = fit(self.kv[i], 1, S).index_copy(0, rows, fit(kv, 1, S))
-        self.cache = fit(self.cache, 4, length).index_copy(2, rows, fit(new.cache, 4, length))
+        S = max(kv.shape[1] for kv in [*self.kv.values(), *new.kv.values()])
+        length = max(self.kv_cache.shape[4], new.kv_cache.shape[4])
+        self.kv = {i: pad_to(kv, 1, S).index_copy(0, rows, pad_to(new.kv[i], 1, S)) for i, kv in self.kv.items()}
+        fresh = pad_to(new.kv_cache, 4, length)
+        self.kv_cache = pad_to(self.kv_cache, 4, length).index_copy(2, rows, fresh)
         for name in ("n_keys", "lengths", "x"):
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(new, name)))
         self.longest = int(self.lengths.max())
+        return self
 
 
 def compile_decoding(model):
-    """One graph for a decoding step; on a GPU one launch of it (CUDA graphs)."""
+    """torch.compile for the decoding step: one graph, on a GPU launched as one CUDA graph."""
     mode = "reduce-overhead" if model.lm.norm.weight.is_cuda else None
-    model.one_token = torch.compile(model.forward_hidden, fullgraph=True, dynamic=False, mode=mode)
+    model.compiled_forward = torch.compile(model.forward_hidden, fullgraph=True, dynamic=False, mode=mode)
 
 
-def asks_every_step(device):
-    return device.type == "cpu"
+# ------------------------------------------------------------------------------------------------------------
+# Continuous batching
+
+
+@dataclass
+class Answer:
+    """The answer to an item: its tokens so far, without the stop token."""
+    index: int  # of the item
+    generator: torch.Generator | None  # noise of its tokens; None: greedy
+    ids: list = field(default_factory=list)
+    ended: bool = False
 
 
 @torch.no_grad()
-def tokens(model, items, slots, how, heard=None):
-    """Any number of items -> per step {index: token id, or -1 where its answer has ended}. The next items
-    take the rows of those that ended: none waits for a long one."""
-    was_training, stops = model.training, set(model.stop_ids)
-    items, more, answers = enumerate(items), how.max_new_tokens > 0, None
-    going = {}  # row: [index, tokens so far]
+def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None):
+    """Continuous batching: any number of items in a batch of `slots` rows. The next items are prefilled into the
+    rows of answers that have ended, so that none waits for a long one.
+
+    Yields per step the Answers that had a token; one that has ended is yielded for the last time. audio_kv: of
+    the items, if they were encoded before and are no more than the slots.
+    """
+    was_training = model.training
     model.eval()
+    if sync_every is None:
+        sync_every = 1 if model.lm.norm.weight.device.type == "cpu" else SYNC_EVERY
+    queue, more = enumerate(items), sampling.max_new_tokens > 0
+    batch, active = None, {}  # row of the batch: its Answer
     try:
-        while more or going:
-            free = [row for row in range(len(answers.x) if going else slots) if row not in going]
-            if more and len(free) >= max(1, slots // 4):  # some at once: on a CPU a few cost what one does
-                new = list(itertools.islice(items, len(free)))
-                more = len(new) == len(free)
+        while True:
+            free_slots = [row for row in range(slots) if row not in active]
+            if more and len(free_slots) >= max(1, slots // 4):  # prefill some at once: a few cost what one does
+                new = list(itertools.islice(queue, len(free_slots)))
+                more = len(new) == len(free_slots)
                 if new:
-                    n_windows = window_counts([clips for _, (_, _, clips) in new])
-                    windows = [windows for _, (_, windows, _) in new]
-                    parts = heard or hear(model, torch.cat(windows), n_windows)
-                    prompts = [prompt for _, (prompt, *_) in new]
-                    fresh = Answers(model, prompts, parts, n_windows, how.answer_prefix)
-                    rows = free[:len(new)]
-                    if going:
-                        answers.put(rows, fresh)
-                    else:
-                        answers = fresh
-                    going |= {row: [index, 0] for row, (index, _) in zip(rows, new)}
-            if not going:
+                    fresh = DecodingBatch(model, [item for _, item in new], sampling, audio_kv)
+                    batch = batch.insert_rows(free_slots[:len(new)], fresh) if active else fresh
+                for row, (index, item) in zip(free_slots, new):
+                    generator = item_generator(item, sampling.seed) if sampling.temperature else None
+                    active[row] = Answer(index, generator)
+            if not active:
                 return
-            device = answers.x.device
-            still = lambda: torch.tensor([int(row in going) for row in range(len(answers.x))], device=device)
-            mask = still()
-            block = 1 if asks_every_step(device) else STOP_TEST
-            said, bad = [], 0
-            for ahead in range(block):
-                steps = [going[row][1] + ahead if row in going else 0 for row in range(len(answers.x))]
-                logits = model.lm.logits(answers.x).float()
-                said.append(pick(logits, how, steps))
-                bad = bad + logits.isnan().any(-1).long()
-                if ahead + 1 < block:
-                    answers.step(said[-1], mask)
-            *columns, bad = torch.stack([*said, bad]).tolist()  # the one look at the device
-            if any(bad[row] for row in going):
-                raise UserError("the model's logits are NaN: weights that are not finite (checkpoint.py "
-                                 "PATH names them), or float16, which is too narrow for it")
-            for column in columns:
-                step = {}
-                for row, (index, n) in list(going.items()):
-                    ended = column[row] in stops
-                    step[index] = -1 if ended else column[row]
-                    going[row][1] = n + 1
-                    if ended or n + 1 == how.max_new_tokens:
-                        del going[row]
-                yield step
-            if going:
-                answers.step(said[-1], still())
-    finally:  # also when the reader stops early
+            for tokens in batch.choose(sampling, active, sync_every):
+                if active:
+                    yield append_tokens(active, tokens, model.stop_ids, sampling.max_new_tokens)
+            if active:
+                batch.step()
+    finally:
         model.train(was_training)
 
 
-def items_of(prompts, windows, n_windows):
-    """A batch as items of `tokens`."""
-    rows = n_windows[:, None] if n_windows.ndim == 1 else n_windows
-    clips = [[n for n in row if n] for row in rows.tolist()]
-    if not len(prompts) == len(clips) > 0 or int(n_windows.min()) < 0 or int(n_windows.sum()) != len(windows):
-        raise UserError(f"{len(prompts)} prompts, clips of {n_windows.tolist()} windows and {len(windows)} "
-                         f"windows do not belong together")
+def append_tokens(active, tokens, stop_ids, max_new_tokens):
+    """Append a token to each active answer, and remove those that end -> all of them."""
+    answers = list(active.values())
+    for row, answer in list(active.items()):
+        answer.ended = tokens[row] in stop_ids
+        if not answer.ended:
+            answer.ids.append(tokens[row])
+            answer.ended = len(answer.ids) == max_new_tokens
+        if answer.ended:
+            del active[row]
+    return answers
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Texts
+
+
+def decode_text(model, answer, sampling):
+    return sampling.answer_prefix.strip().lower() + model.tokenizer.decode(answer.ids, skip_special_tokens=True)
+
+
+def answer_items(model, items, slots, sampling, audio_kv=None):
+    """Yield (index of the item, text) as answers end."""
+    for answers in decode_stream(model, items, slots, sampling, audio_kv):
+        for answer in answers:
+            if answer.ended:
+                yield answer.index, decode_text(model, answer, sampling)
+
+
+def split_batch(prompts, windows, n_windows):
+    """A batch as AudioFlamingo.generate takes it -> its items. ValueError where the shapes do not match."""
+    clips = [[n for n in row if n] for row in n_windows.view(len(n_windows), -1).tolist()]
+    if not len(prompts) == len(clips) > 0 or not all(clips):
+        raise ValueError(f"{len(prompts)} prompts and clips of {clips} windows: expected clips for each prompt")
     return list(zip(prompts, windows.split([sum(row) for row in clips]), clips))
 
 
-def stream(model, prompts, windows, n_windows, heard=None, **how):
-    """Per step one (B,) tensor of token ids, -1 in rows that have ended."""
-    items = items_of(prompts, windows, n_windows)
-    for step in tokens(model, items, len(items), Sampling(**how), heard):
-        yield torch.tensor([step.get(index, -1) for index in range(len(items))])
+def stream(model, prompts, windows, n_windows, audio_kv=None, **sampling):
+    """AudioFlamingo.stream: per step (B,) token ids, -1 in rows that have ended."""
+    items = split_batch(prompts, windows, n_windows)
+    lengths = [0] * len(items)
+    for answers in decode_stream(model, items, len(items), Sampling(**sampling), audio_kv):
+        step = torch.full((len(items),), -1)
+        for answer in answers:
+            if len(answer.ids) > lengths[answer.index]:
+                step[answer.index] = answer.ids[-1]
+                lengths[answer.index] += 1
+        yield step
 
 
-def answer(model, items, slots, heard=None, **how):
-    """items of `tokens`, any number -> (index, answer), each as it ends."""
-    how, said = Sampling(**how), {}
-    for step in tokens(model, items, slots, how, heard):
-        for index, token in step.items():
-            said.setdefault(index, [])
-            said[index] += [token] * (token >= 0)
-            if token < 0 or len(said[index]) == how.max_new_tokens:
-                yield index, text_of(model, said.pop(index), how.answer_prefix)
+def generate(model, prompts, windows, n_windows, **sampling):
+    """AudioFlamingo.generate: B strings."""
+    items, sampling = split_batch(prompts, windows, n_windows), Sampling(**sampling)
+    texts = dict(answer_items(model, items, len(items), sampling))
+    return [texts.get(index, "") for index in range(len(items))]
 
 
-def generate(model, prompts, windows, n_windows, **how):
-    """AudioFlamingo.generate."""
-    items = items_of(prompts, windows, n_windows)
-    answers = dict(answer(model, items, len(items), **how))
-    return [answers.get(index, how.get("answer_prefix", "")) for index in range(len(items))]
+def force_conclusion(model, item, text, sampling, audio_kv=None):
+    """If a chain-of-thought answer has no <conclusion>, cut it after its last sentence, force that tag and
+    continue."""
+    if "<conclusion>" in text.lower():
+        return text
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
+    thoughts = text[:ends[-1]] if ends else text
+    sampling = replace(sampling, answer_prefix=f"{thoughts} <conclusion>")
+    return dict(answer_items(model, [item], 1, sampling, audio_kv))[0]
 
 
-def text_of(model, ids, prefix=""):
-    return prefix.strip().lower() + model.tokenizer.decode(ids, skip_special_tokens=True)
+def stream_text(model, item, audio_kv, sampling, reasoning=False):
+    """Yield an answer as it grows; reasoning: at last with its conclusion."""
+    for (answer,) in decode_stream(model, [item], 1, sampling, audio_kv):
+        text = decode_text(model, answer, sampling)
+        if answer.ended and reasoning:
+            text = force_conclusion(model, item, text, sampling, audio_kv)
+        if answer.ended or not text.endswith("\ufffd"):  # a character whose other bytes are still to come
+            yield text

@@ -1,4 +1,4 @@
-"""Weights of a byte each, for decoding: the time of a token is that of reading the weights."""
+"""Int8 weights for decoding on a CPU: the time of a token is that of reading the weights."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from tools.common import UserError
 
 
 class Int8Linear(nn.Module):
-    """A frozen nn.Linear whose weight is int8, times a scale per output row."""
+    """A frozen nn.Linear whose weight is int8, times a bf16 scale per output row."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -22,7 +22,9 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).to(x.dtype)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
 
 
 class Int8Head(nn.Module):
@@ -40,18 +42,16 @@ class Int8Head(nn.Module):
 
 
 def quantize(model):
-    """Replace, in place, what a decoding step multiplies with by int8: the language model's blocks and head,
-    to_q, to_out and the gated feed-forward. To answer with: it neither trains nor saves. ValueError where
-    torch has no such product."""
+    """Replace, in place, the weights that a decoding step reads by int8: the language model's blocks and head,
+    to_q, to_out and the gated feed-forward. Such a model neither trains nor saves. UserError without a CPU."""
     device = model.lm.norm.weight.device
-    if device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm"):
-        raise UserError(f"int8 weights: torch {torch.__version__} multiplies with them on a CPU, not on "
-                         f"{device.type}; leave int8 off")
-    for part in (model.lm.layers, model.xattn):
-        for parent in list(part.modules()):
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, nn.Linear) and name != "to_kv":  # once a clip, as wide as it is
-                    setattr(parent, name, Int8Linear(linear.weight, linear.bias))
+    if device.type != "cpu":
+        raise UserError(f"int8 weights are for a CPU, not {device.type}: leave --int8 off")
+    parents = [*model.lm.layers.modules(), *model.xattn.modules()]
+    for parent in parents:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear) and name != "to_kv":  # used once per clip, not per token
+                setattr(parent, name, Int8Linear(linear.weight, linear.bias))
     head = "embed_tokens" if model.lm.config.tied else "lm_head"
     setattr(model.lm, head, Int8Head(getattr(model.lm, head)))
     model.int8 = True

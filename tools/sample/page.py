@@ -1,99 +1,77 @@
 """The page of sample.py --serve: drop or record a clip, ask about it, see where the model listened.
 
-A clip is heard once, for all questions about it, while it is among the last few. Questions of all visitors
-wait in one line, one is answered at a time. Nothing is fetched from elsewhere, and nothing is sent there.
+The audio keys and values of the last few clips are kept for further questions. Questions of all visitors wait in
+one queue and are answered one at a time. Nothing is fetched from elsewhere, and nothing is sent there.
 """
 import functools
 import html
 import os
-import socket
 import threading
 
-from data import truncation_warning
-from tools.common import UserError
-from tools.sample import attention_map as listening
-from tools.sample.asking import growing, hear_clips, load_clips
+import torch
 
-LINE = 64  # questions that may wait
-KEPT = 4  # clips whose keys and values are kept: half a gigabyte each, of a 3B model that hears 5 minutes
+from data import window_counts
+from tools.common import UserError, optional_import
+from tools.sample.asking import load_clips, sampling_of, truncation_note
+from tools.sample.attention_map import attention_timeline, timeline_figure
+from tools.sample.decoding import encode_audio_kv, stream_text
+
+MAX_QUEUE = 64  # questions that may wait
+CACHED_CLIPS = 4  # half a gigabyte each, of a 3B model and 5 minutes
 QUESTIONS = ["What happens in this clip?", "Which sounds can be heard, and in which order?",
              "Describe the mood of this recording.", "Is anyone speaking?"]
 CSS = "footer {display: none} #note textarea {color: #b45309}"
 
 
-def gradio():
-    """The package; ModuleNotFoundError says how to get it."""
+def import_gradio():
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    try:
-        import gradio
-        import matplotlib  # noqa: F401 - for the picture
-    except ModuleNotFoundError as error:
-        line = "pip install -r requirements-page.txt"
-        raise UserError(f"--serve needs {error.name}: {line}") from error
-    return gradio
+    optional_import("matplotlib", "--serve", "page")  # for the picture
+    return optional_import("gradio", "--serve", "page")
 
 
-def check(c):
-    """What would end the page, told before the model is loaded."""
-    gradio()
-    if min(c.upload_mb, c.upload_seconds) < 1:
-        raise UserError(f"upload_mb = {c.upload_mb}, upload_seconds = {c.upload_seconds}: expected more")
-    try:
-        family = socket.AF_INET6 if ":" in c.host else socket.AF_INET
-        socket.create_server((c.host, c.port), family=family).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"host = {c.host}, port = {c.port}: {error}") from error
-
-
-def shown(text):
-    """As characters, never markup."""
+def as_text(text):
+    """Characters, never markup."""
     return html.escape(text.strip(), quote=False)
 
 
 class Clip:
-    """What is kept of a clip: windows, and the keys and values that all questions share."""
+    """A clip of a visitor: its windows, its audio keys and values, a note if it was truncated."""
 
-    def __init__(self, path, model, c):
+    def __init__(self, path, model):
         try:
-            self.windows, n_windows, (unheard,) = load_clips([path], model)
+            self.windows, self.n_windows, truncated = load_clips([path], model)
         except (UserError, FileNotFoundError) as error:  # the name as the visitor knows it
             raise UserError(str(error).replace(os.path.dirname(path) + os.sep, "")) from error
-        length, overlap = model.audio_config["window_length"], model.audio_config["window_overlap"]
-        seconds = unheard + len(self.windows) * (length - overlap) + overlap
-        if seconds > c.upload_seconds:
-            name = os.path.basename(path)
-            raise UserError(f"{name}: {seconds:.0f} s, expected at most {c.upload_seconds}")
-        self.n_windows = n_windows.tolist()
-        self.heard = hear_clips(self.windows, n_windows, model)
-        self.note = truncation_warning(1, int(unheard > 0), unheard, model.audio_config) or ""
+        with torch.no_grad():
+            self.audio_kv = encode_audio_kv(model.eval(), self.windows, window_counts([self.n_windows]))
+        self.note = truncation_note(truncated, model)
 
 
-def build(model, c):
-    """-> the page, a gradio Blocks."""
-    gr = gradio()
-    turn = threading.Lock()  # also where somebody leaves while his answer is made
-    clip_at = functools.lru_cache(KEPT)(lambda path: Clip(path, model, c))  # a path holds its file's hash
+def build_page(model, c):
+    """-> gradio.Blocks."""
+    gr = import_gradio()
+    lock = threading.Lock()  # held even when a visitor leaves while his answer is generated
+    load_clip = functools.lru_cache(CACHED_CLIPS)(lambda path: Clip(path, model))  # uploads are named by their hash
 
     def ask(path, prompt, chat, about):
-        """-> chat, the clip it is about, picture, note, the question's field; again as words come."""
-        chat, prompt = list(chat or []), (prompt or "").strip()
+        """Yield chat, the path it is about, picture, note and the question's field, again as words come."""
+        prompt = (prompt or "").strip()
         if not path or not prompt:
-            missing = "Ask a question." if path else "Record a clip or drop a file first."
-            yield chat, about, gr.skip(), missing, prompt
+            yield chat, about, gr.skip(), "Ask a question." if path else "Record a clip or drop a file first.", prompt
             return
-        before = chat if path == about else []
-        said = {"role": "assistant", "content": "…"}
-        chat = [*before, {"role": "user", "content": shown(prompt)}, said]
+        before = list(chat or []) if path == about else []
+        reply = {"role": "assistant", "content": "…"}
+        chat = [*before, {"role": "user", "content": as_text(prompt)}, reply]
         yield chat, path, None, "" if before else "listening", ""
         try:
-            with turn:
-                clip = clip_at(path)
-                for text in growing(model, (prompt, clip.windows, clip.n_windows), clip.heard, c):
-                    said["content"] = shown(text) or "…"
+            with lock:
+                clip = load_clip(path)
+                item = prompt, clip.windows, clip.n_windows
+                for text in stream_text(model, item, clip.audio_kv, sampling_of(c), c.reasoning):
+                    reply["content"] = as_text(text) or "…"
                     yield chat, path, gr.skip(), clip.note, gr.skip()  # the next question may be typed by now
-                told = listening.timeline(model, prompt, text, clip.windows, clip.heard)
-            said["content"] = shown(text) or "(no answer)"
-            yield chat, path, listening.picture(told, clip.windows), clip.note, gr.skip()
+                timeline = attention_timeline(model, prompt, text, clip.windows, clip.audio_kv)
+            yield chat, path, timeline_figure(timeline, clip.windows), clip.note, gr.skip()
         except (UserError, FileNotFoundError) as error:
             yield before, path, None, str(error), prompt
 
@@ -115,16 +93,13 @@ def build(model, c):
                 gr.Markdown("The sound, and under it where each word of the last answer listened.")
         prompt.submit(ask, [path, prompt, chat, about], [chat, about, picture, note, prompt],
                       api_name="ask", concurrency_limit=1, show_progress="minimal")
-    return page.queue(max_size=LINE, default_concurrency_limit=1)
+    return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
 
 
-def serve(model, c):
-    page, theme = build(model, c), gradio().themes.Default(font=["sans-serif"], font_mono=["monospace"])
-    try:
-        _, address, _ = page.launch(
-            server_name=c.host, server_port=c.port or None, max_file_size=c.upload_mb * 2 ** 20, share=False,
-            theme=theme, css=CSS, footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True)
-    except OSError as error:
-        raise UserError(f"port = {c.port}, host = {c.host}: {error}") from error
+def serve_page(model, c):
+    page, theme = build_page(model, c), import_gradio().themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    _, address, _ = page.launch(
+        server_name=c.host, server_port=c.port or None, max_file_size=c.upload_mb * 2 ** 20, share=False,
+        theme=theme, css=CSS, footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True)
     print(address, flush=True)
     page.block_thread()

@@ -1,12 +1,13 @@
-"""Batches that never wait, several clips, questions about what was heard before: all answer as one by one."""
-import math
+"""An answer depends on its clip, prompt and settings alone: continuous batching, several clips, follow-ups."""
 from functools import partial
 
 import pytest
 import torch
 
 from tests.test_model import batch, build
-from tools.sample.decoding import Sampling, answer, hear, stream
+from tools.common import UserError
+from tools.sample.decoding import (Sampling, answer_items, compile_decoding, decode_stream, decode_text,
+                                   encode_audio_kv, force_conclusion, sample_tokens, stream, stream_text)
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +27,36 @@ def questions(model, n, seed=0):
     return [(text(5 + 3 * (i % 4)), sound(k), [k]) for i, k in enumerate(count)]
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "top_k": 30, "seed": 3}])
-@pytest.mark.parametrize("slots", [1, 3, 8, 50])
-def test_rows_taken_by_the_next_item_answer_as_one_by_one(model, monkeypatch, how, slots):
+@pytest.fixture
+def ending(model, monkeypatch):
+    """The model stops at a token that ends the answers to these 13 items after different numbers of tokens."""
     items = questions(model, 13)
-    monkeypatch.setattr(model, "stop_ids", [])
-    said = lambda p, w, k: [int(t) for t in stream(model, [p], w, torch.tensor(k), max_new_tokens=12, **how)]
-    ids = [said(*item) for item in items]
-    # the token that makes them end at the most different steps
-    ends = lambda token: {row.index(token) if token in row else 12 for row in ids}
-    stop = max({token for row in ids for token in row}, key=lambda token: len(ends(token)))
-    assert len(ends(stop)) > 2
-    monkeypatch.setattr(model, "stop_ids", [stop])
-    alone = [model.generate([p], w, torch.tensor(k), max_new_tokens=12, **how)[0] for p, w, k in items]
-    found = list(answer(model, iter(items), slots, max_new_tokens=12, **how))
-    assert sorted(index for index, _ in found) == list(range(13))
-    assert dict(found) == dict(enumerate(alone))
+
+    def stop_at_different_steps(**sampling):
+        monkeypatch.setattr(model, "stop_ids", [])
+        rows = []
+        for prompt, windows, counts in items:
+            steps = stream(model, [prompt], windows, torch.tensor(counts), max_new_tokens=12, **sampling)
+            rows.append([int(step) for step in steps])
+        lengths = {token: {row.index(token) for row in rows if token in row} for row in rows for token in row}
+        stop = max(lengths, key=lambda token: len(lengths[token]))
+        assert len(lengths[stop]) > 2
+        monkeypatch.setattr(model, "stop_ids", [stop])
+
+    return items, stop_at_different_steps
 
 
-def test_a_device_that_is_asked_every_few_steps(model, monkeypatch):
-    """What a GPU does: eight steps between two looks."""
-    items = questions(model, 5)
-    plain = dict(answer(model, items, 2, max_new_tokens=11))
-    monkeypatch.setattr("tools.sample.decoding.asks_every_step", lambda device: False)
-    assert dict(answer(model, items, 2, max_new_tokens=11)) == plain
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 30, "seed": 3}])
+@pytest.mark.parametrize("slots, sync_every", [(1, 1), (3, 1), (8, 8), (50, 1)])
+def test_continuous_batches_answer_as_one_by_one(model, ending, sampling, slots, sync_every):
+    """sync_every: a GPU decodes several steps before it is asked which answers have ended."""
+    items, stop_at_different_steps = ending
+    stop_at_different_steps(**sampling)
+    alone = [model.generate([p], w, torch.tensor(k), max_new_tokens=12, **sampling)[0] for p, w, k in items]
+    sampling, texts = Sampling(max_new_tokens=12, **sampling), {}
+    for answers in decode_stream(model, iter(items), slots, sampling, sync_every=sync_every):
+        texts.update({answer.index: decode_text(model, answer, sampling) for answer in answers if answer.ended})
+    assert texts == dict(enumerate(alone))
 
 
 def test_a_text_hears_the_clips_before_it(model):
@@ -80,57 +87,51 @@ def test_texts_about_one_clip_and_several_in_one_batch(model):
     assert torch.isfinite(loss)
 
 
-def test_what_was_heard_serves_the_next_question(model, monkeypatch):
+@pytest.mark.parametrize("n_windows", [[3], [[1, 2]]])
+def test_follow_up_questions_reuse_the_audio_kv(model, n_windows):
     _, windows, _, _ = batch(model, n=(3,), T=(4,))
-    for n_windows in (torch.tensor([3]), torch.tensor([[1, 2]])):
-        with torch.no_grad():
-            heard = hear(model, windows, n_windows)
-        plain = [model.generate([p], windows, n_windows, max_new_tokens=6) for p in ("One?", "And two?")]
-        with monkeypatch.context() as m:
-            m.setattr(model, "listen", lambda *_: pytest.fail("listened again"))
-            for prompt, expected in zip(("One?", "And two?"), plain):
-                steps = stream(model, [prompt], windows, n_windows, heard=heard, max_new_tokens=6)
-                ids = [int(step[0]) for step in steps if step[0] >= 0]
-                assert model.tokenizer.decode(ids, skip_special_tokens=True) == expected[0]
+    n_windows = torch.tensor(n_windows)
+    with torch.no_grad():
+        audio_kv = encode_audio_kv(model, windows, n_windows)
+    item = [n_windows.flatten().tolist()]
+    for prompt in ("One?", "And two?"):
+        sampling = Sampling(max_new_tokens=6)
+        *_, text = stream_text(model, (prompt, windows * 0, *item), audio_kv, sampling)
+        assert text == model.generate([prompt], windows, n_windows, max_new_tokens=6)[0]
 
 
-def test_an_answer_goes_on_from_given_words(model):
-    """As if the words had been said: the same tokens as after a prompt that holds them, uncached."""
+def test_an_answer_goes_on_from_its_prefix(model):
+    """As if the words had been generated: the same tokens as after a prompt that holds them, uncached."""
     from data import encode_prompts, encode_text
     _, windows, _, _ = batch(model, n=(2,), T=(4,))
     n = torch.tensor([2])
-    said = model.generate(["What?"], windows, n, max_new_tokens=5, answer_prefix="It is a")[0]
+    answer = model.generate(["What?"], windows, n, max_new_tokens=5, answer_prefix="It is a")[0]
     ids = encode_prompts(model.tokenizer, ["What?"])[0] + encode_text(model.tokenizer, ["It is a"])[0]
     with torch.no_grad():
         for _ in range(5):
             ids.append(int(model(torch.tensor([ids]), windows, n)[0][0, -1].argmax()))
-    assert said == "it is a" + model.tokenizer.decode(ids[-5:], skip_special_tokens=True)
+    assert answer == "it is a" + model.tokenizer.decode(ids[-5:], skip_special_tokens=True)
 
 
-def test_a_reasoning_answer_without_conclusion_is_asked_for_it(model, monkeypatch):
-    from tools.sample import asking
-    asked = []
-
-    def said(model, items, slots, answer_prefix="", **how):
-        asked.append(answer_prefix)
-        return iter([(0, answer_prefix + " a dog")])
-
-    monkeypatch.setattr(asking, "answer", said)
+def test_a_reasoning_answer_without_conclusion_is_made_to_conclude(model):
+    (item,), sampling = questions(model, 1), Sampling(max_new_tokens=4)
     whole = "<summary> s. <conclusion> a cat"
-    assert asking.concluded(model, None, whole, {}) == whole and not asked
+    assert force_conclusion(model, item, whole, sampling) == whole
     cut = "<summary> one. <reasoning> it barks. it may be 3.5 khz hi"
-    assert asking.concluded(model, None, cut, {}) == "<summary> one. <reasoning> it barks. <conclusion> a dog"
-    assert asked == ["<summary> one. <reasoning> it barks. <conclusion>"]
+    prefix = "<summary> one. <reasoning> it barks. <conclusion>"
+    prompt, windows, counts = item
+    forced = model.generate([prompt], windows, torch.tensor(counts), max_new_tokens=4, answer_prefix=prefix)[0]
+    assert force_conclusion(model, item, cut, sampling) == forced
+    *_, last = stream_text(model, item, None, sampling, reasoning=True)
+    assert "<conclusion>" in last
 
 
-@pytest.mark.parametrize("prompts, n, message", [
-    ([], [], "belong together"), (["a", "b"], [1], "belong together"), (["a"], [0], "belong together"),
-    (["a"], [-1, 2], "belong together"), (["a"], [2], "belong together"),
-    (["a", "b"], [1, 0], "clip or more"),
-    (["x" * 600], [1], "a text of 602 tokens: the language model was made for 512")])
-def test_what_cannot_be_asked_is_one_line_and_changes_nothing(model, prompts, n, message):
+@pytest.mark.parametrize("prompts, n, kind", [
+    (["a", "b"], [1], ValueError), (["a"], [0], ValueError), (["a"], [2], Exception),
+    (["a", "b"], [1, 0], ValueError), (["x" * 600], [1], UserError)])
+def test_what_cannot_be_asked_is_refused_and_changes_nothing(model, prompts, n, kind):
     model.train()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(kind):
         model.generate(prompts, torch.zeros(1, 40000), torch.tensor(n, dtype=torch.int64), max_new_tokens=2)
     assert model.training
     model.eval()
@@ -142,73 +143,75 @@ def test_a_million_tokens_do_not_ask_for_their_memory(model):
         pass
 
 
-def test_the_whole_model_is_saved_by_torch(model, tmp_path):
-    import subprocess
-    import sys
-
-    from tests.helpers import ROOT
-    ids, windows, n, _ = batch(model)
-    torch.save(model, tmp_path / "model.pt")
-    torch.save((ids, windows, n, model(ids, windows, n)[0]), tmp_path / "case.pt")
-    code = (f"import torch\nmodel = torch.load('{tmp_path}/model.pt', weights_only=False)\n"
-            f"ids, windows, n, logits = torch.load('{tmp_path}/case.pt')\n"
-            "assert torch.equal(model(ids, windows, n)[0], logits)")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_noise_is_that_of_seed_and_step():
-    from tools.sample.decoding import pick
-    logits = torch.zeros(2, 50)
-    how = Sampling(temperature=1.0, seed=4)
-    together = pick(logits, how, [3, 7])
-    assert [int(pick(logits[:1], how, [step])) for step in (3, 7)] == together.tolist()
-    assert math.prod(together.shape) == 2
+def test_sampled_tokens_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    generators = {row: torch.Generator().manual_seed(row) for row in range(4000)}
+    for sampling, shares in ((Sampling(temperature=2.0), (logits / 2).softmax(-1)),
+                             (Sampling(temperature=1.0, top_k=2), logits[1:3].softmax(-1)),
+                             (Sampling(temperature=1.0, top_p=0.8), logits[1:3].softmax(-1))):
+        counts = sample_tokens(logits.expand(4000, -1), sampling, generators).bincount(minlength=4) / 4000
+        if len(shares) == 2:
+            assert counts[0] == counts[3] == 0
+            counts = counts[1:3]
+        assert (counts - shares).abs().max() < 0.03
 
 
-def test_where_it_listened_at_every_word(model, tmp_path):
-    """Against the weights of the naive attention, token by token."""
+def test_sampled_answers_of_different_items_are_independent(model, monkeypatch):
+    """The noise of an item is that of its prompt, clip and the seed."""
+    monkeypatch.setattr(model, "stop_ids", [])
+    (item,) = questions(model, 1)
+    prompt, windows, counts = item
+    items = [item, item, (prompt + "?", windows, counts), (prompt, windows.flip(1), counts)]
+    settings = dict(max_new_tokens=20, temperature=50.0)
+    texts = dict(answer_items(model, items, 4, Sampling(**settings)))
+    assert texts[0] == texts[1] and len(set(texts.values())) == 3
+    assert dict(answer_items(model, items, 4, Sampling(**settings))) == texts
+    other = dict(answer_items(model, items, 4, Sampling(seed=1, **settings)))
+    assert not set(other.values()) & set(texts.values())
+
+
+def test_the_weights_of_every_word_are_those_of_naive_attention(model, tmp_path):
     from data import encode_prompts, encode_text
-    from tools.sample.attention_map import attention_over_time, timeline, write_timeline
+    from tools.sample.attention_map import attention_over_time, attention_timeline, write_timeline
     _, windows, _, _ = batch(model, n=(2,), T=(4,))
     windows = (windows * 32767).to(torch.int16)
-    told = timeline(model, "What is it?", "a red dog", windows)
-    assert told["words"] == ["a", "red", "dog"] and told["tokens"] == [[0, 1], [1, 5], [5, 9]]
-    weights = torch.tensor(told["weights"])
-    assert weights.shape == (3, len(told["seconds"]))
+    timeline = attention_timeline(model, "What is it?", "a red dog", windows)
+    assert timeline["words"] == ["a", "red", "dog"]
+    weights = torch.tensor(timeline["weights"])
+    assert weights.shape == (3, len(timeline["seconds"]))
     assert torch.allclose(weights.sum(1), torch.ones(3), atol=1e-5)
-    assert told["seconds"][0][0] == 0 and told["seconds"][-1][1] == 5.0
-    seen = []
+    assert timeline["seconds"][0][0] == 0 and timeline["seconds"][-1][1] == 5.0
+    expected = []
 
-    def look(q, k, v, n_keys, gate):
+    def attention(q, k, v, n_keys, gate):
         scores = torch.einsum("bthd,bnhd->bhtn", q, k) / q.shape[-1] ** 0.5
-        seen.append(scores.softmax(-1)[0].mean(0))
+        expected.append(scores.softmax(-1)[0].mean(0))
         return gate.tanh() * torch.einsum("bhtn,bnhd->bthd", scores.softmax(-1), v)
 
     import model as model_file
     before = encode_prompts(model.tokenizer, ["What is it?"])[0]
     ids = before + encode_text(model.tokenizer, ["a red dog"])[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_file.BACKENDS, "sdpa", look)
+        patch.setitem(model_file.BACKENDS, "sdpa", attention)
         model(torch.tensor([ids]), windows, torch.tensor([2]))
-    mean = torch.stack(seen).mean(0).view(len(ids), 2, 2, -1).sum(2).flatten(1)
+    mean = torch.stack(expected).mean(0).view(len(ids), 2, 2, -1).sum(2).flatten(1)
     assert torch.allclose(weights[1], mean[len(before):len(before) + 4].mean(0), atol=1e-5)
     last = attention_over_time(model, "What is it?", windows)
     assert torch.allclose(last, mean[len(before) - 1], atol=1e-5)
     pytest.importorskip("matplotlib")
-    write_timeline(str(tmp_path / "deep/clip"), told, windows)
+    write_timeline(str(tmp_path / "deep/clip"), timeline, windows)
     assert sorted(f.name for f in (tmp_path / "deep").iterdir()) == ["clip.json", "clip.png"]
 
 
 def test_compiled_decoding_answers_the_same(model, monkeypatch):
-    import tools.sample.decoding as decoding
-    items = questions(model, 3)
-    plain = dict(answer(model, items, 3, max_new_tokens=5))
-    monkeypatch.setattr(decoding.torch, "compile", partial(torch.compile, backend="aot_eager"))
-    decoding.compile_decoding(model)
+    items, sampling = questions(model, 3), Sampling(max_new_tokens=5)
+    plain = dict(answer_items(model, items, 3, sampling))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compile_decoding(model)
     try:
-        assert dict(answer(model, items, 3, max_new_tokens=5)) == plain
+        assert dict(answer_items(model, items, 3, sampling)) == plain
     finally:
-        del model.one_token
+        del model.compiled_forward
 
 
 def test_int8_weights(tiny_settings, tmp_path):

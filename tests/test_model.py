@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 import checkpoint
 import config
 from model import AudioFlamingo, ClapEncoder, attention, gated_blocks, swin_block
-from tools.sample.decoding import Sampling, pick
 from tools.bench import reference as plain
 from tests.helpers import ROOT
 
@@ -249,15 +248,6 @@ def test_gated_blocks():
     for bad in (4, [3], []):
         with pytest.raises(ValueError, match="cross_attn_every_n_layers"):
             gated_blocks(bad, 3)
-
-
-def test_sampling_follows_the_softmax():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    draws = torch.cat([pick(logits, Sampling(temperature=1.0), [step]) for step in range(4000)])
-    assert (torch.bincount(draws, minlength=4) / 4000 - logits.exp()[0]).abs().max() < 0.03
-    assert {int(pick(logits, Sampling(temperature=1.0, top_k=2), [step])) for step in range(200)} == {0, 1}
-    assert {int(pick(logits, Sampling(temperature=1.0, top_p=0.75), [step])) for step in range(200)} == {0, 1}
-    assert int(pick(logits, Sampling(), [0])) == 0
 
 
 @pytest.mark.parametrize("spec_size", [128, 256])

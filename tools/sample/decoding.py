@@ -110,7 +110,7 @@ class DecodingBatch:
         ids = pad_rows(rows, model.pad_id).to(n_keys.device)  # (B, T)
         B, self.longest = ids.shape
         length = math.ceil((self.longest + 1) / CACHE_STEP) * CACHE_STEP
-        self.kv_cache = model.lm.new_cache(B, length, like=next(iter(self.kv.values())))
+        self.kv_cache = model.lm.new_kv_cache(B, length, like=next(iter(self.kv.values())))
         positions = torch.arange(self.longest, device=ids.device).expand(B, -1)
         x = model.forward_hidden(ids, self.kv, model.visible_keys(ids, n_keys), positions, self.kv_cache)
         self.lengths = torch.tensor([len(row) for row in rows], device=ids.device)
@@ -246,8 +246,9 @@ def answer_items(model, items, slots, sampling, audio_kv=None):
 
 def split_batch(prompts, windows, n_windows):
     """A batch as AudioFlamingo.generate takes it -> its items. ValueError where the shapes do not match."""
-    clips = [[n for n in row if n] for row in n_windows.view(len(n_windows), -1).tolist()]
-    if not len(prompts) == len(clips) > 0 or not all(clips):
+    n_windows = n_windows[:, None] if n_windows.ndim == 1 else n_windows
+    clips = [[n for n in row if n] for row in n_windows.tolist()]
+    if len(prompts) != len(clips) or not all(clips):
         raise ValueError(f"{len(prompts)} prompts and clips of {clips} windows: expected clips for each prompt")
     return list(zip(prompts, windows.split([sum(row) for row in clips]), clips))
 

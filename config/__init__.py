@@ -9,6 +9,7 @@ script ends with `run(main, __file__)`, which prints a UserError as one line and
 """
 import ast
 import difflib
+import keyword
 import math
 import os
 import re
@@ -146,6 +147,8 @@ def parse_value(text, kind):
 def take_value(argv, known):
     """Remove a --name=value, --name value or, for a bool, --name from the front of argv -> name, text."""
     name, equals, text = argv.pop(0)[2:].partition("=")
+    if keyword.iskeyword(name):  # --from is the setting from_
+        name += "_"
     following = argv[0] if argv else ""
     kind = known[name][0] if name in known else None
     if equals:

@@ -17,6 +17,8 @@ import os
 import sys
 import time
 from collections import Counter
+from functools import cache, partial
+from itertools import chain, count
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -51,26 +53,27 @@ clap_temperature: float = 0.02  # start value; learned. A clip near n texts at o
 
 @torch.no_grad()
 def text_states(lm, tokenizer, texts, device, layers):
-    """Mean-pooled states of the frozen language model after so many blocks: (n, D) float32."""
-    order, states = sorted(range(len(texts)), key=lambda i: len(texts[i])), [None] * len(texts)
-    for first in tqdm(range(0, len(order), 64), desc="captions", disable=None):
-        part = order[first:first + 64]
-        captions = [texts[i] for i in part]
-        batch = tokenizer(captions, padding=True, padding_side="right", return_tensors="pt").to(device)
+    """Mean-pooled states of the frozen language model after its first `layers` blocks: (n, D) float32. The texts
+    are different ones."""
+    by_length = sorted(texts, key=len)
+    states = {}
+    for first in tqdm(range(0, len(by_length), 64), desc="captions", disable=None):
+        part = by_length[first:first + 64]
+        batch = tokenizer(part, padding=True, padding_side="right", return_tensors="pt").to(device)
         hidden = lm(batch["input_ids"], layers=layers).float()
         mask = batch["attention_mask"][..., None]
-        for i, state in zip(part, (hidden * mask).sum(1) / mask.sum(1)):
-            states[i] = state
-    return torch.stack(states)
+        states.update(zip(part, (hidden * mask).sum(1) / mask.sum(1)))
+    return torch.stack([states[text] for text in texts])
 
 
-def contrast(similarity, positive, own):
-    """similarity (B, K); positive (B, K): captions of each clip; own (B, K): captions a clip is contrasted
-    with. -> mean over pairs and both directions of -log(e^s / (e^s + sum over negatives)): every positive has
-    to stand out from the negatives, and none competes with another."""
-    negative = similarity.masked_fill(positive | ~own, -1e9)  # not -inf: some may have no negative at all
-    loss = lambda dim: F.softplus(negative.logsumexp(dim, keepdim=True) - similarity)[positive].mean()
-    return (loss(0) + loss(1)) / 2
+def contrast(similarity, positive, contrasted):
+    """Multi-positive InfoNCE. similarity (B, K); positive (B, K): captions of each clip; contrasted (B, K):
+    captions a clip is contrasted with. -> mean over pairs and both directions of
+    -log(e^s / (e^s + sum over negatives)): positives do not compete with each other."""
+    negative = similarity.masked_fill(positive | ~contrasted, -1e9)  # not -inf: some may have no negative at all
+    by_text = F.softplus(negative.logsumexp(0, keepdim=True) - similarity)[positive].mean()
+    by_clip = F.softplus(negative.logsumexp(1, keepdim=True) - similarity)[positive].mean()
+    return (by_text + by_clip) / 2
 
 
 class Muon(torch.optim.Optimizer):
@@ -111,24 +114,143 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x, alpha=size * group["lr"])
 
 
-def captioned(manifests):
-    """ValueError if there are no items, or one has no caption."""
-    for m in manifests:
-        if not len(m):
-            raise UserError(f"{m.file}: total_num = 0, expected captioned clips")
-        for j in range(len(m)):
-            item = m.items[j]
-            for field in ("output", "positives", "negatives"):
-                texts = [item[field]] if field == "output" else item.get(field, [])
-                if type(texts) is not list or not all(type(t) is str and t.strip() for t in texts):
-                    expected = "a caption, not empty" if field == "output" else "a list of captions"
-                    raise UserError(f"{m.file}: data['{j}'] {field} = {item[field]!r}, expected {expected}")
-            own, changed = ({t.strip().lower() for t in texts} for texts in (
-                [item["output"], *item.get("positives", [])], item.get("negatives", [])))
-            if own & changed:
-                raise UserError(f"{m.file}: data['{j}'] negatives = {min(own & changed)!r}, which is also a "
-                                 f"caption of this clip")
-    return manifests
+# ------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Captions:
+    """The captions of clips, numbered. numbers: {caption: number}; positives, negatives: numbers of each clip."""
+
+    def __init__(self, clips, bank_size):
+        self.numbers, self.positives, self.negatives = {}, [], []
+        for m, j in clips.rows:
+            item = clips.manifests[m].items[j]
+            self.positives.append(self.number([item["output"], *item.get("positives", [])]))
+            self.negatives.append(self.number(item.get("negatives", [])))
+            if "" in self.numbers:
+                raise UserError(f"{clips.manifests[m].file}: data['{j}'] has an empty caption")
+        if len(self.numbers) < 2:
+            raise UserError("clap_config: expected at least two different captions")
+        self.counts = Counter(chain.from_iterable(self.positives))
+        self.bank = {text for text, _ in self.counts.most_common(bank_size)}
+
+    def number(self, texts):
+        texts = [text.strip().lower() for text in texts]
+        return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
+
+    def targets(self, rows):
+        """Of a batch of B clips: the numbers (K,) of their captions and of the text bank; (B, K) which of them
+        are a clip's own; (B, K) with which it is contrasted: every clip's captions, and its own negatives."""
+        texts = sorted(self.bank.union(*(self.positives[i] + self.negatives[i] for i in rows)))
+        positive = [[text in self.positives[i] for text in texts] for i in rows]
+        contrasted = [[text in self.counts or text in self.negatives[i] for text in texts] for i in rows]
+        return texts, torch.tensor(positive), torch.tensor(contrasted)
+
+
+class LogMels:
+    """Log-mels of clips. Those that can't be read are skipped and named; UserError above max_bad_fraction."""
+
+    def __init__(self, clips, c, device):
+        self.clips, self.device, self.unread = clips, device, set()
+        self.most_unread = min(len(clips) - 1, max(1, c.max_bad_fraction * len(clips)))
+        if c.cache_audio:
+            self.read = cache(self.read)
+
+    def read(self, i):
+        """-> (W, frames, 64) of W windows, or None."""
+        clip = self.clips[i]
+        if clip["windows"] is not None:
+            return log_mel(to_float(clip["windows"].to(self.device)))
+        if i not in self.unread:
+            tqdm.write(f"skipped: {clip['error']}", file=sys.stderr)
+            self.unread.add(i)
+        if len(self.unread) > self.most_unread:
+            raise UserError(f"{len(self.unread)} of {len(self.clips)} clips can't be read (max_bad_fraction); "
+                            f"last: {clip['error']}")
+        return None
+
+    def batch(self, rows):
+        """-> the rows that can be read, and their log-mels."""
+        mels = {i: self.read(i) for i in rows}
+        rows = [i for i in rows if mels[i] is not None]
+        return rows, [mels[i] for i in rows]
+
+
+def endless_batches(n, batch_size, seed):
+    """Lists of rows: every epoch has each of n rows once, in an order of its own."""
+    no_sizes = np.zeros((n, 2), np.int64)
+    for epoch in count():
+        for (rows,) in plan_batches(no_sizes, batch_size, [seed, epoch]):
+            yield rows.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model and training
+
+
+class ClapModel(nn.Module):
+    """Audio encoder, projections of audio and text to one space, logit scale."""
+
+    def __init__(self, c, text_width, width=256):
+        super().__init__()
+        self.encoder = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size,
+                                   c.clap_position, c.clap_augment).requires_grad_(False)
+        for p in self.encoder.trainable():
+            p.requires_grad_(True)
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not 32
+                nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
+        # Linear: what tells captions apart is then linear in the tokens, as the cross-attention will read them.
+        self.audio_projection = nn.Linear(self.encoder.width, width)
+        self.text_projection = nn.Sequential(nn.Linear(text_width, width), nn.ReLU(), nn.Linear(width, width))
+        self.logit_scale_a = nn.Parameter(torch.tensor(math.log(1 / c.clap_temperature)))
+
+    def embed_audio(self, mels, autocast):
+        """Log-mels (W, frames, 64) of B clips -> (B, width), of length 1: mean over tokens and windows."""
+        with autocast:
+            tokens = self.encoder.encode(torch.cat(mels))  # (sum W, S, C)
+        clips = tokens.float().mean(1).split([len(mel) for mel in mels])
+        pooled = torch.stack([windows.mean(0) for windows in clips])
+        return F.normalize(self.audio_projection(pooled), dim=-1)
+
+    def embed_text(self, states):
+        """States (n, D) of the language model -> (n, width), of length 1."""
+        return F.normalize(self.text_projection(states), dim=-1)
+
+
+def make_optimizers(c, model):
+    """Muon for matrices and AdamW for the rest, and their schedules: one cycle each."""
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    ids = set(map(id, matrices))
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    muon = Muon(matrices, c.clap_muon_lr, weight_decay=0.05)
+    adamw = torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=0.05, fused=True)
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, total_steps=c.clap_steps, pct_start=0.1,
+                        cycle_momentum=False)
+    return (muon, adamw), (one_cycle(muon, c.clap_muon_lr), one_cycle(adamw, c.clap_peak_lr))
+
+
+def save_clap(model, epoch, path):
+    """The published layout; UserError where a weight is not finite."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} is not finite (clap_peak_lr, clap_muon_lr), nothing is written")
+        state["module." + name.replace("encoder.htsat", "audio_branch")] = tensor.cpu()
+    save_atomically({"epoch": epoch, "name": "clap", "state_dict": state}, path)
+
+
+@torch.no_grad()
+def print_retrieval(model, log_mels, read_captions, autocast):
+    """Print how often the nearest caption is a clip's own, on clips that were not trained on."""
+    rows, mels = log_mels.batch(range(len(log_mels.clips)))
+    audio = torch.cat([model.embed_audio([mel], autocast) for mel in mels])
+    answers = [log_mels.clips[i]["output"].strip().lower() for i in rows]
+    names = sorted(set(answers))
+    nearest = (audio @ model.embed_text(read_captions(names)).T).argmax(1).tolist()
+    right = np.mean([names[n] == answer for n, answer in zip(nearest, answers)])
+    print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions "
+          f"(chance {1 / len(names):.1%})")
 
 
 def main(c):
@@ -138,163 +260,65 @@ def main(c):
     out = settings.resolve_path(c.clap_out)
     check_writable(out)
     os.makedirs(os.path.dirname(out), exist_ok=True)
-    manifests = captioned(list(open_manifests(c, c.clap_config).values()))
-    check = captioned(list(open_manifests(c, c.clap_valid_config).values()))
-    if len({m.items[j]["output"].strip().lower() for m in manifests for j in range(len(m))}) < 2:
-        raise UserError(f"clap_config: all captions of {manifests[0].file} are alike, expected some to tell "
-                         f"apart")
     device = pick_device(c.device)
     dtype, reason = pick_precision(c.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+    manifests = list(open_manifests(c, c.clap_config).values())
+    valid_manifests = list(open_manifests(c, c.clap_valid_config).values())
+    audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS}
+    clips = Clips(manifests, None, audio_config)
+    captions = Captions(clips, c.clap_text_bank)
+    log_mels = LogMels(clips, c, device)
+    print(f"{len(clips)} clips, {len(captions.numbers)} captions, text bank {len(captions.bank)} | {device}, "
+          f"{dtype} ({reason})")
     torch.manual_seed(c.seed)
     lm, tokenizer = load_language_model(c, device, dtype)
-    clap = ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size, c.clap_position,
-                       c.clap_augment).to(device).requires_grad_(False)
-    for p in clap.trainable():
-        p.requires_grad_(True)
-    for module in clap.modules():
-        if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not 32
-            nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
-
-    audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": clap.sample_rate}
-    clips, texts, index = Clips(manifests, None, audio_config), [], {}
-
-    def number(text):
-        text = text.strip().lower()
-        if text not in index:
-            index[text] = len(texts)
-            texts.append(text)
-        return index[text]
-
-    positives, negatives = [], []
-    for m, j in clips.rows:
-        item = manifests[m].items[j]
-        positives.append([number(text) for text in [item["output"], *item.get("positives", [])]])
-        negatives.append([number(text) for text in item.get("negatives", [])])
-    print(f"{len(clips)} clips, {len(texts)} captions | text bank {min(c.clap_text_bank, len(texts))} | "
-          f"{device}, {dtype} ({reason})")
-    states = text_states(lm, tokenizer, texts, device, c.clap_text_layers)
+    states = text_states(lm, tokenizer, list(captions.numbers), device, c.clap_text_layers)
     mean, std = states.mean(0), states.std(0) + 1e-3
     states = (states - mean) / std
-    shared = [t for t, _ in Counter(t for p in positives for t in p).most_common(c.clap_text_bank)]
-    everyones = torch.ones(len(texts), dtype=torch.bool)  # what is some clip's positive contrasts with all
-    everyones[[t for n in negatives for t in n]] = False
-    everyones[[t for p in positives for t in p]] = True
 
-    width = 256
-    # Linear: what tells captions apart is then linear in the tokens, as the cross-attention will read them.
-    audio_projection = nn.Linear(clap.width, width).to(device)
-    text_layers = nn.Linear(states.shape[1], width), nn.ReLU(), nn.Linear(width, width)
-    text_projection = nn.Sequential(*text_layers).to(device)
-    logit_scale = nn.Parameter(torch.tensor(math.log(1 / c.clap_temperature), device=device))
-    learners = (clap, audio_projection, text_projection)
-    layers = [m for learner in learners for m in learner.modules() if isinstance(m, nn.Linear)]
-    matrices = [m.weight for m in layers if m.weight.requires_grad]
-    trained = [p for learner in learners for p in learner.parameters() if p.requires_grad]
-    others = [p for p in trained if not any(p is m for m in matrices)] + [logit_scale]
-    adamw = torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=0.05, fused=True)
-    optimizers = [Muon(matrices, c.clap_muon_lr, 0.05), adamw]
-    cycle = {"total_steps": c.clap_steps, "pct_start": 0.1, "cycle_momentum": False}
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], **cycle) for o in optimizers]
-
-    def log_mels(rows):
-        """The log-mels of some clips and whose each is; cache_audio keeps them: a third of a step's time."""
-        found = []
-        for i in rows:
-            clip = {} if i in mel_cache or i in unread else clips[i]
-            if clip.get("error"):
-                unread[i] = clip["error"]
-                tqdm.write(f"skipped: {unread[i]}", file=sys.stderr)
-                if len(unread) > min(len(clips) - 1, max(1, c.max_bad_fraction * len(clips))):
-                    raise UserError(f"{len(unread)} of {len(clips)} clips could not be used (more than "
-                                     f"max_bad_fraction = {c.max_bad_fraction}); last: {unread[i]}")
-            if i in unread:
-                continue
-            mel = mel_cache[i] if i in mel_cache else log_mel(to_float(clip["windows"].to(device)))
-            found.append((i, mel))
-        if not found:
-            return None, None, []
-        mel_cache.update(found if c.cache_audio else ())
-        clip_of = [b for b, (_, mel) in enumerate(found) for _ in mel]
-        mels = torch.cat([mel for _, mel in found])
-        return mels, torch.tensor(clip_of, device=device), [i for i, _ in found]
-
-    mel_cache, unread = {}, {}  # by clip: log-mels, and why it cannot be read
-    clap.train()
-    bar, step, epoch, losses = tqdm(total=c.clap_steps, desc="clap", disable=None), 0, 0, []
-    while step < c.clap_steps:
-        no_sizes = np.zeros((len(clips), 2), np.int64)
-        for (rows,) in plan_batches(no_sizes, c.clap_batch_size, [c.seed, epoch]):
-            mels, clip_of, rows = log_mels(rows.tolist())
-            if not rows:
-                continue
-            own_texts = {t for i in rows for t in positives[i] + negatives[i]}
-            bank = sorted(own_texts | set(shared))
-            place = {t: k for k, t in enumerate(bank)}
-            positive = torch.zeros(len(rows), len(bank), dtype=torch.bool)
-            own = everyones[bank].expand(len(rows), -1).clone()
-            for b, i in enumerate(rows):
-                positive[b, [place[t] for t in positives[i]]] = True
-                own[b, [place[t] for t in positives[i] + negatives[i]]] = True
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                tokens = clap.encode(mels)  # (sum W, S, C)
-            windows = tokens.float().mean(1)
-            pooled = torch.zeros(len(rows), clap.width, device=device).index_add(0, clip_of, windows)
-            pooled = pooled / torch.bincount(clip_of)[:, None]
-            a = F.normalize(audio_projection(pooled), dim=-1)
-            t = F.normalize(text_projection(states[bank]), dim=-1)
-            loss = contrast(logit_scale.exp() * a @ t.T, positive.to(device), own.to(device))
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(trained + [logit_scale], 1.0)
-            if not (loss + norm).isfinite():
-                paths = ", ".join(clips.item(i)["path"] for i in rows)
-                raise UserError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()} ("
-                                 f"clap_peak_lr = {c.clap_peak_lr}); nothing is written. Its clips: {paths}")
-            for optimizer, schedule in zip(optimizers, schedules):
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-            losses.append(loss.item())
-            step += 1
-            bar.update()
-            if step % 100 == 0 or step == c.clap_steps:
-                pace = (time.time() - start) / step * 1000
-                tqdm.write(f"clap step {step}/{c.clap_steps} | loss {np.mean(losses[-100:]):.3f} | "
-                           f"scale {logit_scale.exp().item():.1f} | {pace:.0f} ms/step overall")
-            if step == c.clap_steps:
-                break
-        epoch += 1
+    model = ClapModel(c, states.shape[1]).to(device)
+    optimizers, schedules = make_optimizers(c, model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    losses, bar = [], tqdm(total=c.clap_steps, desc="clap", disable=None)
+    model.train()
+    for rows in endless_batches(len(clips), c.clap_batch_size, c.seed):
+        rows, mels = log_mels.batch(rows)
+        if not rows:  # none of them can be read
+            continue
+        texts, positive, contrasted = captions.targets(rows)
+        audio = model.embed_audio(mels, autocast)  # (B, 256)
+        text = model.embed_text(states[texts])  # (K, 256)
+        similarity = model.logit_scale_a.exp() * audio @ text.T
+        loss = contrast(similarity, positive.to(device), contrasted.to(device))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1] + norm.item()):
+            paths = ", ".join(clips.item(i)["path"] for i in rows)
+            raise UserError(f"step {len(losses)}: loss {losses[-1]}, gradient norm {norm.item()} (clap_peak_lr, "
+                            f"clap_muon_lr), nothing is written. Its clips: {paths}")
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        bar.update()
+        if len(losses) % 100 == 0 or len(losses) == c.clap_steps:
+            tqdm.write(f"clap step {len(losses)}/{c.clap_steps} | loss {np.mean(losses[-100:]):.3f} | scale "
+                       f"{model.logit_scale_a.exp().item():.1f} | {time.time() - start:.0f} s")
+        if len(losses) == c.clap_steps:
+            break
     bar.close()
-
-    parts = dict(audio_branch=clap.htsat, audio_projection=audio_projection, text_projection=text_projection)
-    weights = [(f"{part}.{n}", t) for part, module in parts.items() for n, t in module.state_dict().items()]
-    state = {f"module.{name}": t.cpu() for name, t in weights}
-    state["module.logit_scale_a"] = logit_scale.detach().cpu()
-    if broken := [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise UserError(f"{broken[0]} is not finite after step {step} (clap_peak_lr = {c.clap_peak_lr}); "
-                         f"nothing is written")
-    save_atomically({"epoch": epoch, "name": "clap", "state_dict": state}, out)
+    save_clap(model, c.clap_steps * c.clap_batch_size // len(clips), out)
     print(f"wrote {c.clap_out} | {time.time() - start:.0f} s")
 
-    clap.eval()
-    if check:
-        heard, truth = [], []
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            for clip in map(Clips(check, None, audio_config).__getitem__, range(sum(map(len, check)))):
-                if clip["windows"] is None:
-                    print(f"skipped: {clip['error']}", file=sys.stderr)
-                    continue
-                heard.append(clap(to_float(clip["windows"].to(device))).float().mean((0, 1)))
-                truth.append(clip["output"].strip().lower())
-            if not heard:
-                raise UserError("clap_valid_config: none of its clips could be read; the encoder is written")
-            names = sorted(set(truth))
-            asked = text_states(lm, tokenizer, names, device, c.clap_text_layers)
-            t = F.normalize(text_projection((asked - mean) / std).float(), dim=-1)
-            best = (F.normalize(audio_projection(torch.stack(heard)).float(), dim=-1) @ t.T).argmax(1)
-        right = np.mean([names[b] == text for b, text in zip(best.tolist(), truth)])
-        print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions "
-              f"(chance {1 / len(names):.1%})")
+    if valid_manifests:
+        model.eval()
+        valid_mels = LogMels(Clips(valid_manifests, None, audio_config), c, device)
+        read_captions = lambda names: (text_states(lm, tokenizer, names, device, c.clap_text_layers) - mean) / std
+        print_retrieval(model, valid_mels, read_captions, autocast)
 
 
 if __name__ == "__main__":
-    settings.run(main, "prepare/clap.py")
+    settings.run(main, __file__)

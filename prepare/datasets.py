@@ -3,23 +3,33 @@
     python prepare/datasets.py clotho_aqa --from=/data/clotho_aqa
     python prepare/datasets.py esc50 --from=/data/ESC-50-master --to=data/manifests --data_root=data
 
-Nothing is downloaded: the table below says where each comes from, under which licence, and what lies where.
-Archives may be unpacked into folders of their own. A clip may have any ending that soundfile reads; of videos
-extract the sound first, under the same name (ffmpeg -i x.mp4 -vn -ac 1 x.wav). Clips that are not there are
-left out and counted (exit code 1). Prompts are ours, a few for every kind of question, chosen by the clip's
-name. Sources of a kind of their own go by prepare/table.py.
+Nothing is downloaded: --help lists the sources, where each comes from, under which licence, and which files are
+expected. Archives may be unpacked into folders of their own. A clip may have any ending that soundfile reads; of
+videos extract the sound first, under the same name (ffmpeg -i x.mp4 -vn -ac 1 x.wav). Clips that are missing are
+left out and counted (exit code 1). Prompts are ours, a few for every kind of question, chosen by the clip's name.
+Other sources: prepare/table.py.
+
+A source is a function that yields (Name-Task/split, item); those whose rows are a clip and a label are `labels`.
 """
 import os
 import re
 import sys
 import zlib
+from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from prepare import datasets_qa
-from prepare.manifests import Folder, Parser, decode, place_for, run, split_path_of, write
-from tools.common import UserError
+from prepare.manifests import Folder, Row, decode_text, write_manifest
+from tools.common import UserError, check_folder_writable, join_names, optional_import, read_json_object
+
+from_: str = ""  # folder of the source, unpacked
+to: str = "data/manifests"  # folder to write <Name-Task>/<split>.json in
+
+SPLITS = {"training": "train", "development": "train", "tr": "train", "Train": "train",
+          "valid": "val", "validation": "val", "dev": "val", "Val": "val",
+          "evaluation": "test", "eval": "test", "te": "test", "Test": "test"}  # a source's split: ours
 
 PROMPTS = {
     "caption": ("Describe the audio in one sentence.", "What can be heard in this recording?",
@@ -43,30 +53,38 @@ PROMPTS = {
 }
 
 
-def choose(kind, clip):
+def choose_prompt(kind, clip):
     """A prompt of the kind, for a clip always the same, on every machine."""
     prompts = PROMPTS[kind]
     return prompts[zlib.crc32(os.path.basename(clip).encode("utf-8", "replace")) % len(prompts)]
 
 
-def item(kind, clip, output, **more):
-    return {"name": clip, "prompt": choose(kind, clip), "output": output} | more
+def make_item(kind, clip, output):
+    return {"name": clip, "prompt": choose_prompt(kind, clip), "output": output}
 
 
-def caption_items(manifest, clip, captions, kind="caption"):
-    """(manifest, item)s: in train an item a caption; elsewhere one item, asked once, all are references."""
-    captions = [" ".join(caption.split()) for caption in captions]  # some have line breaks
-    if manifest.endswith("/train"):
-        return [(manifest, item(kind, clip, caption)) for caption in captions]
-    return [(manifest, item(kind, clip, captions[0], references=captions))]
+def captions(task, split, clip, texts, kind="caption"):
+    """In train an item a caption; elsewhere one item, asked once, all captions are references."""
+    texts = [" ".join(text.split()) for text in texts]  # some have line breaks
+    if SPLITS.get(split, split) == "train":
+        for text in texts:
+            yield f"{task}/train", make_item(kind, clip, text)
+    else:
+        yield f"{task}/{split}", make_item(kind, clip, texts[0]) | {"references": texts}
 
 
-def words(label):
-    return label.replace("_", " ").lower()
+def labels(rows, name, kind, label, source=None, clips=(), spelling={}):
+    """An item a row. name (Name-Task/split), label and clips (where the file may be) are templates of the row's
+    columns; without clips the row has "clip". Labels become lower case, with spaces, and a comma between
+    several; spelling: {such a label: what to write instead}."""
+    for row in rows:
+        clip = source.clip(*(path.format_map(row) for path in clips)) if clips else row["clip"]
+        text = label.format_map(row).strip().lower().replace("_", " ").replace(",", ", ")
+        yield name.format_map(row), make_item(kind, clip, spelling.get(text, text))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Captions. A converter yields (Name-Task/split, item).
+# Captions
 
 
 def audiocaps(source):
@@ -76,19 +94,16 @@ def audiocaps(source):
     layout: dataset/{train,val,test}.csv; clips {split}/{audiocap_id} or, anywhere, {youtube_id}_{start_time},
         Y{youtube_id} or {youtube_id}
     """
-    files = {split: (f"dataset/{split}.csv", f"{split}.csv") for split in ("train", "val", "test")}
-    for split, path in source.splits(**files):
-        clips = {}
-        for row in source.rows(path, "audiocap_id", "youtube_id", "start_time", "caption"):
-            clips.setdefault((row["youtube_id"], row["start_time"]), []).append(row)
-        for (ytid, start), rows in clips.items():
-            folders = (split, "valid") if split == "val" else (split,)
-            numbered = [f"{folder}/{row['audiocap_id']}.wav" for folder in folders for row in rows]
-            start = start.removesuffix(".0")
-            named = [f"{ytid}_{start}.wav", f"Y{ytid}_{start}.wav", f"Y{ytid}.wav", f"{ytid}.wav"]
-            clip = source.clip(*numbered, *named)
-            captions = [row["caption"] for row in rows]
-            yield from caption_items(f"audiocaps-AudioCaptioning/{split}", clip, captions)
+    rows_of_clip = defaultdict(list)
+    for row in source.rows(("dataset/{}.csv", "{}.csv"), "train", "val", "test"):
+        start = row["start_time"].removesuffix(".0")
+        rows_of_clip[row["split"], row["youtube_id"], start].append(row)
+    for (split, ytid, start), rows in rows_of_clip.items():
+        folders = ("val", "valid") if split == "val" else (split,)
+        numbered = [f"{folder}/{row['audiocap_id']}.wav" for folder in folders for row in rows]
+        named = [f"{ytid}_{start}.wav", f"Y{ytid}_{start}.wav", f"Y{ytid}.wav", f"{ytid}.wav"]
+        clip = source.clip(*numbered, *named)
+        yield from captions("audiocaps-AudioCaptioning", split, clip, [row["caption"] for row in rows])
 
 
 def clotho(source):
@@ -98,12 +113,10 @@ def clotho(source):
     layout: clotho_captions_{development,validation,evaluation}.csv, {development,validation,evaluation}/*.wav
     Names hold leading, trailing and double spaces and commas.
     """
-    folders = {"train": "development", "val": "validation", "test": "evaluation"}
-    for split, path in source.splits(**{s: f"clotho_captions_{f}.csv" for s, f in folders.items()}):
-        for row in source.rows(path, "file_name", *(f"caption_{i}" for i in range(1, 6))):
-            clip = source.clip(f"{folders[split]}/{row['file_name']}")
-            captions = [row[f"caption_{i}"] for i in range(1, 6)]
-            yield from caption_items(f"Clotho-v2-AudioCaptioning/{split}", clip, captions)
+    for row in source.rows(["clotho_captions_{}.csv"], "development", "validation", "evaluation"):
+        clip = source.clip(f"{row['part']}/{row['file_name']}")
+        texts = [row[f"caption_{i}"] for i in range(1, 6)]
+        yield from captions("Clotho-v2-AudioCaptioning", row["split"], clip, texts)
 
 
 def macs(source):
@@ -112,18 +125,13 @@ def macs(source):
     licence: the LICENSE files of the two records (what they say was not confirmed)
     layout: MACS.yaml, audio/*.wav of the TAU Urban Acoustic Scenes 2019 development set
     """
-    import yaml
+    yaml = optional_import("yaml", "MACS.yaml", "prepare")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: seconds instead of a minute
-    source.reading = source.need("MACS.yaml")
-    try:
-        with open(source.reading, encoding="utf-8") as f:
-            files = yaml.load(f, loader)["files"]
-    except yaml.YAMLError as error:
-        raise UserError(f"{source.reading}: not YAML that can be read ({error})") from error
-    for file in files:
-        clip = source.clip("audio/" + file["filename"], file["filename"])
-        captions = [annotation["sentence"] for annotation in file["annotations"]]
-        yield from caption_items("MACS-AudioCaptioning/train", clip, captions)
+    for split, path in source.parts(["MACS.yaml"], "train"):
+        for file in yaml.load(decode_text(path), loader)["files"]:
+            clip = source.clip("audio/" + file["filename"], file["filename"])
+            texts = [annotation["sentence"] for annotation in file["annotations"]]
+            yield from captions("MACS-AudioCaptioning", split, clip, texts)
 
 
 def wavcaps(source):
@@ -135,24 +143,18 @@ def wavcaps(source):
     Left out are the clips that the blacklists name as of the test splits of AudioCaps and Clotho, of
     UrbanSound8K, ESC-50 and VGGSound. Ids of AudioSet end in .wav, their files in .flac; clips of up to 18 h.
     """
-    barred = {"AudioSet_SL": set(), "FreeSound": set()}
-    for name in ("test_ac", "ub8k_esc50_vggsound"):
-        path = source.find(f"blacklist_exclude_{name}.json")
-        if path is None:
-            print(f"note: no blacklist_exclude_{name}.json in {source.path}: its clips stay in")
+    parts = {"as": "AudioSet_SL", "bbc": "BBC_Sound_Effects", "fsd": "FreeSound", "sb": "SoundBible"}
+    blacklist = set()
+    for _, path in source.parts(["blacklist_exclude_{}.json"], "test_ac", "ub8k_esc50_vggsound"):
+        for name, idents in read_json_object(path).items():
+            blacklist.update(f"{name} {str(ident).partition('.')[0]}" for ident in idents)
+    for row in source.rows(["{}_final.json"], *parts):
+        name, ident = parts[row["part"]], str(row["id"]).removesuffix(".wav")
+        if f"{name.removesuffix('_SL')} {ident}" in blacklist:
+            source.notes["clips of the blacklists are left out"] += 1
             continue
-        lists = source.json(path)
-        barred["AudioSet_SL"] |= {str(ident).split(".")[0] for ident in lists["AudioSet"]}
-        barred["FreeSound"] |= {str(ident).split(".")[0] for ident in lists["FreeSound"]}
-    for name, path in source.splits(AudioSet_SL="as_final.json", BBC_Sound_Effects="bbc_final.json",
-                                    FreeSound="fsd_final.json", SoundBible="sb_final.json"):
-        for row in source.json(path)["data"]:
-            ident = str(row["id"]).removesuffix(".wav")
-            if ident in barred.get(name, ()):
-                source.notes["clips of the blacklists are left out"] += 1
-                continue
-            clip = source.clip(f"{name}_flac/{ident}.flac", f"{name}/{ident}.flac")
-            yield from caption_items(f"WavCaps-{name}-AudioCaptioning/train", clip, [row["caption"]])
+        clip = source.clip(f"{name}_flac/{ident}.flac", f"{name}/{ident}.flac")
+        yield from captions(f"WavCaps-{name}-AudioCaptioning", "train", clip, [row["caption"]])
 
 
 def musiccaps(source):
@@ -161,10 +163,10 @@ def musiccaps(source):
     licence: CC BY-SA 4.0; the clips are YouTube's
     layout: musiccaps-public.csv; clips [{ytid}]-[{start_s}-{end_s}], or {ytid}
     """
-    for row in source.rows("musiccaps-public.csv", "ytid", "start_s", "end_s", "caption", "is_audioset_eval"):
-        clip = source.clip(f"[{row['ytid']}]-[{row['start_s']}-{row['end_s']}].wav", f"{row['ytid']}.wav")
-        name = "test" if row["is_audioset_eval"].lower() == "true" else "train"
-        yield from caption_items(f"MusicCaps-AudioCaptioning/{name}", clip, [row["caption"]], "music caption")
+    for row in source.rows(["musiccaps-public.csv"], "all"):
+        clip = source.clip("[{ytid}]-[{start_s}-{end_s}].wav".format_map(row), f"{row['ytid']}.wav")
+        split = "test" if row["is_audioset_eval"].lower() == "true" else "train"
+        yield from captions("MusicCaps-AudioCaptioning", split, clip, [row["caption"]], "music caption")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,14 +180,9 @@ def fsd50k(source):
     layout: FSD50K.ground_truth/{dev,eval}.csv, FSD50K.{dev,eval}_audio/*.wav (join the split archives first)
     A name with "_and_" is one label; labels stand in the order of the file, specific ones first.
     """
-    for part, path in source.splits(dev=("FSD50K.ground_truth/dev.csv", "dev.csv"),
-                                    eval=("FSD50K.ground_truth/eval.csv", "eval.csv")):
-        for row in source.rows(path, "fname", "labels", *(["split"] if part == "dev" else [])):
-            labels = ", ".join(words(label) for label in row["labels"].split(","))
-            clip = source.clip(*(f"{folder}/{row['fname']}.wav" for folder in
-                                 (f"FSD50K.{part}_audio", f"{part}_audio", part)))
-            split = row["split"] if part == "dev" else "test"
-            yield f"FSD50k-EventClassification/{split}", item("events", clip, labels)
+    rows = source.rows(("FSD50K.ground_truth/{}.csv", "{}.csv"), "dev", "eval")  # dev.csv has a column split
+    clips = "FSD50K.{part}_audio/{fname}.wav", "{part}_audio/{fname}.wav", "{part}/{fname}.wav"
+    return labels(rows, "FSD50k-EventClassification/{split}", "events", "{labels}", source, clips)
 
 
 def cochlscene(source):
@@ -195,9 +192,9 @@ def cochlscene(source):
     layout: {Train,Val,Test}/{Scene}/{Scene}_{user}_{submission}_{segment}.wav (join the split archives first)
     Labels in lower case without spaces ("crowdedindoor"), as the published system has them.
     """
-    for clip, split, scene in source.match(r"/(Train|Val|Test)/([A-Za-z]+)/\2_[^/]+\.\w+$",
-                                           "Train/Bus/Bus_user0009_14897252_005.wav"):
-        yield f"CochlScene-SceneClassification/{split.lower()}", item("scene", clip, scene.lower())
+    rows = source.match(r"/(?P<split>Train|Val|Test)/(?P<label>[A-Za-z]+)/(?P=label)_[^/]+\.\w+$",
+                        "Train/Bus/Bus_user0009_14897252_005.wav")
+    return labels(rows, "CochlScene-SceneClassification/{split}", "scene", "{label}")
 
 
 def nonspeech7k(source):
@@ -207,34 +204,27 @@ def nonspeech7k(source):
     layout: "metadata of train set .csv" (with the space), "metadata of test set.csv", train/*.wav, test/*.wav
     The two headers differ, test writes "yawm". Four recordings have clips in both splits.
     """
-    for split, path in source.splits(train=("metadata of train set .csv", "metadata of train set.csv"),
-                                     test="metadata of test set.csv"):
-        for row in source.rows(path, "Filename", "Classname"):
-            clip = source.clip(f"{split}/{row['Filename']}", row["Filename"])
-            label = row["Classname"].strip().lower().replace("yawm", "yawn")
-            yield f"NonSpeech7k-EventClassification/{split}", item("vocal", clip, label)
+    rows = source.rows(("metadata of {} set .csv", "metadata of {} set.csv"), "train", "test")
+    clips = "{part}/{Filename}", "{Filename}"
+    return labels(rows, "NonSpeech7k-EventClassification/{part}", "vocal", "{Classname}", source, clips,
+                  {"yawm": "yawn"})
 
 
 def vocalsound(source):
-    """VocalSound: 21,024 clips of 3,365 people, six sounds.
+    """VocalSound: 21,024 clips of 3,365 people, six sounds; the splits are of different people.
     home: https://github.com/YuanGongND/vocalsound
     licence: CC BY-SA 4.0
-    layout: datafiles/{tr,val,te}.json, which name the clips, or meta/{tr,val,te}_meta.csv, the speakers;
+    layout: datafiles/{tr,val,te}.json or meta/{tr,val,te}_meta.csv, from which the speakers are read;
         audio_16k/{speaker}_{n}_{label}.wav, or the 44.1 kHz release's audio_44k/ or data_44k/
     """
-    shorts = {"train": "tr", "val": "val", "test": "te"}
-    for split, path in source.splits(**{s: (f"datafiles/{name}.json", f"meta/{name}_meta.csv",
-                                            f"meta/{name}_meta.json") for s, name in shorts.items()}):
-        text = decode(path)[0]
-        names = re.findall(r"([fm]\d{4}_\d+_[a-z]+)\.wav", text)
-        if not names:
-            speakers = set(re.findall(r"\b[fm]\d{4}\b", text))
-            clips = source.match(r"/(([fm]\d{4})_\d+_[a-z]+)\.\w+$", "audio_16k/f0003_0_cough.wav")
-            names = [name for _, name, speaker in clips if speaker in speakers]
-        for name in names:
-            clip = source.clip(*(f"{folder}/{name}.wav" for folder in ("audio_16k", "audio_44k", "data_44k")))
-            label = name.split("_")[2].replace("throatclearing", "throat clearing")
-            yield f"VocalSound-VocalClassification/{split}", item("vocal", clip, label)
+    files = "datafiles/{}.json", "meta/{}_meta.csv", "meta/{}_meta.json"
+    for split, path in source.parts(files, "tr", "val", "te"):
+        speakers = set(re.findall(r"\b[fm]\d{4}", decode_text(path)))
+        rows = source.match(r"/(?P<speaker>[fm]\d{4})_\d+_(?P<label>[a-z]+)\.\w+$",
+                            "audio_16k/f0003_0_cough.wav")
+        rows = [row for row in rows if row["speaker"] in speakers]
+        yield from labels(rows, f"VocalSound-VocalClassification/{split}", "vocal", "{label}",
+                          spelling={"throatclearing": "throat clearing"})
 
 
 def urbansound8k(source):
@@ -244,9 +234,8 @@ def urbansound8k(source):
     layout: metadata/UrbanSound8K.csv, audio/fold{1..10}/*.wav
     Which folds the published score is of is not known.
     """
-    for row in source.rows("UrbanSound8K.csv", "slice_file_name", "fold", "class"):
-        clip = source.clip(f"fold{row['fold']}/{row['slice_file_name']}")
-        yield "UrbanSound8K-EventClassification/test", item("event", clip, words(row["class"]))
+    return labels(source.rows(["UrbanSound8K.csv"], "test"), "UrbanSound8K-EventClassification/test", "event",
+                  "{class}", source, ["fold{fold}/{slice_file_name}"])
 
 
 def esc50(source):
@@ -256,10 +245,11 @@ def esc50(source):
     layout: meta/esc50.csv, audio/*.wav
     An older esc50.csv, in the root, has a number as category and the label as category_name.
     """
-    path = source.need("meta/esc50.csv", "esc50.csv")
-    for row in source.rows(path, "filename", "category"):
-        label = words(row.get("category_name") or row["category"])
-        yield "ESC50-EventClassification/test", item("event", source.clip(f"audio/{row['filename']}"), label)
+    rows = list(source.rows(("meta/esc50.csv", "esc50.csv"), "test"))
+    for row in rows:
+        row.setdefault("category_name", row["category"])
+    return labels(rows, "ESC50-EventClassification/test", "event", "{category_name}", source,
+                  ["audio/{filename}"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,14 +262,17 @@ def nsynth(source):
     licence: CC BY 4.0
     layout: nsynth-{train,valid,test}/examples.json and audio/{note}.wav
     """
-    folders = {"train": "nsynth-train", "val": "nsynth-valid", "test": "nsynth-test"}
-    for split, path in source.splits(**{split: f"{name}/examples.json" for split, name in folders.items()}):
-        for note, row in source.json(path).items():
-            told = (f"produced by {row['instrument_family_str']}, pitch {row['pitch']}, velocity "
-                    f"{row['velocity']}, source {row['instrument_source_str']}")
-            qualities = " and ".join(map(words, row["qualities_str"]))
-            told += f", and having qualities like {qualities}" if qualities else ""
-            yield f"NSynth-MIR/{split}", item("note", source.clip(f"{folders[split]}/audio/{note}.wav"), told)
+    form = ("produced by {instrument_family_str}, pitch {pitch}, velocity {velocity}, source "
+            "{instrument_source_str}")
+    for split, path in source.parts(["nsynth-{}/examples.json"], "train", "valid", "test"):
+        for note, cells in read_json_object(path).items():
+            row = Row(cells, path)
+            output = form.format_map(row)
+            if row["qualities_str"]:
+                output += ", and having qualities like "
+                output += " and ".join(row["qualities_str"]).replace("_", " ")
+            clip = source.clip(f"nsynth-{split}/audio/{note}.wav")
+            yield f"NSynth-MIR/{split}", make_item("note", clip, output)
 
 
 def gtzan(source):
@@ -289,9 +282,8 @@ def gtzan(source):
     layout: genres/{genre}/{genre}.000NN.wav
     jazz.00054 is left out: it can't be decoded in common copies. The set's known duplicates are not.
     """
-    for clip, label in source.match(r"/([a-z]+)/\1\.\d{5}\.\w+$", "genres/blues/blues.00000.wav"):
-        if "jazz.00054" not in clip:
-            yield "GTZAN-GenreClassification/test", item("genre", clip, label)
+    rows = source.match(r"/(?!jazz\.00054)(?P<label>[a-z]+)\.\d{5}\.\w+$", "genres/blues/blues.00000.wav")
+    return labels(rows, "GTZAN-GenreClassification/test", "genre", "{label}")
 
 
 def medley_solos_db(source):
@@ -300,12 +292,9 @@ def medley_solos_db(source):
     licence: CC BY 4.0
     layout: Medley-solos-DB_metadata.csv, Medley-solos-DB_{subset}-{instrument_id}_{uuid4}.wav
     """
-    splits = {"training": "train", "validation": "val", "test": "test"}
-    columns = ("subset", "instrument", "instrument_id", "uuid4")
-    for row in source.rows("Medley-solos-DB_metadata.csv", *columns):
-        clip = source.clip(f"Medley-solos-DB_{row['subset']}-{row['instrument_id']}_{row['uuid4']}.wav")
-        name = f"Medley-solos-DB-InstrClassification/{splits[row['subset']]}"
-        yield name, item("instrument", clip, row["instrument"])
+    rows = source.rows(["Medley-solos-DB_metadata.csv"], "all")
+    return labels(rows, "Medley-solos-DB-InstrClassification/{subset}", "instrument", "{instrument}", source,
+                  ["Medley-solos-DB_{subset}-{instrument_id}_{uuid4}.wav"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -319,12 +308,11 @@ def crema_d(source):
     layout: AudioWAV/{actor}_{sentence}_{emotion}_{level}.wav (git lfs pull: a zip download holds pointers)
     1076_MTI_SAD_XX is left out: it is silent. One name has a level of one letter.
     """
-    emotions = {"ANG": "angry", "DIS": "disgusted", "FEA": "fearful", "HAP": "happy", "NEU": "neutral",
-                "SAD": "sad"}
-    for clip, code in source.match(r"/\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_\w+\.\w+$",
-                                   "AudioWAV/1001_DFA_ANG_XX.wav"):
-        if "1076_MTI_SAD_XX" not in clip:
-            yield "CREMA-D-EmotionClassification/test", item("emotion", clip, emotions[code])
+    rows = source.match(r"/(?!1076_MTI_SAD_XX)\d{4}_[A-Z]{3}_(?P<label>ANG|DIS|FEA|HAP|NEU|SAD)_\w+\.\w+$",
+                        "AudioWAV/1001_DFA_ANG_XX.wav")
+    emotions = {"ang": "angry", "dis": "disgusted", "fea": "fearful", "hap": "happy", "neu": "neutral",
+                "sad": "sad"}
+    return labels(rows, "CREMA-D-EmotionClassification/test", "emotion", "{label}", spelling=emotions)
 
 
 def ravdess(source):
@@ -334,11 +322,11 @@ def ravdess(source):
     layout: Actor_NN/03-{01 speech,02 song}-{emotion}-{intensity}-{statement}-{repetition}-{actor}.wav
     Speech is test, song test_song. Whether the published score has songs in it is not known.
     """
-    emotions = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
-    for clip, channel, code in source.match(r"/03-(01|02)-(0[1-8])(?:-\d\d){4}\.wav$",
-                                            "Actor_01/03-01-01-01-01-01-01.wav"):
-        split = "test" if channel == "01" else "test_song"
-        yield f"RAVDESS-EmotionClassification/{split}", item("emotion", clip, emotions[int(code) - 1])
+    emotions = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad", "05": "angry", "06": "fearful",
+                "07": "disgusted", "08": "surprised"}
+    for channel, split in ("01", "test"), ("02", "test_song"):
+        rows = source.match(rf"/03-{channel}-(?P<label>0[1-8])(?:-\d\d){{4}}\.wav$", "Actor_01/03-01-01-01-01-01-01.wav")
+        yield from labels(rows, f"RAVDESS-EmotionClassification/{split}", "emotion", "{label}", spelling=emotions)
 
 
 def meld(source):
@@ -349,58 +337,63 @@ def meld(source):
         train, dev, test) with the sound of the mp4s: dia{D}_utt{U}.wav
     dia125_utt3 of train can't be decoded, dia110_utt7 of dev is not there. The times in the CSVs are wrong.
     """
-    folders = {"train": ("train", "train_splits"), "val": ("dev", "dev_splits_complete"),
-               "test": ("test", "output_repeated_splits_test")}
-    for split, path in source.splits(**{s: f"{names[0]}_sent_emo.csv" for s, names in folders.items()}):
-        for row in source.rows(path, "Dialogue_ID", "Utterance_ID", "Emotion", "Sentiment"):
-            name = f"dia{row['Dialogue_ID']}_utt{row['Utterance_ID']}"
-            if (split, name) in (("train", "dia125_utt3"), ("val", "dia110_utt7")):
-                continue
-            clip = source.clip(*(f"{folder}/{name}.wav" for folder in folders[split][::-1]))
-            yield f"MELD-EmotionClassification/{split}", item("emotion", clip, row["Emotion"].lower())
-            yield f"MELD-SentimentClassification/{split}", item("sentiment", clip, row["Sentiment"].lower())
+    folders = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
+    broken = ("train/dia125_utt3.wav", "dev/dia110_utt7.wav")
+    for row in source.rows(["{}_sent_emo.csv"], *folders):
+        file = "dia{Dialogue_ID}_utt{Utterance_ID}.wav".format_map(row)
+        if f"{row['part']}/{file}" not in broken:
+            row["clip"] = source.clip(f"{folders[row['part']]}/{file}", f"{row['part']}/{file}")
+            yield from labels([row], "MELD-EmotionClassification/{part}", "emotion", "{Emotion}")
+            yield from labels([row], "MELD-SentimentClassification/{part}", "sentiment", "{Sentiment}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 
-CONVERTERS = (datasets_qa.clotho_aqa, audiocaps, clotho, fsd50k, cochlscene, nonspeech7k, nsynth, gtzan,
-              medley_solos_db, urbansound8k, esc50, crema_d, ravdess, macs, wavcaps, musiccaps, meld,
-              vocalsound, datasets_qa.music_avqa, datasets_qa.mmau, datasets_qa.muchomusic,
-              datasets_qa.openaqa, datasets_qa.reasonaqa)
+SOURCES = (datasets_qa.clotho_aqa, audiocaps, clotho, fsd50k, cochlscene, nonspeech7k, nsynth, gtzan,
+           medley_solos_db, urbansound8k, esc50, crema_d, ravdess, macs, wavcaps, musiccaps, meld, vocalsound,
+           datasets_qa.music_avqa, datasets_qa.mmau, datasets_qa.muchomusic, datasets_qa.openaqa,
+           datasets_qa.reasonaqa)
 
 
-def main(argv=None):
-    converters = {converter.__name__: converter for converter in CONVERTERS}
-    plain = {name.replace("_", ""): name for name in converters}  # ESC-50, crema-d and Clotho-AQA will do
-    named = lambda text: plain.get(re.sub(r"[^a-z0-9]", "", text.lower()), text)
-    about = "\n\n".join(f"{name}\n    {converter.__doc__.rstrip()}" for name, converter in converters.items())
-    parser = Parser(__doc__, epilog=f"sources:\n\n{about}")
-    parser.add_argument("source", metavar="source", type=named, choices=converters, help="one of those below")
-    parser.add_argument("--from", dest="folder", required=True, help="folder of the source, unpacked")
-    for name, setting in (("to", "dataset_file_root"), ("data_root", "data_root")):
-        parser.add_argument(f"--{name}", default=settings.defaults()[setting], help="default %(default)s")
-    options = parser.parse_args(argv)
-    place_for(os.path.join(options.to, "any.json"))
-    source, manifests = Folder(options.folder), {}
-    try:
-        for name, one in converters[options.source](source):
-            manifests.setdefault(name, []).append(one)
-    except (KeyError, TypeError, IndexError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{source.reading}: not as in {options.source} ({type(error).__name__}: {error}); "
-                         f"--help tells what is expected") from error
-    data_root, done, unreadable = settings.resolve_path(options.data_root), 0, 0
+def find_source(name):
+    """The function of a source; its name in any spelling: ESC-50, crema-d."""
+    names = {source.__name__.replace("_", ""): source for source in SOURCES}
+    plain = re.sub("[^a-z0-9]", "", name.lower())
+    if plain not in names:
+        raise UserError(f"{name!r}: no such source, expected {join_names(list(names), len(names))}")
+    return names[plain]
+
+
+def main(c):
+    if len(c.files) != 1 or not c.from_:
+        raise UserError("expected the name of a source and --from=folder; --help lists the sources")
+    yield_items = find_source(c.files[0])
+    source, data_root = Folder(settings.resolve_path(c.from_)), settings.resolve_path(c.data_root)
+    to = settings.resolve_path(c.to)
+    check_folder_writable(to)
+    manifests = defaultdict(list)
+    for name, item in yield_items(source):
+        task, split = name.split("/")
+        manifests[f"{to}/{task}/{SPLITS.get(split, split)}.json"].append(item)
     for note, count in source.notes.items():
-        print(f"{options.source}: {count} {note}")
-    for name, items in manifests.items():
-        to = place_for(os.path.join(options.to, name + ".json"))
-        counts = write(to, items, split_path_of(source.path, data_root), data_root)
-        done, unreadable = done + counts[0], unreadable + counts[1]
-    if not done:
-        example = next((items[0]["name"] for items in manifests.values()), "any item")
-        raise FileNotFoundError(f"{source.path}: none of the clips of {options.source} can be read, expected "
-                                f"{example!r} and more, as --help tells; nothing is written")
-    return 1 if unreadable else 0
+        print(f"{count} {note}")
+    folder = os.path.relpath(source.path, data_root)
+    if folder.startswith(".."):  # not inside data_root: absolute
+        folder = source.path
+    counts = [write_manifest(file, items, folder, data_root) for file, items in manifests.items()]
+    total, left_out = map(sum, zip(*counts))
+    if not total:
+        raise UserError(f"{source.path}: none of the {left_out} items' clips can be read, nothing is written; "
+                        f"--help describes the expected files")
+    return 1 if left_out else 0
+
+
+def print_sources():
+    for source in SOURCES:
+        print(f"{source.__name__}\n    {source.__doc__}")
 
 
 if __name__ == "__main__":
-    run(main)
+    if "--help" in sys.argv:
+        print_sources()
+    settings.run(main, __file__, reads=("data_root",), files=True)

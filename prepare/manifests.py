@@ -1,146 +1,109 @@
 """What table.py and datasets.py share: reading tables, finding clips, measuring them, writing manifests.
 
-A manifest's item here is {"name": file below the folder, or a list of two and more, "prompt", "output"}, with
-"audio_start" (seconds), "references" and what eval.py groups scores by where a source has them.
+A manifest's item here is {"name": a file below the manifest's folder, or a list of files, "prompt", "output"},
+with "audio_start" (seconds), "duration", "references" and what eval.py groups scores by where a source has them.
+
+CSV and JSON are read with the standard library, so that they need nothing installed; Parquet needs pyarrow
+(requirements-prepare.txt).
 """
-import argparse
 import csv
 import io
-import itertools
 import json
 import os
 import re
-import sys
-import tempfile
-from collections import Counter
-from multiprocessing.pool import ThreadPool
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-import config as settings
-from tools.common import UserError, check_writable, name_disk_errors, read_json
+from tools.common import (UserError, atomic_write, join_names, optional_import, read_json, read_json_lines,
+                          shorten)
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
-VIDEOS = (".mp4", ".mkv", ".webm")
-POINTER = "Git LFS pointers, not sounds (run: git lfs pull)"
-VIDEO = "videos, whose sound is to be extracted first (ffmpeg -i x.mp4 -vn -ac 1 x.wav)"
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 
 
-def decode(path, encoding=None):
-    """-> text and the encoding that was told, or that fits: UTF-8, UTF-16 with its mark, else latin-1."""
+def decode_text(path):
+    """The text of a file: UTF-8, UTF-16 with a byte order mark, else latin-1, with a note."""
     with open(path, "rb") as f:
         content = f.read()
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    for name in [encoding] if encoding else ["utf-16" if utf16 else "utf-8-sig", "latin-1"]:
-        try:
-            return content.decode(name), name.removesuffix("-sig")
-        except UnicodeDecodeError as error:
-            wrong = f"{path}: byte {error.start} is not {name}; give --encoding"
-        except LookupError:
-            wrong = f"encoding = {name!r}: no such encoding"
-    raise UserError(wrong)
-
-
-END = "(the end of the table)"  # a line behind the last
-
-
-def read_csv(path, delimiter=None, encoding=None):
-    """-> [(row number and line, {column: text})], [the columns], how it was read. Cells are not stripped."""
-    text, encoding = decode(path, encoding)
-    first = text.lstrip("\r\n").partition("\n")[0]
-    likely = "\t" if path.lower().endswith(".tsv") else max(",;\t|", key=first.count)
-    delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) or likely
-    if len(delimiter) > 1 or delimiter in '"\r\n':
-        raise UserError(f"delimiter = {delimiter!r}, expected one character, or tab")
-    lines = itertools.chain(io.StringIO(text, newline=""), [END])  # which a quote without its other takes in
-    reader, rows, columns, before = csv.reader(lines, delimiter=delimiter), [], None, 0
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        for cells in reader:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        print(f"note: {path} is not UTF-8, read as latin-1")
+        return content.decode("latin-1")
+
+
+def read_csv(path):
+    """-> {"row 2 (line 3)": {column: text}}. Cells are not stripped, blank lines are skipped; the delimiter is
+    the one of , ; | and tab that the header has most of."""
+    text, rows = decode_text(path), {}
+    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
             where = f"row {len(rows) + 1} (line {reader.line_num})"
-            if cells and cells[-1].endswith(END):
-                if cells != [END]:
-                    raise UserError(f"{path} line {before + 1}: a quote begins in this row that never ends")
-                break
-            before = reader.line_num
-            if columns is None:
-                columns = cells or None  # blank lines may stand before it
-            elif cells and len(cells) != len(columns):
-                raise UserError(f"{path} {where}: {len(cells)} cells, expected {len(columns)}: "
-                                 f"{', '.join(columns)} (delimiter {delimiter!r})")
-            elif cells:  # a blank line is none
-                rows.append((where, dict(zip(columns, cells))))
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: {error}") from error
-    return rows, columns or [], f"delimiter {delimiter!r}, {encoding}"
-
-
-def once(pairs):
-    """The object of these pairs, of which json.load would keep the last of a name."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise UserError(f"{max(names, key=names.count)!r} is there twice")
-    return row
-
-
-def read_json_rows(path, encoding=None):
-    """A JSON list of objects, or one object a line -> as read_csv."""
-    text, encoding = decode(path, encoding)
-    listed, found = text.lstrip().startswith("["), []
-    for i, line in enumerate([text] if listed else text.split("\n"), 1):
-        try:
-            read = json.loads(line, object_pairs_hook=once) if line.strip() else []
-            found += read if listed or not line.strip() else [read]
-        except (ValueError, RecursionError) as error:  # the second: nested a thousand deep
-            where = "" if listed else f" row {i}"
-            raise UserError(f"{path}{where}: not JSON ({error}); expected a list of objects, or an object a "
-                             f"line") from error
-    found = [(f"row {i}", row) for i, row in enumerate(found, 1)]
-    for where, row in found:
-        if not isinstance(row, dict):
-            raise UserError(f"{path} {where}: a {type(row).__name__}, expected an object with the columns")
-    return found, list(dict.fromkeys(name for _, row in found for name in row)), encoding
+            if None in row or None in row.values():  # what DictReader has for cells too many, or too few
+                raise UserError(f"{path} {where}: expected {len(row)} cells: {', '.join(reader.fieldnames)}")
+            rows[where] = row
+    except csv.Error as error:  # e.g. a quote that is never closed
+        raise UserError(f"{path} row {len(rows) + 1}: not CSV ({error})") from error
+    return rows
 
 
 def read_parquet(path):
+    parquet = optional_import("pyarrow.parquet", f"{path}: Parquet", "prepare")
     try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:  # not there, or one that does not fit this numpy
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install -r requirements-prepare.txt "
-                                  f"({error})") from error
-    try:
-        table = parquet.read_table(path)
+        return parquet.read_table(path).to_pylist()
     except (ValueError, OSError) as error:  # pyarrow's own errors are among these
-        raise UserError(f"{path}: not readable as Parquet ({error})") from error
-    rows = [(f"row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
-    return rows, table.column_names, "Parquet"
+        raise UserError(f"{path}: not readable as Parquet ({shorten(error)})") from error
 
 
-def read_table(path, delimiter=None, encoding=None):
-    """-> [(where, {column: value})], [the columns], how it was read."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such table")
-    kind = os.path.splitext(path)[1].lower()
-    if kind == ".parquet":
-        return read_parquet(path)
-    if kind in (".json", ".jsonl", ".ndjson"):
-        return read_json_rows(path, encoding)
-    return read_csv(path, delimiter, encoding)
+def read_table(path):
+    """-> {where: {column: value}} of a CSV, TSV, JSON, JSONL or Parquet file; where: for error messages."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".parquet":
+        rows = read_parquet(path)
+    elif ending == ".jsonl":
+        rows = [row for _, row in read_json_lines(path)]
+    elif ending == ".json":
+        rows = read_json(path)
+    else:
+        return read_csv(path)
+    if isinstance(rows, dict):
+        rows = rows.get("data")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected a list of objects {{column: value}}")
+    return {f"row {i}": row for i, row in enumerate(rows, 1)}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Clips
 
 
+class Row(dict):
+    """{column: value}; a column that is missing is a UserError, which names the file."""
+
+    def __init__(self, cells, path):
+        super().__init__(cells)
+        self.path = path
+
+    def __missing__(self, column):
+        raise UserError(f"{self.path}: no column {column!r}, it has {', '.join(map(repr, self))}")
+
+
 def stem(name):
-    """A file's name without the ending of a sound or video: "18.44.wav" -> "18.44"; "meta.csv" as it is."""
+    """A file's name without the ending of a sound: "18.44.wav" -> "18.44"; "meta.csv" as it is."""
     base, ending = os.path.splitext(name)
-    return base if ending.lower() in SOUNDS + VIDEOS else name
+    return base if ending.lower() in SOUNDS else name
+
+
+def parents(path):
+    """The folders of a path in lower case, the innermost first."""
+    return path.casefold().split("/")[-2::-1]
 
 
 class Folder:
@@ -148,84 +111,71 @@ class Folder:
 
     def __init__(self, path):
         if not os.path.isdir(path):
-            raise FileNotFoundError(f"{path}: no such folder")
-        self.path, self.files, self.notes, self.reading = os.path.abspath(path), {}, Counter(), path
-        for folder, below, names in os.walk(path, followlinks=True):
-            real = os.path.realpath(folder) + os.sep  # a link to a folder above would never end
-            below[:] = [name for name in sorted(below)
-                        if not real.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
-            for name in sorted(names, key=lambda name: (name.lower().endswith(VIDEOS), name)):
+            raise UserError(f"{path}: no such folder")
+        self.path = os.path.abspath(path)
+        self.files = defaultdict(list)  # stem: paths below the folder
+        self.notes = Counter()  # what is left out: how often
+        for folder, folders, names in os.walk(path, followlinks=True):
+            folders.sort()
+            for name in sorted(names):
                 if not name.startswith("."):  # also the "._name" twins of archives made on a Mac
-                    file = os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
-                    self.files.setdefault(stem(name), []).append(file)
+                    self.files[stem(name)].append(os.path.relpath(os.path.join(folder, name), path))
 
     def find(self, *wanted):
-        """The file that is there of "name" or "folder/name"s, the first that fits; None: none, or several.
+        """The file of the first wanted "name" or "folder/name" that is there; None: none, or several.
 
-        Of a sound the ending does not matter. Where folders are given the file's own folder has that name
-        (archives unpack into folders of their own: train/train), and the more of them agree the better."""
+        Of a sound the ending does not matter. Where folders are named the file's own folder must be the last
+        of them (archives unpack into folders of their own: train/train); the more agree the better."""
         for path in wanted:
-            folders, found = path.casefold().split("/")[:-1], {}
-            for file in self.files.get(stem(path.rpartition("/")[2]), ()):
-                there, same = file.casefold().split("/")[:-1], 0
-                while same < min(len(folders), len(there)) and folders[-1 - same] == there[-1 - same]:
-                    same += 1
-                if same or not folders:
-                    found.setdefault(same, {}).setdefault(tuple(there), file)
-            nearest = found[max(found)] if found else {}
-            if len(nearest) == 1:  # of a folder's x.wav and x.flac the first will do
-                return next(iter(nearest.values()))
+            matches = defaultdict(dict)  # number of folders that agree: {folder: its first file}
+            for file in self.files.get(stem(os.path.basename(path)), ()):
+                agree = len(os.path.commonprefix([parents(path), parents(file)]))
+                if agree or "/" not in path:
+                    matches[agree].setdefault(os.path.dirname(file), file)
+            nearest = matches[max(matches, default=0)]
+            if len(nearest) == 1:
+                return nearest.popitem()[1]
+            if nearest:
+                self.notes["names stand for several files: not guessed"] += 1
         return None
 
     def clip(self, *wanted):
-        """The clip's file; where it isn't there the first name that was wanted, which write() reports."""
-        found = self.find(*wanted)
-        if found is None and any(stem(os.path.basename(path)) in self.files for path in wanted):
-            self.notes["clips are there several times, or in a folder of another name: not guessed"] += 1
-        return found or wanted[0]
+        """The clip's file; without one the first name that was wanted, which is then reported as missing."""
+        return self.find(*wanted) or wanted[0]
 
-    def need(self, *wanted):
-        found = self.find(*wanted)
-        if found is None:
-            raise FileNotFoundError(f"{self.path}: expected {' or '.join(map(repr, wanted))} in it")
-        return os.path.join(self.path, found)
-
-    def splits(self, **files):
-        """(split, path of its file or of one of its files) of the splits that are there; one has to be."""
-        wanted = {split: (names,) if isinstance(names, str) else names for split, names in files.items()}
-        there = {split: self.find(*names) for split, names in wanted.items()}
-        if not any(there.values()):
-            self.need(*next(iter(wanted.values())))
-        for split, file in there.items():
-            if file is None:
-                print(f"note: {self.path} has no {wanted[split][0]!r}: split {split} is left out")
+    def parts(self, files, *names):
+        """Yield (part, absolute path of its file) of the named parts of a source, at least of one. files:
+        templates of the file's name, of which the first that is there is taken; {}: the part's name."""
+        empty = True
+        for part in names:
+            wanted = [file.format(part) for file in files]
+            path = self.find(*wanted)
+            if path:
+                yield part, os.path.join(self.path, path)
+                empty = False
             else:
-                yield split, os.path.join(self.path, file)
+                print(f"note: {self.path} has no {' or '.join(wanted)}")
+        if empty:
+            raise UserError(f"{self.path}: expected {' or '.join(files)} of {join_names(names)} in it")
+
+    def rows(self, files, *names):
+        """Yield the rows of the parts' tables, with "part", and "split" where the table has no such column."""
+        for part, path in self.parts(files, *names):
+            for cells in read_table(path).values():
+                yield Row({"part": part, "split": part} | cells, path)
 
     def match(self, pattern, example):
-        """(file, *groups) of the files whose path fits, of one name the first; example: what is expected."""
-        rows = []
-        for files in self.files.values():
-            sounds = [file for file in files if file.lower().endswith(SOUNDS)]
-            hits = [(file, re.search(pattern, "/" + file)) for file in sounds]
-            rows += [(file, *hit.groups()) for file, hit in hits if hit][:1]
+        """Rows with "clip" and the named groups of the pattern, of files whose path fits; of one name the
+        first. example: what is expected."""
+        rows = {}
+        for name, files in self.files.items():
+            for file in files:
+                fit = re.search(pattern, "/" + file)
+                if fit:
+                    rows.setdefault(name, {"clip": file} | fit.groupdict())
         if not rows:
-            raise FileNotFoundError(f"{self.path}: expected files such as {example!r} in it")
-        return sorted(rows)
-
-    def rows(self, path, *columns):
-        """Dicts of a table with these columns; path: absolute, or as in need."""
-        path = self.reading = path if os.path.isabs(path) else self.need(path)
-        rows, there, _ = read_table(path)
-        for column in columns:
-            if column not in there:
-                raise UserError(f"{path}: no column {column!r}, expected {', '.join(columns)}; "
-                                 f"it has {', '.join(map(repr, there))}")
-        return [row for _, row in rows]
-
-    def json(self, path):
-        self.reading = os.path.join(self.path, path)
-        return read_json(self.reading)
+            raise UserError(f"{self.path}: expected files such as {example} in it")
+        return list(rows.values())
 
 
 def seconds_of(path):
@@ -235,116 +185,70 @@ def seconds_of(path):
         return "missing"
     try:
         frames, rate = count_frames(path)
-        return frames / rate if frames else "empty"
-    except Exception:  # whatever a decoder says of a damaged file, it is one of many
+    except Exception:  # whatever a decoder raises for a damaged file: it is one of many
         with open(path, "rb") as f:
             pointer = f.read(40).startswith(b"version https://git-lfs")
-        video = path.lower().endswith(VIDEOS)
-        return POINTER if pointer else VIDEO if video else "not readable as sound"
-
-
-def measure(paths, name):
-    """{path: seconds, or in words why there are none}, in parallel."""
-    paths = list(dict.fromkeys(paths))
-    with ThreadPool(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        found = pool.imap(seconds_of, paths, chunksize=64)
-        return dict(zip(paths, tqdm(found, desc=name, total=len(paths), unit="clip", disable=None)))
+        return "Git LFS pointers (run: git lfs pull)" if pointer else "not readable as sound"
+    return frames / rate if frames else "empty"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Manifests
 
 
-def split_path_of(folder, data_root):
-    """The folder relative to data_root where it is inside, else absolute."""
-    folder, data_root = os.path.abspath(folder), os.path.abspath(data_root)
-    inside = os.path.commonpath([folder, data_root]) == data_root
-    return os.path.relpath(folder, data_root).replace(os.sep, "/") if inside else folder
+def clip_names(item):
+    return item["name"] if isinstance(item["name"], list) else [item["name"]]
 
 
-def paths_of(item, folder):
-    names = [item["name"]] if isinstance(item["name"], str) else item["name"]
-    return [os.path.join(folder, name) for name in names]
-
-
-def with_duration(item, folder, seconds):
-    """The item with the seconds that it hears from audio_start on, of all its clips; or why it can't be."""
+def measure_item(item, seconds):
+    """Set the duration of an item that has none: the seconds from audio_start on of all its clips. seconds:
+    {clip: its seconds, or why there are none}. -> why the item can't be used, or None."""
     if not item["prompt"].strip():
         return "without a question"
-    if not item["output"].strip() and "choices" not in item:  # there are tests that keep their answers back
+    if not item["output"].strip() and "choices" not in item:  # some benchmarks keep their answers back
         return "without an answer"
-    start, total = item.get("audio_start", 0), 0
-    for path in paths_of(item, folder):
-        if isinstance(seconds[path], str):
-            return seconds[path]
-        if seconds[path] <= start:
-            return "shorter than their audio_start"
-        total += seconds[path] - start
-    return item if "duration" in item else item | {"duration": round(total, 3)}
+    total = 0
+    for clip in clip_names(item):
+        if ".." in clip.split("/"):
+            return "outside of the folder"
+        if isinstance(seconds[clip], str):
+            return seconds[clip]
+        rest = seconds[clip] - item.get("audio_start", 0)
+        if rest <= 0:
+            return "shorter than audio_start"
+        total += rest
+    item.setdefault("duration", round(total, 3))
+    return None
 
 
-def place_for(path):
-    """The manifest's place as an absolute path; told before the long work if nothing can be written there."""
-    path = os.path.abspath(settings.resolve_path(path))
-    check_writable(path)
-    return path
+def save_manifest(file, split_path, items):
+    """Write <...>/<Name-Task>/<split>.json, whole or not at all."""
+    task, split = file.removesuffix(".json").split("/")[-2:]
+    data = {str(i): item for i, item in enumerate(items)}
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with atomic_write(file) as f:
+        json.dump({"split": split, "split_path": split_path, "flamingo_task": task, "total_num": len(items),
+                   "data": data}, f, indent=1)
 
 
-def write(to, items, split_path, data_root):
-    """Write the items whose clips can be read to <...>/<Name-Task>/<split>.json, whole or not at all, and say
-    what is left out. -> number of items, of those left out; without an item nothing is written."""
-    from data import Manifest
-    folder, name = os.path.join(data_root, split_path), "/".join(to.removesuffix(".json").split(os.sep)[-2:])
-    seconds = measure((path for item in items for path in paths_of(item, folder)), name)
-    done = [with_duration(item, folder, seconds) for item in items]
-    good = [item for item in done if not isinstance(item, str)]
-    for why in dict.fromkeys(why for why in done if isinstance(why, str)):
-        names = [item["name"] for item, reason in zip(items, done) if reason == why]
-        shown = list(dict.fromkeys(map(repr, names)))
-        shown = shown[:3] + ["..."] * (len(shown) > 3)
-        print(f"{name}: the clips of {len(names)} of {len(items)} items are {why}: {', '.join(shown)}")
+def write_manifest(file, items, split_path, data_root):
+    """Write the items whose clips can be read, if any, and print what is left out. -> number of items written,
+    of those left out."""
+    paths = {clip: os.path.join(data_root, split_path, clip) for item in items for clip in clip_names(item)}
+    with ThreadPoolExecutor(16) as pool:
+        measured = pool.map(seconds_of, paths.values())
+        seconds = dict(zip(paths, tqdm(measured, "clips", len(paths), disable=None)))
+    good, left_out = [], defaultdict(list)  # why: names
+    for item in items:
+        reason = measure_item(item, seconds)
+        if reason:
+            left_out[reason].append(repr(item["name"]))
+        else:
+            good.append(item)
+    for reason, names in left_out.items():
+        print(f"{file}: {len(names)} of {len(items)} items are left out, {reason}: {join_names(names, 3)}")
     if good:
-        task, split = name.split("/")
-        content = {"split": split, "split_path": split_path, "flamingo_task": task, "total_num": len(good)}
-        place = os.path.dirname(to)
-        os.makedirs(place, exist_ok=True)
-        with name_disk_errors(to), tempfile.TemporaryDirectory(prefix=".", dir=place) as tmp:  # checked, then moved
-            file = os.path.join(tmp, task, split + ".json")
-            os.makedirs(os.path.dirname(file))
-            with open(file, "w") as f:
-                f.write(json.dumps(content)[:-1] + ', "data": {\n')  # an item a line
-                lines = (f'"{i}": {json.dumps(item, allow_nan=False)}' for i, item in enumerate(good))
-                f.write(",\n".join(lines) + "}}\n")
-            try:
-                Manifest(file, data_root)
-            except ValueError as error:
-                raise UserError(str(error).replace(file, to)) from None
-            os.replace(file, to)
+        save_manifest(file, split_path, good)
         hours = sum(item["duration"] for item in good) / 3600
-        print(f"{name}: {len(good)} items, {hours:.2f} h -> {to}")
+        print(f"{file}: {len(good)} items, {hours:.2f} h")
     return len(good), len(items) - len(good)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Scripts
-
-
-class Parser(argparse.ArgumentParser):
-    """One line about what is wrong, as every script here."""
-
-    def __init__(self, doc, **more):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False, **more)
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def run(main):
-    """Exit code of main(): 0 done, 1 done but some clips were left out, 2 not done, with one line why."""
-    try:
-        sys.exit(main())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(print("error: " + " ".join(str(error).split("\n")), file=sys.stderr) or 2)

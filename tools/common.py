@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,24 @@ def atomic_write(path, mode="w"):
         with suppress(OSError):
             os.remove(temporary)
         raise
+
+
+@contextmanager
+def new_folder(path):
+    """A folder to fill, which becomes the one at `path` when the block ends: whole, or not at all. OSError where
+    something is there already; what a killed run left half-made is removed."""
+    check_folder_writable(path)
+    if os.path.lexists(path):
+        os.rmdir(path)  # an empty folder
+    temporary = path + ".tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    try:
+        with name_disk_errors(path):
+            yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -229,8 +229,8 @@ ROWS = [{"path": "a.wav", "label": "dog, small"}, {"path": "b.wav", "label": "ca
 def test_tables(name, content, make_manifest, tmp_path, capsys):
     if content is None:
         pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (requirements-prepare.txt)")
-        import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows")
         content = (tmp_path / "rows").read_bytes()
     assert make_manifest(name, content, *ASK) == 0
     same = {"prompt": "What is heard?", "duration": 0.2}

@@ -9,11 +9,11 @@
 Answers go to <results>/<Name-Task>--<split>.jsonl, one item a line; started again, only missing ones are
 answered. Decoding is greedy, 256 new tokens at most. Rules by task name, see METRICS; --metric overrides.
 """
-import json
 import os
 import re
 import signal
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,19 +24,17 @@ import config as settings
 from checkpoint import fingerprint
 from data import Clips, Manifest, truncation_warning
 from sample import load_weights, read_model
-from tools.common import UserError, commit, name_disk_errors
-from tools.eval import answers
+from tools.common import UserError, check_folder_writable, check_writable, commit, name_disk_errors
 from tools.eval import records
-from tools.eval import report as pages
-from tools.eval import results as table
 from tools.eval.captions import captioning
-from tools.eval.clap_text import text_tower
+from tools.eval.clap_text import pick_text_encoder
+from tools.eval.parsing import (answer_text, item_options, labels_of, marks_in, normalise, option_named, options_of,
+                                reference_option, split_mark)
+from tools.eval.report import result_lines, results_row, write_report
 from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth
-from tools.eval.compare import compare
-from tools.sample.decoding import Sampling, answer_items
+from tools.eval.stats import compare_systems
 from tools.sample.attention_map import attention_over_time
-from tools.eval.parsing import (labels_of, mark_of, marks_in, normalise, option_named, options_of,
-                           reference_option, said)
+from tools.sample.decoding import Sampling, answer_items
 
 split: str = ""  # Name-Task/split, or several separated by commas
 init_from: str | None = None  # run, checkpoint file, release directory or hub id; None: the newest run
@@ -55,112 +53,113 @@ compile: bool = False  # torch.compile for the decoding step: a minute first, th
 READS = (*settings.LOADING, "expdir", "dataset_file_root", "data_root", "num_workers", "device", "precision")
 
 # ------------------------------------------------------------------------------------------------------------
-# Rules: items [{"prompt", "output" (what the manifest says), "answer" (what the model said)}] -> figures, the
-# headline first: a list of what every item counts (None: it does not), or a number or word as it is. They set
-# "score" on the items, the headline's value. An empty answer is wrong under every rule.
+# Rules: items {"prompt", "output" (the reference answer), "answer"} -> {figure: value}, the headline first. A list
+# holds a value per item (None: the item does not count in this figure) and gets a mean and an interval; numbers and
+# words are printed as they are. An empty answer is wrong under every rule.
 
 
-def official_mmau(right, answer, options):
-    """MMAU's token rule: all tokens of the right option said, and none that only another option has."""
-    right, answer, *others = (set(re.findall(r"\b\w+\b", text.lower())) for text in (right, answer, *options))
+def official_mmau(reference, answer, options):
+    """MMAU's token rule: all tokens of the right option, and none that only another option has."""
+    right, answer, *others = (set(re.findall(r"\b\w+\b", text.lower())) for text in (reference, answer, *options))
     return float(bool(answer) and right <= answer and not answer & (set().union(*others) - right))
 
 
 def multiple_choice(items):
-    """MMAU's official rule on the options' texts: "accuracy" with the answer as it is. Beside it without a
-    leading mark: "(A) woman and child" is wrong as it is where another option holds "a". And "as read": the
-    option that the answer names to a reader, by letter, text or both."""
-    bare, read, chances = [], [], []
+    """MMAU's official rule on the options' texts: "accuracy" with the answer as it is. Beside it without a leading
+    mark: "(A) woman and child" is wrong officially where another option holds "a". And "as read": the option that
+    the answer names to a reader, by letter, text or both."""
+    official, mark_stripped, as_read, chances = [], [], [], []
     for item in items:
-        options, answer = item.get("choices") or options_of(item["prompt"]), said(item)
+        options, answer = item_options(item), answer_text(item)
         right = reference_option(item["output"], options)
         named = option_named(answer, options) if answer else None
         item["predicted"] = None if named is None else options[named]
-        item["score"] = official_mmau(right, answer, options)
-        bare.append(official_mmau(right, mark_of(answer, len(options))[1] or answer, options))
-        read.append(float(named is not None and normalise(options[named]) == normalise(right)))
+        official.append(official_mmau(right, answer, options))
+        mark_stripped.append(official_mmau(right, split_mark(answer, len(options))[1] or answer, options))
+        as_read.append(float(named is not None and normalise(options[named]) == normalise(right)))
         chances.append(1 / max(len(options), 1))
-    return {"accuracy": [item["score"] for item in items], "mark stripped": bare, "as read": read,
+    return {"accuracy": official, "mark stripped": mark_stripped, "as read": as_read,
             "chance": sum(chances) / len(chances)}
 
 
 def muchomusic(items):
-    """MuChoMusic: the one option letter that stands alone, else the first option whose text is contained,
-    else unanswered. An answer that is an option's text names it: the A of "A female voice" is an article."""
+    """MuChoMusic: the one option letter that stands alone, else the first option whose text is contained, else
+    unanswered. An answer that is an option's text names it: the A of "A female voice" is an article."""
+    right, unanswered = [], []
     for item in items:
-        options, answer = item.get("choices") or options_of(item["prompt"]), said(item)
-        whole = [i for i, option in enumerate(options) if normalise(option) == normalise(answer)]
-        chosen = whole[:1] or list(marks_in(answer, len(options), capitals=True))
+        options, answer = item_options(item), answer_text(item)
+        chosen = [i for i, option in enumerate(options) if normalise(option) == normalise(answer)][:1]
+        chosen = chosen or list(marks_in(answer, len(options), capitals=True))
         if len(chosen) != 1:
             chosen = [i for i, option in enumerate(options) if option.lower() in answer.lower()]
         item["predicted"] = options[chosen[0]] if chosen else None
-        right = normalise(reference_option(item["output"], options))
-        item["score"] = float(bool(chosen) and normalise(item["predicted"]) == right)
-    return {"accuracy": [item["score"] for item in items],
-            "unanswered": [float(item["predicted"] is None) for item in items], "chance": 0.25}
+        reference = normalise(reference_option(item["output"], options))
+        right.append(float(bool(chosen) and normalise(item["predicted"]) == reference))
+        unanswered.append(float(not chosen))
+    return {"accuracy": right, "unanswered": unanswered, "chance": 0.25}
 
 
 def clotho_aqa(items):
-    """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike;
-    non-binary: those no one answered with yes or no, right if the answer equals any of the three. Others do
-    not count."""
-    unanimous, other = [], []
+    """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike; non-binary:
+    those that none answered with yes or no, right if the answer equals any of the three. Others do not count."""
+    accuracy, unanimous, non_binary = [], [], []
     for item in items:
-        three, answer = [normalise(text) for text in item["output"].split(",")], said(item)
+        three, answer = [normalise(text) for text in item["output"].split(",")], answer_text(item)
         binary = [text in ("yes", "no") for text in three]
         right = float(bool(answer) and normalise(answer) in three)
         unanimous.append(right if all(binary) and len(set(three)) == 1 else None)
-        other.append(None if any(binary) else right)
-        item["score"] = unanimous[-1] if unanimous[-1] is not None else other[-1]
-    return {"accuracy": [item["score"] for item in items], "unanimous": unanimous, "non-binary": other}
+        non_binary.append(None if any(binary) else right)
+        accuracy.append(non_binary[-1] if unanimous[-1] is None else right)
+    return {"accuracy": accuracy, "unanimous": unanimous, "non-binary": non_binary}
 
 
 def exact_match(items):
     """The same labels in any order, after lower-casing and dropping punctuation and articles."""
+    right = []
     for item in items:
-        item["predicted"] = said(item)
-        item["score"] = float(bool(said(item)) and labels_of(said(item)) == labels_of(item["output"]))
-    return {"accuracy": [item["score"] for item in items],
-            "chance": 1 / len({normalise(item["output"]) for item in items})}
+        item["predicted"] = answer_text(item)
+        right.append(float(bool(item["predicted"]) and labels_of(item["predicted"]) == labels_of(item["output"])))
+    return {"accuracy": right, "chance": 1 / len({normalise(item["output"]) for item in items})}
 
 
-# The first pattern found in Name-Task decides; of the last two, prompts with options go by multiple_choice.
-METRICS = ((r"MuChoMusic", muchomusic), (r"MMAU", multiple_choice), (r"Clotho-AQA", clotho_aqa),
+# The first pattern found in Name-Task decides; instead of the last two, prompts with options take multiple_choice.
+METRICS = [(r"MuChoMusic", muchomusic), (r"MMAU", multiple_choice), (r"Clotho-AQA", clotho_aqa),
            (r"Entailment", entailment), (r"CMM", cmm), (r"FSD50k", multi_label), (r"NSynth", nsynth),
            (r"AudioCaptioning|AudioDescription|Tagging", captioning),
            (r"(Event|Scene|Emotion|Sentiment|Genre|Instr|Vocal)Classification|MIR$", closed_set),
-           (r"", exact_match))
-RULES = {rule.__name__: rule for _, rule in METRICS}
+           (r"", exact_match)]
 
 
-def choose_rule(task, items, name=None):
-    if name is not None:
-        if name not in RULES:
-            raise UserError(f"metric = {name!r}, expected one of {', '.join(RULES)}")
-        return RULES[name]
+def choose_rule(task, items, metric=None):
+    """The rule of that name, else the one that belongs to the task."""
+    rules = {rule.__name__: rule for _, rule in METRICS}
+    if metric is not None:
+        if metric not in rules:
+            raise UserError(f"metric = {metric!r}, expected one of {', '.join(rules)}")
+        return rules[metric]
     rule = next(rule for pattern, rule in METRICS if re.search(pattern, task, re.I))
-    listed = sum(bool(options_of(item["prompt"])) for item in items)
-    return multiple_choice if rule in (exact_match, closed_set) and listed > len(items) / 2 else rule
+    with_options = sum(bool(options_of(item["prompt"])) for item in items)
+    return multiple_choice if rule in (exact_match, closed_set) and with_options > len(items) / 2 else rule
 
 
-def score_split(name, items, c, clap=None):
-    """Score the items by their task's rule, print the row of the table and return it. Items without a
-    reference (MMAU's test split) are not scored. clap: a CLAP checkpoint, whose text encoder closed sets
-    use."""
+def score_split(name, items, c, clap_checkpoint=None):
+    """Set "score" on the items by their task's rule, print the results row and return it. Items without a reference
+    (MMAU's test split) are not scored. clap_checkpoint: its text encoder is used for closed sets."""
     rule = choose_rule(name.split("/")[0], items, c.metric)
-    counted = []
+    counted, context = [item for item in items if item["output"].strip() or rule is captioning], {}
     for item in items:
         item["score"] = None
-        if item["output"].strip() or rule is captioning:
-            counted.append(item)
-    extra = {}
     if rule in (closed_set, multi_label, nsynth):
-        extra = {"labels": c.labels and records.read_labels(c.labels), "embed": text_tower(clap, c)}
-    figures = rule(counted, **extra) if counted else {"accuracy": None}
-    row = table.row_of(figures, counted, rule.__name__)
+        context = {"labels": records.read_labels(c.labels), "embed": pick_text_encoder(clap_checkpoint, c)}
+    figures = rule(counted, **context) if counted else {"accuracy": None}
+    headline = next(iter(figures.values()))
+    if isinstance(headline, list):
+        for item, score in zip(counted, headline):
+            item["score"] = score
+    row = results_row(figures, counted, rule.__name__)
     if len(counted) < len(items):
         row["without a reference"] = len(items) - len(counted)
-    print(*table.lines_of(name, row), sep="\n", flush=True)
+    print(*result_lines(name, row), sep="\n", flush=True)
     return row
 
 
@@ -168,161 +167,167 @@ def score_split(name, items, c, clap=None):
 # Answers
 
 
-def answer_split(model, manifest, path, c, matters, about, rank, world):
-    """Answer what is not kept yet, this rank's share of it; -> on rank 0 all items in manifest order."""
-    if rank == 0:
-        answers.set_aside(path, matters)
-    wait(world)
-    done = answers.kept(path, manifest, matters)
-    wait(world)  # all ranks have read before one writes: the same shares
-    clips = Clips([manifest], None, model.audio_config)
-    todo = sorted(set(range(len(manifest))) - set(done))[rank::world]
-    loader = DataLoader(clips, batch_size=None, sampler=todo, num_workers=min(c.num_workers, len(todo)))
-    bar = tqdm(total=len(todo), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
-    heard = []  # (index, clip) of the items that can be answered, in the order in which they are read
-    with name_disk_errors(path), answers.open_part(path, matters, rank, about) as f, bar:
-        def write(i, clip, text):
-            item = {"id": i} | answers.question_of(manifest, i) | {"answer": text}
+def answer_split(model, manifest, stem, identity, c, rank, world):
+    """Answer what is not cached, this rank's share of it; -> on rank 0 all items, in the manifest's order."""
+    keys = [records.answer_key(identity, manifest[i]) for i in range(len(manifest))]
+    cached = records.read_cache(stem)
+    missing = [i for i, key in enumerate(keys) if key not in cached]
+    changed = records.changed_identity(stem + ".jsonl", identity)
+    if rank == 0 and missing and (cached or changed):
+        print(f"{manifest.name}: asking {len(missing)} of {len(keys)} questions, the other answers are cached",
+              *changed, sep=" | ", file=sys.stderr, flush=True)
+    barrier(world)  # all ranks have read the cache before one writes: the same shares
+    clips, share = Clips([manifest], None, model.audio_config), missing[rank::world]
+    loader = DataLoader(clips, batch_size=None, sampler=share, num_workers=min(c.num_workers, len(share)))
+    pending = []  # (index, clip) of the questions that the model was asked
+    path = f"{stem}.cache{rank}.jsonl"
+    bar = tqdm(total=len(share), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
+    with name_disk_errors(path), open(path, "a") as f, bar:
+
+        def keep(i, clip, text):
+            entry = {"answer": text}
             if "error" in clip:
-                item["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
+                entry["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
             elif clip["truncated_seconds"]:
-                item["unheard"] = round(clip["truncated_seconds"], 2)  # seconds beyond what is heard
-            f.write(json.dumps(item, ensure_ascii=False) + "\n")
-            f.flush()
+                entry["truncated_seconds"] = round(clip["truncated_seconds"], 2)
+            records.append_answer(f, keys[i], entry)
             bar.update()
 
         def questions():
-            for i, clip in zip(todo, loader):
+            for i, clip in zip(share, loader):
                 if "error" in clip:
-                    write(i, clip, "")
+                    keep(i, clip, "")
                 else:
-                    heard.append((i, clip))
+                    pending.append((i, clip))
                     yield clip["prompt"], clip.pop("windows"), clip["n_windows"]
 
-        for index, text in answer_items(model, questions(), c.eval_batch_size,
-                                        Sampling(max_new_tokens=c.max_new_tokens)):
-            write(*heard[index], text)
-    wait(world)
-    if rank:
-        return []
-    done = answers.kept(path, manifest, matters)
-    items = [done[i] for i in range(len(manifest))]
-    for item, question in zip(items, manifest.items):  # references, choices, sub-categories: those of now
-        item.update({key: question[key] for key in records.KEPT if key in question})
-    return items
+        sampling = Sampling(max_new_tokens=c.max_new_tokens)
+        for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
+            keep(*pending[index], text)
+    barrier(world)
+    cached = records.read_cache(stem) if rank == 0 else {}
+    return [records.item_of(manifest, i, cached[key]) for i, key in enumerate(keys) if rank == 0]
 
 
-def wait(world):
+def barrier(world):
     if world > 1:
         dist.barrier()
 
 
 def open_split(name, c):
-    """The manifest Name-Task/split; also MMAU's official question file in its place, or by its path."""
-    data_root, folder = settings.resolve_path(c.data_root), settings.resolve_path(c.dataset_file_root)
-    path = name if name.endswith(".json") else os.path.join(folder, name + ".json")
+    """The manifest Name-Task/split; also MMAU's official question file in its place."""
+    path = os.path.join(settings.resolve_path(c.dataset_file_root), name + ".json")
+    open_manifest = partial(Manifest, data_root=settings.resolve_path(c.data_root))
     if os.path.isfile(path) and records.is_official(path):
-        return records.open_questions(path, name, lambda file: Manifest(file, data_root))
-    return Manifest(path, data_root)
+        return records.open_questions(path, name, open_manifest)
+    return open_manifest(path)
+
+
+def start_ranks(c):
+    """-> rank, number of ranks; each takes a GPU of its own where there are any."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+        if c.device == "auto" and torch.cuda.is_available():
+            c.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return rank, world
+
+
+def check_outputs(c, folder):
+    """Fail before the long work where results could not be written or labels not be read."""
+    if folder:
+        check_folder_writable(folder)
+    if c.scores:
+        check_writable(settings.resolve_path(c.scores))
+        records.read_scores(settings.resolve_path(c.scores))
+    records.read_labels(c.labels)
+
+
+def results_folder(c, source):
+    """--results; else eval/ in the run, or out/eval/<model> for a release."""
+    if c.results:
+        return settings.resolve_path(c.results)
+    path = settings.resolve_path(source)
+    path = os.path.dirname(path) if os.path.isfile(path) else path
+    if os.path.isdir(path) and not os.path.isdir(os.path.join(path, "safe_ckpt")):
+        return os.path.join(path, "eval")
+    return settings.resolve_path(os.path.join("out/eval", source.strip("/").replace("/", "--")))
 
 
 def main(c):
     names = [name.strip() for name in c.split.split(",") if name.strip()]
     if not names:
         raise UserError("give --split Name-Task/split, of dataset_file_root, e.g. Clotho-AQA-AQA/test")
-    if c.metric is not None:
-        choose_rule("", [], c.metric)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo")
-        if c.device == "auto" and torch.cuda.is_available():
-            c.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    roots = {"dataset_file_root", "data_root"} - set(c.user_set)
-    if "dataset_file_root" not in roots:  # a wrong split is told before a model is looked for, ...
-        manifests = {name: open_split(name, c) for name in names}
+    choose_rule("", [], c.metric)
+    rank, world = start_ranks(c)
     source, model, state = read_model(c)
-    for root in roots:  # not given: where the run's own data is
+    for root in {"dataset_file_root", "data_root"} - set(c.user_set):  # by default the run's own data
         setattr(c, root, getattr(model.config, root))
-    if roots:  # ... or at least before weights are loaded
-        manifests = {name: open_split(name, c) for name in names}
-    for manifest in manifests.values():
-        if not len(manifest):
-            raise UserError(f"{manifest.file}: holds no item to score")
-    folder = answers_folder(c, source)
-    records.check_places(c, folder)
+    manifests = {name: open_split(name, c) for name in names}
+    folder = results_folder(c, source)
+    check_outputs(c, folder)
     model = load_weights(c, source, model, state)
-    matters = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
-               "max_new_tokens": c.max_new_tokens, "hearing": model.audio_config}
+    identity = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
+                "max_new_tokens": c.max_new_tokens, "audio": model.audio_config}
     os.makedirs(folder, exist_ok=True)
-    rows, kept = {}, {}
+    rows, items = {}, {}
     for name, manifest in manifests.items():
-        path = os.path.join(folder, name.replace("/", "--") + ".jsonl")
-        about = {"model": source, "manifest": manifest.file, "commit": commit()}
-        items = answer_split(model, manifest, path, c, matters, about, rank, world)
+        stem = os.path.join(folder, name.replace("/", "--"))
+        items[name] = answer_split(model, manifest, stem, identity, c, rank, world)
         if rank == 0:
-            kept[name] = items
-            rows[name] = score_split(name, items, c, model.config.clap_checkpoint)
-            answers.finish(path, items, matters, about)
+            rows[name] = score_split(name, items[name], c, model.config.clap_checkpoint)
+            header = {"identity": identity, "model": source, "manifest": manifest.file, "commit": commit()}
+            records.write_items(stem + ".jsonl", items[name], header)
             if "audio_id" in manifest.items[0]:
-                records.write_official(path.removesuffix("l"), manifest.items, items)
-            unheard = [item["unheard"] for item in items if "unheard" in item]
-            if unheard:
-                print(truncation_warning(len(items), len(unheard), sum(unheard), model.audio_config), flush=True)
+                records.write_official(stem + ".json", manifest.items, items[name])
+            truncated = [item["truncated_seconds"] for item in items[name] if "truncated_seconds" in item]
+            if truncated:
+                print(truncation_warning(len(items[name]), len(truncated), sum(truncated), model.audio_config))
     if rank == 0 and c.scores:
-        table.add_scores(settings.resolve_path(c.scores), rows)
+        records.add_scores(settings.resolve_path(c.scores), rows)
     if rank == 0 and c.report:
-        def load(name, item):  # as the model heard it
+        def load(name, item):
+            """-> the windows as the model got them, and its attention after the prompt (of one clip)."""
             clip = Clips([manifests[name]], None, model.audio_config)[item["id"]]
             if "error" in clip:
                 raise UserError(clip["error"])
-            windows, several = clip["windows"], len(clip["n_windows"]) > 1
-            return windows, None if several else attention_over_time(model, item["prompt"], windows)
+            windows, single = clip["windows"], len(clip["n_windows"]) == 1
+            return windows, attention_over_time(model, item["prompt"], windows) if single else None
 
-        pages.write_report(os.path.join(folder, "report.html"), rows, kept, load,
-                           rate=model.audio_config["sample_rate"])
-    wait(world)
-
-
-def answers_folder(c, source):
-    """--results; else eval/ in the run, or out/eval/<model> for a release."""
-    if c.results:
-        return settings.resolve_path(c.results)
-    run = settings.resolve_path(source)
-    run = os.path.dirname(run) if os.path.isfile(run) else run
-    if not os.path.isdir(run) or os.path.isdir(os.path.join(run, "safe_ckpt")):
-        return settings.resolve_path(os.path.join("out/eval", source.strip("/").replace("/", "--")))
-    return os.path.join(run, "eval")
+        write_report(os.path.join(folder, "report.html"), rows, items, load, model.audio_config["sample_rate"])
+    barrier(world)
 
 
-def score_files(c):
+def score_file(c):
     """Score the answers of any system."""
     if not c.task or len(c.files) != 1:
         raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
     items, folder = records.read_answers(c.files[0]), c.results and settings.resolve_path(c.results)
-    records.check_places(c, folder)
+    check_outputs(c, folder)
     row = score_split(c.task, items, c, c.clap_checkpoint)
     if folder:
         os.makedirs(folder, exist_ok=True)
         records.write_items(os.path.join(folder, c.task.replace("/", "--") + ".jsonl"), items)
         if c.report:
-            pages.write_report(os.path.join(folder, "report.html"), {c.task: row}, {c.task: items})
+            write_report(os.path.join(folder, "report.html"), {c.task: row}, {c.task: items})
     if c.scores:
-        table.add_scores(settings.resolve_path(c.scores), {c.task: row})
+        records.add_scores(settings.resolve_path(c.scores), {c.task: row})
 
 
 def compare_files(c):
-    """The paired test of two systems' answers; --task scores them first."""
+    """The paired comparison of two systems' answers; --task scores them first."""
     if len(c.files) != 2:
         raise UserError("usage: eval.py compare a.jsonl b.jsonl [--task=Name-Task]")
-    both = [records.read_answers(path) for path in c.files]
+    systems = [records.read_answers(path) for path in c.files]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
-    for items in both if c.task else ():
-        score_split(c.task, items, c, c.clap_checkpoint)
-    compare(*both, names=c.files)
+    if c.task:
+        for items in systems:
+            score_split(c.task, items, c, c.clap_checkpoint)
+    compare_systems(*systems, names=c.files)
 
 
 if __name__ == "__main__":
-    command = {"score": score_files, "compare": compare_files}.get("".join(sys.argv[1:2]))
+    command = {"score": score_file, "compare": compare_files}.get("".join(sys.argv[1:2]))
     if command:
         del sys.argv[1]
     settings.run(command or main, "eval.py", READS, files=bool(command))

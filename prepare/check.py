@@ -221,15 +221,16 @@ def bars(values, unit, most=16):
 
 def seen(manifest, i, audio_config, tokenizer, max_tokens):
     """An item as the model gets it: windows to listen to, tokens with those that are learnt marked."""
-    from tools.eval.report import sound as player
+    from tools.html_page import audio_player, image, log_mel_figure
     clip = Clips([manifest], np.array([[0, i]]), audio_config)[0]
     if clip["windows"] is None:
         return ""
     heard = f"<p>{html.escape(clip['path'])}: {' + '.join(map(str, clip['n_windows']))} windows</p>"
     try:
-        heard += player(clip["windows"], None, audio_config["sample_rate"])
-    except ModuleNotFoundError as error:
-        heard += f"<p>no picture: {html.escape(str(error))}; pip install -r requirements-eval.txt</p>"
+        rate = audio_config["sample_rate"]
+        heard += audio_player(clip["windows"], rate) + image(log_mel_figure(clip["windows"], rate))
+    except UserError as error:  # no matplotlib
+        heard += f"<p>{html.escape(str(error))}</p>"
     pair = clip["prompt"], clip["output"]
     if tokenizer is None:
         return heard + f"<pre>{html.escape(pair[0])}\n<b>{html.escape(pair[1])}</b></pre>"
@@ -247,7 +248,7 @@ STYLE = """<style>.bar { background: #69c; height: 1em; display: inline-block; m
 
 
 def write_page(path, opened, found, told, audio_config, tokenizer, c):
-    from tools.eval.report import PAGE
+    from tools.html_page import html_page
     body, causes = [STYLE, "<table><tr><th>manifest<th>items<th>good<th>hours"], defaultdict(list)
     for manifest, of_one in zip(opened, found):
         for i, problem in sorted(of_one.problems.items()):
@@ -272,7 +273,7 @@ def write_page(path, opened, found, told, audio_config, tokenizer, c):
         body.append(f'<div class="item"><h3>{html.escape(opened[m].name)} {i}</h3>{told}</div>')
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with atomic_write(path) as f:
-        f.write(PAGE.format(title="Data", body="\n".join(body)))
+        f.write(html_page("Data", "\n".join(body)))
     print(f"report: {path}")
 
 

@@ -92,7 +92,7 @@ def draw_log_mel(axes, windows, sample_rate):
     from model import log_mel, to_float
     windows = to_float(torch.as_tensor(windows))
     seconds = windows.numel() / sample_rate
-    mel = log_mel(windows, sample_rate).flatten(0, 1).T  # (64, frames)
+    mel = log_mel(windows, sample_rate).flatten(0, 1).T.numpy()  # (64, frames)
     axes.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
     axes.set(ylabel="mel band")
     return seconds

@@ -2,23 +2,28 @@
 
     pip install -r requirements-eval.txt; apt-get install default-jre-headless
 
-Its tokenizer is Java too; without Java a plain one stands in, and figures may differ a little from published
-ones.
+A metric whose helper is missing or fails is named, and the others are computed. The PTB tokenizer of published
+figures is Java too; without it a plain one stands in, and figures may differ a little.
 """
+import contextlib
+import importlib
+import io
 import os
 import shutil
-import subprocess
 
 import numpy as np
 
-from tools.common import UserError
-from tools.eval.stats import interval, spread, weights
-from tools.eval.parsing import said
-from tools.eval.results import clips_of
+from tools.common import UserError, shorten
+from tools.eval.parsing import answer_text
+from tools.eval.stats import clips_of, interval
 
-PACKAGE = "pip install -r requirements-eval.txt"
-JAVA = "apt-get install default-jre-headless"
-SPICE = "python -m pycocoevalcap.spice.get_stanford_models"
+SCORERS = {"CIDEr-D": "cider.cider.Cider", "BLEU-4": "bleu.bleu.Bleu", "ROUGE-L": "rouge.rouge.Rouge",
+           "METEOR": "meteor.meteor.Meteor", "SPICE": "spice.spice.Spice"}
+TOKENIZER = "PTB tokenizer of published figures"
+CORPUS_ONLY = ("BLEU-4", "METEOR")  # the corpus figure is not the mean of the items: no interval
+JAVA = "Java: apt-get install default-jre-headless"
+JARS = "Stanford's jars: python -m pycocoevalcap.spice.get_stanford_models"
+PUNCTUATION = str.maketrans("", "", ".?!,:;`'\"()[]{}-")
 
 
 def captioning(items):
@@ -26,117 +31,75 @@ def captioning(items):
     groups = {}
     for clip, item in zip(clips_of(items), items):
         groups.setdefault((clip, item["prompt"]), []).append(item)
-    answers = {key: said(group[0]) for key, group in groups.items()}
-    references = {key: [text for item in group for text in item.get("references") or [item["output"]]]
-                  for key, group in groups.items()}
-    found, missing = caption_scores(answers, references)
-    for number, group in enumerate(groups.values()):
-        for item in group:  # the first metric that has a score per item, CIDEr-D where it can be
-            item["score"] = next((each[number] for _, _, each in found.values() if each), None)
-    return {name: (value, spread) for name, (value, spread, _) in found.items()} | {
-        "captions": len(groups), "not computed": "; ".join(missing)}
-
-
-def fold(text):
-    """One line: a break of any kind or "|||" inside a caption would shift all later ones in the Java
-    programs."""
-    return " ".join(text.replace("|||", " ").split())
-
-
-def tokenise(texts, java):
-    """{key: [caption]} -> the same, tokenised, lower case and without punctuation."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    texts = {key: [fold(text) for text in group] for key, group in texts.items()}
-    if not java:
-        dropped = str.maketrans("", "", ".?!,:;`'\"()[]{}-")
-        return {key: [" ".join(text.lower().translate(dropped).split()) for text in group]
-                for key, group in texts.items()}
-    try:
-        return PTBTokenizer().tokenize({key: [{"caption": t} for t in group] for key, group in texts.items()})
-    except OSError as error:  # it writes a temporary file beside its own
-        raise UserError(f"pycocoevalcap has to write into its own folder and cannot: {error}") from error
+    answers, references = [], []
+    for group in groups.values():
+        answers.append([answer_text(group[0])])
+        texts = [text for item in group for text in item.get("references") or [item["output"]]]
+        if not all(any(map(str.isalnum, text)) for text in texts):
+            raise UserError(f"{group[0].get('audio')}: a reference caption has no word: {texts}")
+        references.append(texts)
+    figures, per_clip, missing = caption_scores(answers, references)
+    for group, score in zip(groups.values(), next(iter(per_clip.values()), [])):
+        for item in group:  # by the first metric that has a score per clip, CIDEr-D where it can be
+            item["score"] = score
+    return figures | {"captions": len(groups), "not computed": "; ".join(missing)}
 
 
 def caption_scores(answers, references):
-    """answers {key: str}, references {key: [str]}, the same keys, one a clip.
+    """answers [[caption]], references [[caption, ...]] of each clip -> {metric: value or (value, interval)},
+    {metric: [score per clip]}, ["metric: what is missing or failed"].
 
-    -> {metric: (value, [low, high], [score per key] or None)}, [what is missing and how to get it].
-    An answer without a word scores 0; a reference without one is refused."""
-    try:
-        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ModuleNotFoundError:
-        return {}, [f"CIDEr-D, SPIDEr, SPIDEr-FL, BLEU-4, ROUGE-L, METEOR: {PACKAGE}"]
-    java = shutil.which("java") is not None
-    missing = [] if java else [f"METEOR, SPIDEr, and the tokens of the published figures: {JAVA}"]
-    for key, group in references.items():
-        if not group or not all(any(map(str.isalnum, text)) for text in group):
-            raise UserError(f"{key}: a reference caption is empty, expected words")
-    said, truth = tokenise({key: [text] for key, text in answers.items()}, java), tokenise(references, java)
-    empty = np.array([not said[key][0] for key in truth])
-    scores = {}
-
-    def keep(name, each):
-        each = np.where(empty, 0.0, each)
-        scores[name] = *interval(each, range(len(each)), None), each.tolist()
-
-    if len(truth) > 1:
-        keep("CIDEr-D", Cider().compute_score(truth, said)[1])  # the corpus figure is the mean
-    else:
-        missing.append("CIDEr-D: at least two clips (one alone has no document frequencies)")
-    bleu = BleuScorer(n=4)
-    for key in truth:
-        bleu += (said[key][0], truth[key])
-    value = bleu.compute_score(option="closest", verbose=0)[0][3]
-    nearest = [min((abs(n - c["testlen"]), n) for n in c["reflen"])[1] for c in bleu.ctest]
-    counts = [[*c["correct"], *c["guess"], c["testlen"], n] for c, n in zip(bleu.ctest, nearest)]
-    draws = weights(np.ones(len(truth))) @ np.array(counts, float) * len(truth)  # BLEU is a function of sums
-    precision = np.exp(np.log((draws[:, :4] + 1e-15) / (draws[:, 4:8] + 1e-9)).mean(1))
-    brevity = np.exp(np.minimum(0, 1 - draws[:, 9] / (draws[:, 8] + 1e-9)))
-    scores["BLEU-4"] = value, spread(precision * brevity, value), None
-    keep("ROUGE-L", Rouge().compute_score(truth, said)[1])
-    if java:
-        scores["METEOR"] = meteor(said, truth, len(empty))
-        _spice(said, truth, scores, keep, missing)
-    missing.append("SPIDEr-FL: wants aac-metrics' fluency detector, which cannot be installed as published")
-    return scores, missing
+    An answer without a word scores 0."""
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None:
+        return {}, {}, [", ".join(SCORERS) + ": pip install -r requirements-eval.txt"]
+    absent = {}
+    if len(answers) == 1:
+        absent["CIDEr-D"] = "at least two clips, one alone has no document frequencies"
+    if not os.path.exists(f"{package.submodule_search_locations[0]}/spice/lib/stanford-corenlp-3.6.0.jar"):
+        absent["SPICE"] = JARS  # which it would download
+    if not shutil.which("java"):
+        absent |= dict.fromkeys((TOKENIZER, "METEOR", "SPICE"), JAVA)
+    texts = [tokenize(side, absent) for side in (references, answers)]
+    figures, per_clip = {}, {}
+    for metric, scorer in SCORERS.items():
+        if metric in absent:
+            continue
+        try:
+            value, scores = call_library(scorer, "compute_score", *texts)
+        except Exception as error:  # of the library, or of the Java program that it starts
+            absent[metric] = shorten(error)
+            continue
+        if metric in CORPUS_ONLY:
+            figures[metric] = float(np.ravel(value)[-1])  # the last of BLEU-1 to 4
+            continue
+        if metric == "SPICE":
+            scores = np.nan_to_num([parts["All"]["f"] for parts in scores])
+        per_clip[metric] = [float(score) for score in scores]
+    if {"CIDEr-D", "SPICE"} <= set(per_clip):
+        per_clip["SPIDEr"] = np.mean([per_clip["CIDEr-D"], per_clip["SPICE"]], 0).tolist()
+    means = {metric: interval(scores, range(len(scores)), None) for metric, scores in per_clip.items()}
+    return means | figures, per_clip, [f"{metric}: {reason}" for metric, reason in absent.items()]
 
 
-def meteor(said, truth, n):
-    """METEOR of the corpus is a function of summed statistics, not a mean; so is that of every bootstrap
-    draw."""
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    class Kept(Meteor):
-        def _stat(self, answer, references):
-            kept.append(super()._stat(answer, references))
-            return kept[-1]
-
-    kept, scorer = [], Kept()
-    value, each = scorer.compute_score(truth, said)
-    sums = weights(np.ones(n), 500) @ np.array([line.split() for line in kept], float) * n
-    draws = []
-    for row in sums:
-        scorer.meteor_p.stdin.write(("EVAL ||| " + " ".join(map(repr, row.tolist())) + "\n").encode())
-        scorer.meteor_p.stdin.flush()
-        scorer.meteor_p.stdout.readline()  # the score of the one segment, then that of the corpus
-        draws.append(float(scorer.meteor_p.stdout.readline()))
-    return value, spread(draws, value), each
+def call_library(path, method, *arguments):
+    """pycocoevalcap.<module>.<class>().<method>(...), without what it prints."""
+    module, name = path.rsplit(".", 1)
+    scorer = getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)()
+    with contextlib.redirect_stdout(io.StringIO()):
+        return getattr(scorer, method)(*arguments)
 
 
-def _spice(said, truth, scores, keep, missing):
-    """SPICE, and SPIDEr = its mean with CIDEr-D, where Stanford's jars lie in the package; they are a
-    download."""
-    from pycocoevalcap.spice import spice
-    if not os.path.exists(os.path.join(os.path.dirname(spice.__file__), "lib/stanford-corenlp-3.6.0.jar")):
-        return missing.append(f"SPICE, SPIDEr: {SPICE}")
-    try:
-        numbers = {i: key for i, key in enumerate(truth)}  # it sorts the keys
-        _, each = spice.Spice().compute_score({i: truth[k] for i, k in numbers.items()},
-                                              {i: said[k] for i, k in numbers.items()})
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        return missing.append(f"SPICE, SPIDEr: Stanford's program failed ({error}); it wants Java 8")
-    keep("SPICE", np.nan_to_num([scores_of["All"]["f"] for scores_of in each]))
-    if "CIDEr-D" in scores:
-        keep("SPIDEr", (np.array(scores["CIDEr-D"][2]) + scores["SPICE"][2]) / 2)
+def tokenize(captions, absent):
+    """[[caption]] -> {index: [caption]}, tokenized, lower case and without punctuation. First every caption is
+    made one line: a break of any kind or "|||" in it would shift all later ones in the Java programs."""
+    lines = {i: [" ".join(text.replace("|||", " ").split()) for text in texts]
+             for i, texts in enumerate(captions)}
+    if TOKENIZER not in absent:
+        wrapped = {i: [{"caption": text} for text in texts] for i, texts in lines.items()}
+        try:
+            return call_library("tokenizer.ptbtokenizer.PTBTokenizer", "tokenize", wrapped)
+        except OSError as error:  # it writes a temporary file into its own folder
+            absent[TOKENIZER] = shorten(error)
+    return {i: [" ".join(text.lower().translate(PUNCTUATION).split()) for text in texts]
+            for i, texts in lines.items()}

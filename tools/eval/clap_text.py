@@ -1,7 +1,7 @@
-"""CLAP's text tower, for "retrieval" in closed sets: the label nearest to what the model said.
+"""CLAP's text encoder, for "retrieval" in closed sets: the label whose text is nearest to the answer.
 
-The published one of Audio Flamingo 2: a T5 encoder of flan-t5-large's shape, texts padded to 77 tokens, the
-plain mean of all 77 last hidden states, two linear layers. Sizes are read from the weights.
+That of Audio Flamingo 2: a T5 encoder of flan-t5-large's shape, texts padded to 77 tokens, the plain mean of all
+77 last hidden states, two linear layers. Sizes are read from the weights.
 """
 import os
 import sys
@@ -12,78 +12,78 @@ import torch
 import config as settings
 from tools.checkpoint.devices import pick_device
 from tools.checkpoint.files import load_pickle
-from tools.common import UserError
+from tools.common import UserError, shorten
 
 LENGTH = 77  # tokens
 
 
-def text_tower(file, c):
-    """embed of the CLAP checkpoint `file` under matching, text_tokenizer and device; None: exact."""
+def pick_text_encoder(clap_checkpoint, c):
+    """embed(texts) of a CLAP checkpoint, or None for exact matching, by matching, text_tokenizer and device;
+    prints which and why."""
     if c.matching not in ("auto", "exact", "retrieval"):
         raise UserError(f"matching = {c.matching!r}, expected auto, exact or retrieval")
-    embed, why = None, "asked for"
+    embed, reason = None, "matching = exact"
     if c.matching != "exact":
-        where = file and settings.resolve_path(file)
-        embed, why = _read(where, c.text_tokenizer, c.device) if file else (None, "no clap_checkpoint given")
+        path = clap_checkpoint and settings.resolve_path(clap_checkpoint)
+        embed, reason = open_text_encoder(path, c.text_tokenizer, c.device)
     if embed is None and c.matching == "retrieval":
-        raise UserError(f"matching = 'retrieval': {why}")
-    print(f"closed set: {'exact' if embed is None else 'retrieval'} ({why})", file=sys.stderr)
+        raise UserError(f"matching = 'retrieval': {reason}")
+    print(f"closed set: {'exact' if embed is None else 'retrieval'} ({reason})", file=sys.stderr)
     return embed
 
 
 @lru_cache(1)
-def _read(file, tokenizer, device):
-    if not os.path.isfile(file):
-        return None, f"{file} is not there"
-    saved = load_pickle(file)
+def open_text_encoder(path, tokenizer_path, device):
+    """-> embed or None, and the reason."""
+    if not path or not os.path.isfile(path):
+        return None, f"clap_checkpoint = {path}: no such file"
+    state = load_pickle(path).get("state_dict", {})
+    if not any(name.startswith("module.text_branch.encoder.block") for name in state):
+        return None, f"{path} holds no T5 text encoder"
     try:
-        embed = load_text_tower(saved.get("state_dict", {}), tokenizer, pick_device(device))
-    except OSError as error:  # no tokenizer on disk, no hub
-        return None, f"its tokenizer {tokenizer} cannot be had ({str(error).splitlines()[0]})"
-    return embed, file if embed else f"{file} holds no T5 text encoder"
+        return load_text_encoder(state, tokenizer_path, pick_device(device)), path
+    except OSError as error:  # transformers: no tokenizer on disk, no hub
+        return None, f"text_tokenizer = {tokenizer_path}: {shorten(error)}"
 
 
-def load_text_tower(state, tokenizer_path="google/flan-t5-large", device="cpu"):
-    """embed(texts) -> (n, d) float32, rows of length 1; or None if the state dict holds no T5 encoder.
+def load_text_encoder(state, tokenizer_path="google/flan-t5-large", device="cpu"):
+    """embed(texts) -> (n, d) float32, rows of length 1.
 
-    state: the "state_dict" of a CLAP checkpoint, with module.text_branch.* and module.text_projection.*."""
-    branch = {name.removeprefix("module.text_branch."): tensor for name, tensor in state.items()
-              if name.startswith("module.text_branch.")}
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" not in branch:
-        return None
+    state: the "state_dict" of a CLAP checkpoint, with module.text_branch.* and module.text_projection.*"""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
-    table = branch["shared.weight"] if "shared.weight" in branch else branch["encoder.embed_tokens.weight"]
-    first = "encoder.block.0.layer."
-    buckets, heads = branch[first + "0.SelfAttention.relative_attention_bias.weight"].shape
-    gated = first + "1.DenseReluDense.wi_0.weight" in branch
-    inner = branch[first + ("1.DenseReluDense.wi_0.weight" if gated else "1.DenseReluDense.wi.weight")]
-    layers = len({name.split(".")[2] for name in branch if name.startswith("encoder.block.")})
-    shape = T5Config(vocab_size=len(table), d_model=table.shape[1], d_ff=len(inner), num_layers=layers,
-                     num_heads=heads, d_kv=len(branch[first + "0.SelfAttention.q.weight"]) // heads,
-                     relative_attention_num_buckets=buckets, dropout_rate=0.0,
-                     feed_forward_proj="gated-gelu" if gated else "relu")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+
+    def part(prefix):
+        return {name.removeprefix(prefix): tensor.float() for name, tensor in state.items()
+                if name.startswith(prefix)}
+
+    branch, linear = part("module.text_branch."), part("module.text_projection.")
+    embedding = branch.get("shared.weight", branch.get("encoder.embed_tokens.weight"))
+    layer = "encoder.block.0.layer."
+    buckets, heads = branch[layer + "0.SelfAttention.relative_attention_bias.weight"].shape
+    shape = T5Config(
+        vocab_size=len(embedding), d_model=embedding.shape[1], dropout_rate=0.0,
+        num_layers=len({name.split(".")[2] for name in branch if name.startswith("encoder.block.")}),
+        num_heads=heads, d_kv=len(branch[layer + "0.SelfAttention.q.weight"]) // heads,
+        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu",
+        d_ff=len(branch[layer + "1.DenseReluDense.wi_0.weight"]))
     encoder = T5EncoderModel(shape)
-    branch |= {"shared.weight": table, "encoder.embed_tokens.weight": table}
-    encoder.load_state_dict({name: branch[name].float() for name in encoder.state_dict()})
-    linear = {name.removeprefix("module.text_projection."): tensor.float() for name, tensor in state.items()
-              if name.startswith("module.text_projection.")}
+    branch |= dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), embedding)
+    encoder.load_state_dict({name: branch[name] for name in encoder.state_dict()})
     width, hidden = linear["0.weight"].shape
-    project = torch.nn.Sequential(torch.nn.Linear(hidden, width), torch.nn.ReLU(),
-                                  torch.nn.Linear(width, len(linear["2.weight"])))
+    project = torch.nn.Sequential(torch.nn.Linear(hidden, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
     project.load_state_dict(linear)
     encoder, project = encoder.to(device).eval(), project.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
 
     @torch.inference_mode()
     def embed(texts):
         parts = []
         for start in range(0, len(texts), 64):
-            ids = tokenizer(list(texts[start:start + 64]), padding="max_length", truncation=True,
-                            max_length=LENGTH, return_tensors="pt").to(device)
+            ids = tokenizer(texts[start:start + 64], padding="max_length", truncation=True, max_length=LENGTH,
+                            return_tensors="pt").to(device)
             states = encoder(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])[0]
             vectors = project(states.mean(1))  # (n, 77, d) -> (n, d'): the mean counts padding, too
             parts.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
         return torch.cat(parts).numpy()
 
     return embed
-

@@ -1,149 +1,203 @@
-"""Files of questions and answers: JSONL of any system, MMAU's official JSON as questions and as results."""
+"""Files of questions and answers: JSONL of any system, MMAU's official JSON, and the cache of answers.
+
+An item is a dict of a manifest's keys and "answer", the system's; FIELDS are the keys that scoring reads.
+"""
+import glob
+import hashlib
 import json
 import os
 from tempfile import TemporaryDirectory
 
-import config as settings
-from tools.common import UserError, atomic_write, check_folder_writable, check_writable, read_json
-from tools.eval.parsing import said
-from tools.eval.results import GROUPS, read_scores
+from tools.common import UserError, atomic_write, parse_json_line, read_json, read_json_object, read_json_lines
+from tools.eval.parsing import answer_text
 
-KEPT = ("output", "choices", "references", "audio_start", *GROUPS)  # what a manifest's item tells the rules
+FIELDS = {"prompt": ("text",), "answer": ("text",),
+          "output": ("text",),  # the reference answer
+          "references": ("list of texts",),  # several reference answers (captions)
+          "choices": ("list of texts",),  # options, where the prompt does not list them
+          "audio": ("text", "list of texts")}  # the clip: questions about one clip belong together
+REQUIRED = ("prompt", "output", "answer")
+OTHER_NAMES = {"reference": "output", "path": "audio"}
+# Keys that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
+GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
+          "Dataset", "genre", "music_knowledge", "music_reasoning")
+FROM_MANIFEST = ("output", "choices", "references", "audio_start", *GROUPS)  # beside prompt and clip
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
+def kind_of(value):
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return "list of texts"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
+def check_item(item, where):
+    """The item under the names of FIELDS; UserError names the file, the line or item, and the wrong key."""
+    item = dict(item)
+    for other, key in OTHER_NAMES.items():
+        if other in item:
+            item.setdefault(key, item[other])
+    if isinstance(item.get("output"), list):
+        item["references"] = item.pop("output")
+    if item.get("references"):
+        item.setdefault("output", item["references"][0])
+    if item.get("answer", "") is None:  # the system gave none
+        item["answer"] = ""
+    for key, kinds in FIELDS.items():
+        if key not in item and key in REQUIRED:
+            raise UserError(f"{where}: no {key!r}, expected {', '.join(REQUIRED)}")
+        if key in item and kind_of(item[key]) not in kinds:
+            raise UserError(f"{where}: {key!r} is a {kind_of(item[key])}, expected a {' or '.join(kinds)}")
+    return item
+
+
+def read_answers(path):
+    """Checked items of an answer file: JSON lines with the keys of FIELDS and any others, or MMAU's official
+    results."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file of answers")
+    if is_official(path):
+        return [check_item(question | {"id": i, "audio": question["name"], "answer": question["model_output"]},
+                           f"{path}: item {i}") for i, question in enumerate(read_questions(path))]
+    items = []
+    for number, line in read_json_lines(path):
+        if number > 1 or set(REQUIRED) & set(line):  # else the header of kept answers
+            items.append(check_item({"id": len(items)} | line, f"{path} line {number}"))
+    if not items:
+        raise UserError(f"{path}: holds no answer")
+    return items
+
+
+def write_items(path, items, header=None):
+    """Results: a header, if there is one, and an item a line, whole or not at all."""
+    with atomic_write(path) as f:
+        for line in [header] * bool(header) + items:
+            f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_labels(path):
+    """The labels of a file, one a line; None without a file."""
+    if not path:
+        return None
+    with open(path, encoding="utf-8-sig") as f:
+        return [line.strip() for line in f if line.strip()]
+
+
+def read_scores(path):
+    """{"tasks": {split: row}} of a JSON file that rows can be added to."""
+    scores = {"tasks": {}} | (read_json_object(path) if os.path.exists(path) else {})
+    if not isinstance(scores["tasks"], dict):
+        raise UserError(f"{path}: tasks is a {type(scores['tasks']).__name__}, expected {{split: row}}")
+    return scores
+
+
+def add_scores(path, rows):
+    """Add the rows to a file of scores, whole or not at all."""
+    scores = read_scores(path)
+    scores["tasks"] |= rows
+    with atomic_write(path) as f:
+        json.dump(scores, f, indent=1, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# MMAU's official JSON: a list of {"id", "audio_id", "question", "choices", "answer", ...}
+
+
 def is_official(path):
-    """A JSON list instead of an object or of lines: MMAU's question file, or results in its form."""
-    with open(path) as f:
+    """Whether the file is a JSON list, not an object or lines."""
+    with open(path, encoding="utf-8-sig") as f:
         return f.read(64).lstrip().startswith("[")
 
 
 def read_questions(path):
-    """The official list of {"id", "audio_id", "question", "choices", "answer", …} with prompt, output, name
-    added.
-
-    The test split has no answers: its outputs are empty. ValueError names the item and the key that is
-    wrong."""
+    """The official list with prompt, output, name and model_output added. The test split has no answers: its
+    outputs are empty. UserError names the item and the key that is wrong."""
     questions = read_json(path)
     for i, question in enumerate(questions):
         for key, kind in (("question", str), ("choices", list), ("audio_id", str)):
             if not isinstance(question, dict) or not isinstance(question.get(key), kind):
                 raise UserError(f"{path}: item {i} has no {key!r}, expected a {kind.__name__}")
         options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, question["choices"]))
-        ask = "Choose the correct option from the following options:"
-        question["prompt"] = f"{question['question']} {ask}\n{options}"
+        instruction = "Choose the correct option from the following options:"
+        question["prompt"] = f"{question['question']} {instruction}\n{options}"
         question["output"] = str(question.get("answer") or "")
         question["name"] = os.path.normpath(question["audio_id"])
+        question.setdefault("model_output", question.get("model_prediction"))
     return questions
 
 
 def open_questions(path, name, open_manifest):
-    """The official file as open_manifest opens it, from a copy in a manifest's form that lives as long as it
-    does."""
+    """The official file as open_manifest opens it, from a temporary copy in a manifest's form."""
     questions = read_questions(path)
-    split = str(questions[0].get("split") or "test") if questions else "test"
+    content = {"split": "test", "split_path": ".", "flamingo_task": "MMAU", "total_num": len(questions),
+               "data": dict(enumerate(questions))}
     folder = TemporaryDirectory()
-    file = os.path.join(folder.name, name.removesuffix(".json").strip("/") + ".json")
+    file = os.path.join(folder.name, name + ".json")
     os.makedirs(os.path.dirname(file), exist_ok=True)
     with open(file, "w") as f:
-        json.dump({"split": split if split.startswith("test") else "test", "split_path": ".",
-                   "flamingo_task": "MMAU", "total_num": len(questions),
-                   "data": {str(i): question for i, question in enumerate(questions)}}, f)
+        json.dump(content, f)
     manifest = open_manifest(file)
-    manifest.file, manifest.folder_of_copy = path, folder
+    manifest.file, manifest.temporary_folder = path, folder  # which lives as long as the manifest
     return manifest
 
 
 def write_official(path, questions, items):
     """Results in the official form: model_prediction, which its README asks for, and model_output, which its
-    script reads. Questions without an answer stand in it, empty: that script would leave them out of its
-    total."""
+    script reads; empty where there is no answer, because that script leaves out items without the key."""
     rows = []
     for question, item in zip(questions, items):
         row = {key: value for key, value in question.items() if key not in ("name", "prompt", "output")}
-        rows.append(row | {"model_output": said(item), "model_prediction": said(item)})
+        rows.append(row | {"model_output": answer_text(item), "model_prediction": answer_text(item)})
     with atomic_write(path) as f:
         json.dump(rows, f, ensure_ascii=False, indent=2)
 
 
-def check_places(c, folder):
-    """What eval.py reads and writes at the end is told before the long work if it can't be."""
-    if folder:
-        check_folder_writable(folder)
-    if c.scores:
-        check_writable(settings.resolve_path(c.scores))
-        read_scores(settings.resolve_path(c.scores))
-    if c.labels:
-        read_labels(c.labels)
+# ------------------------------------------------------------------------------------------------------------
+# The cache of answers: <stem>.cache<rank>.jsonl, only ever appended to, so that a kill leaves whole lines and at
+# most a torn one. An answer's key is a hash of all that it depends on.
 
 
-def read_labels(path):
-    """The labels of a file, one a line, or of a JSON list."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of labels")
-    with open(path) as f:
-        text = f.read()
-    found = read_json(path) if text.lstrip().startswith("[") else text.splitlines()
-    if wrong := [label for label in found if not isinstance(label, str)]:
-        raise UserError(f"{path}: {wrong[0]!r} is a {type(wrong[0]).__name__}, expected a label")
-    return [label.strip() for label in found if label.strip()]
-
-
-def write_items(path, items, header=None):
-    """A header, if there is one, and a JSON line an item, whole or not at all."""
-    with atomic_write(path) as f:
-        f.write(json.dumps(header) + "\n" if header else "")
-        for item in items:
-            told = {} if said(item) == (item["answer"] or "").strip() else {"conclusion": said(item)}
-            f.write(json.dumps(item | told, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_answers(path):
-    """Items of any system: lines of {"prompt", "output" or "reference" or "references", "answer"}, other keys
-    kept; or MMAU's official results. ValueError names the line and the key."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of answers")
-    if is_official(path):
-        return [question | {"id": i, "audio": question["name"],
-                            "answer": question.get("model_output") or question.get("model_prediction") or ""}
-                for i, question in enumerate(read_questions(path))]
-    items = []
-    with open(path) as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                item = _read_line(line, f"{path} line {number}", first=number == 1)
-                if item is not None:
-                    items.append({"id": len(items)} | item)
-    if not items:
-        raise UserError(f"{path}: holds no answer")
-    return items
-
-
-def _read_line(line, where, first):
+def answer_key(identity, item):
+    """identity: weights, dtype, token limit and audio settings; item: of a Manifest. The prompt, the audio files
+    with size and time, and the part of them count."""
     try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(item, dict):
-        raise UserError(f'{where}: a {type(item).__name__}, expected {{"prompt", "output", "answer"}}')
-    if first and not {"prompt", "answer", "output", "reference", "references"} & set(item):
-        return None  # the header of kept answers: what was run, not an item
-    for key in ("output", "reference"):
-        if isinstance(item.get(key), list) and "references" not in item:
-            item["references"] = item.pop(key)
-    if isinstance(item.get("references"), list) and item["references"] and "output" not in item:
-        item["output"] = item["references"][0]
-    if "output" not in item and "reference" in item:
-        item["output"] = item.pop("reference")
-    if "path" in item:  # as sample.py calls it
-        item.setdefault("audio", item["path"])
-    if item.get("answer", "") is None:  # a system that gave none
-        item["answer"] = ""
-    for key, name in (("prompt", "'prompt'"), ("output", "'output' or 'reference'"), ("answer", "'answer'")):
-        if key not in item:
-            raise UserError(f"{where}: no {name}")
-        if not isinstance(item[key], str):
-            raise UserError(f"{where}: {name} is a {type(item[key]).__name__}, expected a str")
-    if not all(isinstance(text, str) for text in item.get("references", [])):
-        raise UserError(f"{where}: 'references' holds something that is not a str")
-    return item
+        stats = [os.stat(path) for path in item["paths"]]
+        files = [(stat.st_size, int(stat.st_mtime)) for stat in stats]
+    except OSError:  # unreadable, which is an answer too, until the file is there
+        files = None
+    parts = [identity, files, *(item[key] for key in ("paths", "start", "duration", "prompt"))]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_cache(stem):
+    """{key: {"answer", ...}} of all ranks' files."""
+    cached = {}
+    for file in sorted(glob.glob(f"{glob.escape(stem)}.cache*.jsonl")):
+        with open(file, "rb") as f:
+            entries = [parse_json_line(line) for line in f]
+        cached |= {entry.pop("key"): entry for entry in entries if entry}
+    return cached
+
+
+def append_answer(f, key, answer):
+    """After a newline: the last line of a killed run may be torn."""
+    f.write("\n" + json.dumps({"key": key} | answer, ensure_ascii=False))
+    f.flush()
+
+
+def item_of(manifest, i, cached):
+    """The item that scoring reads: question i of the manifest as it is now, with its cached answer."""
+    question, loaded = manifest.items[i], manifest[i]
+    item = {"id": i, "audio": loaded["path"], "start": loaded["start"], "prompt": loaded["prompt"]}
+    item |= {key: question[key] for key in FROM_MANIFEST if key in question}
+    return check_item(item | cached, f"{manifest.file}: item {i}")
+
+
+def changed_identity(path, identity):
+    """What changed since results were written: ["max_new_tokens 4 -> 2", ...]; [] without results."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as f:
+        before = (parse_json_line(f.readline()) or {}).get("identity", {})
+    return [f"{name} {before.get(name)} -> {value}" for name, value in identity.items()
+            if before.get(name) != value]

@@ -1,95 +1,130 @@
-"""How sure a score is: 95 % bootstrap intervals over clips, and the paired tests of two systems.
+"""95 % bootstrap intervals over clips, and the paired comparison of two systems.
 
 Questions about one clip are right or wrong together, so clips are resampled, not questions. The resampling is
 the Bayesian bootstrap (Rubin 1981): a draw weighs the clips by a Dirichlet instead of by whole counts. Scores
-with bounds get two pseudo-clips, one at each bound, so that 20 right answers of 20 do not claim to be sure:
-there the plain percentile bootstrap says [100 %, 100 %], and near the ends it covers the truth far too
-seldom.
+with bounds get two pseudo-clips, one at each bound, so that 20 right answers of 20 give [86 %, 100 %]: there the
+plain percentile bootstrap gives [100 %, 100 %], and near the bounds it covers the truth far too seldom.
 """
 import math
+from collections import defaultdict
 
 import numpy as np
 
-from tools.common import UserError
+from tools.common import UserError, optional_import
+from tools.eval.parsing import answer_text
 
-SEED = 0
-PRIOR = 0.75  # of a clip at each bound; with Jeffreys' 0.5, coverage near the ends falls under 90 %
+SEED = 0  # the same answers always give the same intervals
+PRIOR = 0.75  # of a clip at each bound; with Jeffreys' 0.5, coverage near the bounds falls under 90 %
 
 
-def weights(counts, draws=None):
-    """(draws, K) Dirichlet weights of K kinds of clips that occur `counts` times each. Always the same draws:
-    10,000, of many kinds fewer, 2,000 at least."""
+def clips_of(items):
+    """The clip of every item, its file and start; an item without a file is a clip of its own."""
+    return [(str(item["audio"]), item.get("audio_start", 0)) if item.get("audio") else number
+            for number, item in enumerate(items)]
+
+
+def dirichlet_weights(counts, draws=None):
+    """(draws, K) weights of K kinds of clips that occur `counts` times each: 10,000 draws, of many kinds fewer."""
     draws = draws or int(np.clip(4_000_000 // len(counts), 2_000, 10_000))
     gammas = np.random.default_rng(SEED).standard_gamma(counts, (draws, len(counts)))
     return gammas / gammas.sum(1, keepdims=True)
 
 
-def per_clip(clips, *columns):
-    """Sums of the columns (n,) over the items of each clip: (C, columns), clips in order of appearance."""
+def clip_index(clips):
+    """(n,) the number of each item's clip, in order of appearance."""
     numbers = {clip: i for i, clip in enumerate(dict.fromkeys(clips))}
-    index = [numbers[clip] for clip in clips]
-    return np.stack([np.bincount(index, column, len(numbers)) for column in columns], 1)
+    return np.array([numbers[clip] for clip in clips])
 
 
 def interval(values, clips, bounds=(0, 1)):
     """(mean, [low, high]) of the values that are not None; None if nothing is left. clips: a name per value.
 
-    bounds: what a value can lie between, None where that says nothing (CIDEr)."""
+    bounds: the range of a value, None where there is none (CIDEr)."""
     counted = [(float(value), clip) for value, clip in zip(values, clips) if value is not None]
     if not counted:
         return None
     values, clips = zip(*counted)
-    rows = per_clip(clips, values, np.ones(len(values)))  # (C, 2): a clip's sum and its number of values
-    kinds, counts = np.unique(rows, axis=0, return_counts=True)  # clips alike are one kind: few columns
+    index = clip_index(clips)
+    rows = np.stack([np.bincount(index, values), np.bincount(index)], 1)  # (C, 2): sum and number of values
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)  # equal clips are one kind: fewer columns
     if bounds is not None:
         size = len(values) / len(rows)
         kinds = np.concatenate([kinds, [[bound * size, size] for bound in bounds]])
         counts = np.append(counts, [PRIOR, PRIOR])
-    sums = weights(counts) @ kinds
+    sums = dirichlet_weights(counts) @ kinds
     mean = math.fsum(values) / len(values)
-    return mean, spread(sums[:, 0] / sums[:, 1], mean)
+    return mean, percentile_interval(sums[:, 0] / sums[:, 1], mean)
 
 
-def spread(draws, value):
+def percentile_interval(draws, value):
     """[low, high]: the middle 95 % of the draws, widened to hold the value itself."""
     low, high = np.percentile(draws, (2.5, 97.5))
     return [float(min(low, value)), float(max(high, value))]
 
 
-def mcnemar(gained, lost):
-    """Two-sided p of the exact McNemar test: a fair coin's chance to split the changed items so unevenly."""
-    n, few = gained + lost, min(gained, lost)
-    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
-            for k in range(few + 1)]
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
-
-
-def bootstrap_p(differences, clips):
-    """Two-sided p of the paired bootstrap: how often the mean difference of the drawn clips has the other
-    sign."""
-    rows, counts = np.unique(per_clip(clips, differences), axis=0, return_counts=True)
-    sums = (weights(counts) @ rows)[:, 0]
-    other = min((sums <= 0).sum(), (sums >= 0).sum())
-    return float(min(1.0, 2 * (1 + other) / (1 + len(sums))))
-
-
 def mean_average_precision(truth, scores, clips, draws=200):
-    """(mAP, [low, high]) of truth and scores (n, labels): scikit-learn's average precision, mean over the
-    labels that occur."""
-    try:
-        from sklearn.metrics import average_precision_score
-    except ModuleNotFoundError as error:
-        raise UserError("mAP needs scikit-learn: pip install -r requirements-eval.txt") from error
+    """(mAP, [low, high]) of truth and scores (n, labels): scikit-learn's average precision, mean over the labels
+    that occur. The draws are its sample_weight, all at once."""
+    metrics = optional_import("sklearn.metrics", "mAP", "eval")
     truth, scores = truth[:, truth.any(0)], scores[:, truth.any(0)]
-    value = float(average_precision_score(truth, scores, average="macro"))
-    numbers = {clip: i for i, clip in enumerate(dict.fromkeys(clips))}
-    w = weights(np.ones(len(numbers)), draws).T[[numbers[clip] for clip in clips]]  # (n, draws)
-    w, total = w.astype(np.float32), np.zeros(draws)
-    for y, s in zip(truth.T, scores.T):
-        order = np.argsort(-s, kind="stable")
-        y, s, rising = y[order].astype(bool), s[order], w[order].cumsum(0)
-        last = np.searchsorted(-s, -s[y], side="right") - 1  # equal scores: precision at their end
-        hits = np.concatenate([np.zeros((1, draws)), w[order][y].cumsum(0)])
-        found = hits[np.searchsorted(np.flatnonzero(y), last, side="right")]
-        total += (w[order][y] * found / rising[last]).sum(0) / hits[-1]
-    return value, spread(total / truth.shape[1], value)
+    value = float(metrics.average_precision_score(truth, scores))
+    index = clip_index(clips)
+    weights = dirichlet_weights(np.ones(index.max() + 1), draws)[:, index].astype(np.float32)  # (draws, n)
+    drawn = np.zeros(draws)
+    for mask, ranking in zip(truth.T, -scores.T):
+        order = np.argsort(ranking, kind="stable")
+        last = np.searchsorted(ranking[order], ranking[order], side="right") - 1  # equal scores: one threshold
+        total, hits = weights[:, order].cumsum(1), (weights * mask)[:, order].cumsum(1)
+        precision = (hits / total)[:, last]
+        drawn += ((weights * mask)[:, order] * precision).sum(1) / hits[:, -1]
+    return value, percentile_interval(drawn / truth.shape[1], value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two systems on the same items
+
+
+def mcnemar(gained, lost):
+    """Two-sided p of the exact McNemar test: the changed items as tosses of a fair coin."""
+    stats = optional_import("scipy.stats", "comparing two systems", "eval")
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def pair_items(first, second):
+    """[(item of the first, item of the second)] of the same clip, prompt and, where both files have it, start;
+    items that recur are paired in their order."""
+    with_start = all("start" in item for item in [*first, *second])
+    groups = defaultdict(lambda: ([], []))
+    for side, items in enumerate((first, second)):
+        for item in items:
+            key = item["prompt"], str(item.get("audio") or item["output"]), with_start and item["start"]
+            groups[key][side].append(item)
+    return [pair for group in groups.values() for pair in zip(*group)]
+
+
+def compare_systems(first, second, names=("a", "b")):
+    """Print the difference of the mean scores with its interval over clips, McNemar's test of right and wrong
+    answers (which takes the questions about one clip as independent), and the items that changed."""
+    pairs = pair_items(first, second)
+    scored = [(a, b) for a, b in pairs if None not in (a.get("score"), b.get("score"))]
+    if not scored:
+        raise UserError(f"{names[0]} and {names[1]} share no scored item (same clip and prompt); "
+                        f"--task=Name-Task scores them first")
+    scores = np.array([[float(item["score"]) for item in pair] for pair in scored])  # (n, 2)
+    changes, clips = scores[:, 1] - scores[:, 0], clips_of([a for a, _ in scored])
+    gained = [pair for pair, change in zip(scored, changes) if change > 0]
+    lost = [pair for pair, change in zip(scored, changes) if change < 0]
+    value, (low, high) = interval(changes, clips, bounds=None)
+    means = scores.mean(0)
+    print(f"{len(scored)} items in both: {names[0]} {means[0]:.4f}, {names[1]} {means[1]:.4f} | "
+          f"difference {value:+.4f} [{low:+.4f}, {high:+.4f}] over {len(set(clips))} clips | "
+          f"gained {len(gained)}, lost {len(lost)}")
+    if np.isin(scores, (0, 1)).all():
+        print(f"exact McNemar p = {mcnemar(len(gained), len(lost)):.4g}")
+    alone = len(first) + len(second) - 2 * len(pairs)
+    if alone or len(scored) < len(pairs):
+        print(f"left out: {alone} items in one file alone, {len(pairs) - len(scored)} without a score")
+    for word, changed in (("gained", gained), ("lost", lost)):
+        for a, b in changed:
+            print(f"{word} | {a.get('audio', '')} | {a['prompt']!r} | {a['output']!r} | "
+                  f"{answer_text(a)!r} -> {answer_text(b)!r}")

@@ -124,7 +124,7 @@ def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
             told, paths = after.manifests[0].items[i], after.item(i)["paths"]
             seconds = sum(soundfile.info(path).duration for path in paths)
             assert "audio_start" not in told and abs(told["duration"] - seconds) < 1e-3
-    assert (after.windows() == [sum(after[i]["n_windows"]) for i in range(len(after))]).all()
+    assert (after.sizes()[:, 0] == [sum(after[i]["n_windows"]) for i in range(len(after))]).all()
     files = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
     lost = sorted(files)[:3]
     os.remove(lost[0])

@@ -23,7 +23,7 @@ from prepare.check import audio_config_of
 from tests.helpers import ROOT, fails_with_one_line, run
 from tools.checkpoint.clap import clap_state
 from tools.checkpoint.files import load_pickle
-from tools.checkpoint.releases import PUBLISHED, TABLES, rename
+from tools.checkpoint.releases import PUBLISHED, TOKEN_TABLES, rename
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -76,7 +76,7 @@ def test_other_language_models_are_refused_in_one_line(tiny_lm, tiny_settings, t
     hf = {name: value for name, value in (hf | change).items() if value is not None}
     json.dump(hf, open(tmp_path / "lm/config.json", "w"))
     with pytest.raises(ValueError, match=re.escape(saying) + " is not supported"):
-        checkpoint.new(settings(tiny_settings, tmp_path / "lm"))
+        checkpoint.new_model(settings(tiny_settings, tmp_path / "lm"))
 
 
 def test_only_the_models_own_weights_are_read(tiny_lm, tiny_settings, tmp_path):
@@ -120,7 +120,7 @@ def test_a_model_that_is_built_runs(tiny_lm, tiny_settings, tmp_path, dtype, sto
     save_lm(tmp_path, tiny_lm, "Llama", torch.bfloat16)
     state = load_file(tmp_path / "model.safetensors")
     save_file({n: t.to(stored) for n, t in state.items()}, tmp_path / "model.safetensors")
-    model = checkpoint.new(settings(tiny_settings, tmp_path), dtype=dtype)
+    model = checkpoint.new_model(settings(tiny_settings, tmp_path), dtype=dtype)
     floats = {t.dtype for n, t in model.state_dict().items() if t.is_floating_point() and ".bn0." not in n
               and "fusion_model" not in n}
     assert floats == {dtype}
@@ -148,7 +148,7 @@ def test_runs_of_older_versions_load(runs, tmp_path):
     """They hold published names, whole token tables, and the names of what they keep."""
     saved = load_pickle(f"{runs}/first/checkpoint_0.pt")
     state, kept = dict(saved["model_state_dict"]), sorted(saved["model_state_dict"])
-    state[TABLES[0]] = torch.cat([state[TABLES[0]], state.pop(TABLES[0].replace("weight", "added"))])
+    state[TOKEN_TABLES[0]] = torch.cat([state[TOKEN_TABLES[0]], state.pop(TOKEN_TABLES[0].replace("weight", "added"))])
     saved |= {"model_state_dict": {rename(n, PUBLISHED): t for n, t in state.items()}, "kept": kept}
     os.makedirs(tmp_path / "old")
     torch.save(saved, tmp_path / "old/checkpoint_0.pt")
@@ -231,13 +231,13 @@ def test_a_folder_that_is_there_is_never_looked_up_on_the_hub(tiny_lm, tiny_sett
 
 
 def test_sizes_of_the_encoder_come_from_its_weights(tiny_settings, tmp_path):
-    model = checkpoint.new(settings(tiny_settings, tiny_settings["lang_encoder_path"]))
+    model = checkpoint.new_model(settings(tiny_settings, tiny_settings["lang_encoder_path"]))
     state = {f"module.audio_branch.{n}": t for n, t in model.clap.htsat.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "clap.pt")
     sizes = ("clap_embed_dim", "clap_depths", "clap_num_heads")
     fewer = {name: value for name, value in tiny_settings.items() if name not in sizes}
     c = settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=str(tmp_path / "clap.pt"))
-    again = checkpoint.new(c)
+    again = checkpoint.new_model(c)
     assert all(getattr(again.config, name) == tiny_settings[name] for name in sizes)
     assert torch.equal(again.clap.htsat.norm.weight, model.clap.htsat.norm.weight)
     with pytest.raises(ValueError, match=r"clap_embed_dim = 96, but the encoder of .*clap.pt has 16"):
@@ -257,7 +257,7 @@ def test_what_htsat_weights_tell(spec_size, depths, position):
 
 def test_a_release_names_what_is_read(tiny_settings, tmp_path):
     """An older export of more shards lies in the folder."""
-    model = checkpoint.new(settings(tiny_settings, tiny_settings["lang_encoder_path"]))
+    model = checkpoint.new_model(settings(tiny_settings, tiny_settings["lang_encoder_path"]))
     model.save_pretrained(str(tmp_path))
     state = load_file(tmp_path / "safe_ckpt/weight_0.safetensors")
     save_file({n: torch.zeros_like(t) for n, t in state.items()}, tmp_path / "safe_ckpt/weight_1.safetensors")
@@ -340,7 +340,7 @@ def test_laions_own_clap(tiny_settings, tiny_config, tmp_path, monkeypatch, fusi
     fewer = {name: value for name, value in tiny_settings.items() if not name.startswith("clap_")}
     c = settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=str(file), given={})
     assert audio_config_of(c)["sample_rate"] == 48000  # of data.py check and convert
-    model = checkpoint.new(c)
+    model = checkpoint.new_model(c)
     assert model.audio_config["sample_rate"] == model.clap.sample_rate == 48000
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "x.wav", 0.1 * rng.standard_normal((3 * 48000, 1)), 48000)
@@ -357,7 +357,7 @@ def test_laions_own_clap(tiny_settings, tiny_config, tmp_path, monkeypatch, fusi
     release, exported = str(tmp_path / "release"), f"{tmp_path}/release/clap_ckpt/epoch_16.pt"
     model.save_pretrained(release)
     others = [load(release, dtype=torch.bfloat16),
-              checkpoint.new(settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=exported))]
+              checkpoint.new_model(settings(fewer, tiny_settings["lang_encoder_path"], clap_checkpoint=exported))]
     assert others[0].clap.mel.dtype == torch.float32
     if not fusion:
         run("train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=run", f"--clap_checkpoint={file}",

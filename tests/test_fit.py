@@ -102,7 +102,7 @@ def test_sizes_of_a_local_release_are_its_own(tiny_settings, tmp_path, capsys):
 
     import checkpoint
     from tools.bench import fit as bench_fit
-    model = checkpoint.new(SimpleNamespace(**(config.defaults() | tiny_settings)))
+    model = checkpoint.new_model(SimpleNamespace(**(config.defaults() | tiny_settings)))
     model.save_pretrained(str(tmp_path / "r"))
     given = [f"--pretrained_path={tmp_path}/r", "--gpu=1.2", "--max_tokens=64"]
     bench_fit.fit(config.load(given, "tools/bench/fit.py"))

@@ -22,7 +22,7 @@ from tests.helpers import fails_with_one_line
 @pytest.fixture(scope="module")
 def release(tiny_settings, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("release") / "tiny")
-    checkpoint.new(SimpleNamespace(**(config.defaults() | tiny_settings))).save_pretrained(folder)
+    checkpoint.new_model(SimpleNamespace(**(config.defaults() | tiny_settings))).save_pretrained(folder)
     return folder
 
 
@@ -335,5 +335,5 @@ def test_files_of_a_language_model(tiny_lm, tiny_settings, tmp_path, kind):
     change(folder, names)
     c = SimpleNamespace(**(config.defaults() | tiny_settings | {"lang_encoder_path": folder}))
     with pytest.raises((ValueError, FileNotFoundError), match=saying) as told:
-        checkpoint.new(c)
+        checkpoint.new_model(c)
     assert re.search("lm", str(told.value)) and len(str(told.value)) < 700

@@ -22,7 +22,6 @@ from checkpoint import load
 from model import AudioFlamingo
 from tests.helpers import GOLDEN, ROOT, run
 from tests.test_checkpoint import save_lm, settings
-from tools.checkpoint.files import exchanged
 from tools.checkpoint.releases import PUBLISHED, rename
 
 needs_golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason="golden files not found; set SHARED=...")
@@ -37,7 +36,7 @@ def bytes_of(folder):
 @pytest.fixture(scope="module")
 def model(tiny_settings):
     torch.manual_seed(1)
-    model = checkpoint.new(SimpleNamespace(**(config.defaults() | tiny_settings)))
+    model = checkpoint.new_model(SimpleNamespace(**(config.defaults() | tiny_settings)))
     for block in model.xattn.values():
         block.attn_gate.data.fill_(0.7)
         block.ff_gate.data.fill_(0.3)
@@ -132,7 +131,7 @@ def test_both_names_of_the_encoder_and_copies(routes, tmp_path, prefix, capsys):
     assert same_weights(model, load(routes["export of release"][0]))
     assert len(model.skipped["duplicates"]) == len(blocks) + len(gated) + 1 > 60  # and the tied head
     capsys.readouterr()
-    code = checkpoint.report([str(folder)], {})
+    code = checkpoint.print_state_report([str(folder)], {})
     lines = {line[:12].strip(): int(line[12:18]) for line in capsys.readouterr().out.splitlines()[1:]}
     assert code == 0 and lines["loaded"] == len(model.state_dict())
     assert lines["duplicates"] == len(blocks) + len(gated) + 1 and lines["unused"] == 1
@@ -273,7 +272,7 @@ def test_a_release_needs_nothing_of_the_machine_it_was_made_on(tiny_lm, tiny_set
     os.remove(tmp_path / "lm/tokenizer.json")
     c = settings(tiny_settings, tmp_path / "lm", tokenizer_path=str(tmp_path / "tokenizer"),
                  attention_backend="triton", audio_transformer_n_layers=0)
-    checkpoint.new(c).save_pretrained(str(tmp_path / "r"))
+    checkpoint.new_model(c).save_pretrained(str(tmp_path / "r"))
     shutil.rmtree(tmp_path / "tokenizer")
     shutil.rmtree(tmp_path / "lm")
     assert str(tmp_path) not in open(tmp_path / "r/config.json").read()
@@ -315,16 +314,16 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
 
 
 def test_whose_licences_a_card_names(model, tmp_path):
-    from tools.checkpoint.model_card import about_run, model_card, name_of
+    from tools.checkpoint.model_card import run_facts, model_card, public_name
     home = tmp_path / "models--Qwen--Qwen2.5-3B/snapshots/0a1"
     os.makedirs(home)
     sizes = vars(model.config) | {"about": {}}
     for path in (home, tmp_path / "Qwen2.5-3B", "Qwen/Qwen2.5-3B"):
         os.makedirs(tmp_path / "Qwen2.5-3B", exist_ok=True)
-        card = model_card(sizes | {"lang_encoder_path": name_of(str(path))}, model)
+        card = model_card(sizes | {"lang_encoder_path": public_name(str(path))}, model)
         assert "Qwen2.5-3B: Qwen Research License (non-commercial)" in card and str(tmp_path) not in card
-    assert name_of("/gone/mine/lm/") == "lm" and name_of("nvidia/x") == "nvidia/x"
-    about = about_run({"config": {"clap_checkpoint": "clap_ckpt/epoch_16.pt"}}, str(tmp_path), {})
+    assert public_name("/gone/mine/lm/") == "lm" and public_name("nvidia/x") == "nvidia/x"
+    about = run_facts({"config": {"clap_checkpoint": "clap_ckpt/epoch_16.pt"}}, str(tmp_path), {})
     card = model_card(sizes | {"lang_encoder_path": "mine", "about": about}, model)
     assert "started from clap_ckpt/epoch_16.pt: that of its publisher; of NVIDIA's releases" in card
     assert "Language model mine: that of its publisher" in card
@@ -337,7 +336,7 @@ def test_what_is_exported_can_be_read_again(tiny_lm, tiny_settings, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     tokenizer.save_pretrained(tmp_path / "lm")
-    model = checkpoint.new(settings(tiny_settings, tmp_path / "lm"))
+    model = checkpoint.new_model(settings(tiny_settings, tmp_path / "lm"))
     model.save_pretrained(str(tmp_path / "r"))
     assert os.path.isfile(tmp_path / "r/lm/additional_chat_templates/tools.jinja")
     again = load(str(tmp_path / "r"))
@@ -367,7 +366,7 @@ def test_a_release_tells_its_language_model_by_its_width(model, tmp_path, monkey
     model.save_pretrained(str(tmp_path / "r"))
     shutil.move(tmp_path / "r/lm", tmp_path / "lm")
     own = json.load(open(tmp_path / "r/config.json"))
-    monkeypatch.setitem(language_models.BY_WIDTH, 64, str(tmp_path / "lm"))
+    monkeypatch.setitem(language_models.LM_OF_WIDTH, 64, str(tmp_path / "lm"))
     unnamed = {n: v for n, v in own.items() if n != "lang_encoder_path"}
     json.dump(unnamed, open(tmp_path / "r/config.json", "w"))
     assert same_weights(load(str(tmp_path / "r")), model)
@@ -375,12 +374,12 @@ def test_a_release_tells_its_language_model_by_its_width(model, tmp_path, monkey
     published = load(str(tmp_path / "r"), window_length=2.5, audio_transformer_n_head=4, clap_spec_size=128)
     assert published.config.max_num_window == 12
     assert same_weights(published, model)
-    monkeypatch.setitem(language_models.BY_WIDTH, 64, "gone/gone")
+    monkeypatch.setitem(language_models.LM_OF_WIDTH, 64, "gone/gone")
     json.dump(own | {"lang_encoder_path": str(tmp_path / "lm")}, open(tmp_path / "r/config.json", "w"))
     assert same_weights(load(str(tmp_path / "r")), model)  # config.json names one
     with pytest.raises(FileNotFoundError, match="lang_encoder_path = 'other/other'"):
         load(str(tmp_path / "r"), lang_encoder_path="other/other")
-    assert list(language_models.BY_WIDTH.items())[:3] == [
+    assert list(language_models.LM_OF_WIDTH.items())[:3] == [
         (896, "Qwen/Qwen2.5-0.5B"), (1536, "Qwen/Qwen2.5-1.5B"), (2048, "Qwen/Qwen2.5-3B")]
 
 
@@ -408,7 +407,7 @@ def test_a_published_checkpoint_tells_its_language_model_by_its_width(model, pub
     torch.save({"epoch": 9, "model_state_dict": {prefix + n: t for n, t in state.items()}}, file)
     with pytest.raises(ValueError, match=r"checkpoint_9.pt: its .* width 64, .* 2048: .*--lang_encoder_path"):
         load(file, **given)
-    monkeypatch.setitem(language_models.BY_WIDTH, 64, tiny_lm)
+    monkeypatch.setitem(language_models.LM_OF_WIDTH, 64, tiny_lm)
     read = load(file, **given)
     assert same_weights(read, model) and read.config.lang_encoder_path == tiny_lm
     assert same_weights(load(str(tmp_path), **given), model)  # the folder it lies in
@@ -455,7 +454,7 @@ def test_a_hub_id_is_all_that_a_release_needs(model, release, tiny_lm, tmp_path,
     os.remove(tmp_path / "published/config.json")
     in_a_cache(tmp_path / "cache", "nvidia/audio-flamingo-2-SoundCoT", tmp_path / "published")
     in_a_cache(tmp_path / "cache", "Qwen/Qwen2.5-3B", tiny_lm)
-    monkeypatch.setitem(language_models.BY_WIDTH, 64, "Qwen/Qwen2.5-3B")
+    monkeypatch.setitem(language_models.LM_OF_WIDTH, 64, "Qwen/Qwen2.5-3B")
     monkeypatch.chdir(tmp_path)
     given = dict(window_length=2.5, audio_transformer_n_head=4, clap_spec_size=128,
                  cache_dir=str(tmp_path / "cache"))
@@ -489,7 +488,7 @@ SPECIAL_TOKENS = list(data.SPECIAL_TOKENS)
 def test_pretrained_rows_are_never_touched(tiny_lm, tiny_settings, tmp_path, tokens, special):
     """A tokenizer with marks of ours among its own: their rows are used as they were learnt."""
     table = lm_with_tokens(tmp_path / "lm", tiny_lm, tokens, {"special_tokens": special})
-    model = checkpoint.new(settings(tiny_settings, tmp_path / "lm"))
+    model = checkpoint.new_model(settings(tiny_settings, tmp_path / "lm"))
     known = 257 + len(tokens)
     with torch.no_grad():
         rows = model.lm.embed_tokens(torch.arange(len(model.tokenizer))[None])[0]
@@ -516,7 +515,7 @@ def test_a_tokenizer_that_appends_eos_and_cuts_on_the_left(tiny_lm, tiny_setting
     eos = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {eos}", None, [(eos, 0)])
     tokenizer.save_pretrained(tmp_path / "lm")
-    model = checkpoint.new(settings(tiny_settings, tmp_path / "lm"))
+    model = checkpoint.new_model(settings(tiny_settings, tmp_path / "lm"))
     t = model.tokenizer
     assert t("a")["input_ids"][-1] == t.eos_token_id and t.truncation_side == "left"
     prompt, = data.encode_prompts(t, ["What is it?"])
@@ -545,7 +544,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(tiny_lm, tiny_settings, tmp_
     change(content)
     json.dump(content, open(file, "w"))
     with pytest.raises(ValueError, match=saying):
-        checkpoint.new(settings(tiny_settings, tmp_path / "lm"))
+        checkpoint.new_model(settings(tiny_settings, tmp_path / "lm"))
 
 
 def test_a_head_of_its_own_is_kept(tiny_lm, tiny_settings, tmp_path, capsys):
@@ -555,10 +554,10 @@ def test_a_head_of_its_own_is_kept(tiny_lm, tiny_settings, tmp_path, capsys):
     state = load_file(file)
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     c = settings(tiny_settings, tmp_path / "lm")
-    assert checkpoint.new(c).lm.config.tied and "another head" not in capsys.readouterr().err
+    assert checkpoint.new_model(c).lm.config.tied and "another head" not in capsys.readouterr().err
     head = torch.randn(300, 48)
     save_file(state | {"lm_head.weight": head}, file, {"format": "pt"})
-    model = checkpoint.new(c)
+    model = checkpoint.new_model(c)
     assert "another head" in capsys.readouterr().err
     with torch.no_grad():
         hf.lm_head.weight = torch.nn.Parameter(head)
@@ -591,7 +590,7 @@ def test_weights_that_are_not_numbers_are_told(model, release, tmp_path, capsys)
     broken = load(str(folder))
     with pytest.raises(ValueError, match="the model's logits are NaN"):
         broken.generate(["What?"] * 2, torch.ones(2, 40000), torch.tensor([1, 1]), max_new_tokens=2)
-    code = checkpoint.report([str(folder)], {})
+    code = checkpoint.print_state_report([str(folder)], {})
     lines = capsys.readouterr().out.splitlines()
     row, = [line for line in lines if line.startswith("not finite")]
     assert code == 1 and row.split()[2:] == ["1", "lm.layers.1.mlp.up_proj.weight"]

@@ -233,7 +233,7 @@ def find_misfits(model, state):
     wrong = {"missing": [name for name, tensor in own.items()
                          if name not in state and (tensor.is_meta or name.split(".")[0] in parts)],
              "unexpected": [name for name in state if name not in own], "wrong shape": [], "wrong type": []}
-    for name in state.keys() & own.keys():
+    for name in filter(own.__contains__, state):
         theirs, ours = state[name], own[name]
         if theirs.shape != ours.shape:
             wrong["wrong shape"].append(f"{name} {tuple(theirs.shape)} instead of {tuple(ours.shape)}")

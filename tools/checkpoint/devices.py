@@ -34,14 +34,11 @@ def pick_precision(precision, device):
     return torch.bfloat16, "amp_bf16"
 
 
-def pick_compute(c, local_rank=None):
-    """-> device, dtype of products and frozen weights, and a line for the log that says what was chosen and
-    why. local_rank: the GPU of this process among several."""
-    device = pick_device(c.device)
-    if device.type == "cuda" and local_rank is not None:
-        device = torch.device("cuda", local_rank)
+def pick_compute(c, device):
+    """-> dtype of products and frozen weights, and a line for the log: device, dtype and attention backend, and
+    why they were chosen."""
     dtype, reason = pick_precision(c.precision, device)
     backend, why = c.attention_backend, "asked for"
     if backend == "auto":
         backend, why = pick_backend(device)
-    return device, dtype, f"{device} | {dtype} ({reason}) | cross-attention: {backend} ({why})"
+    return dtype, f"{device} | {dtype} ({reason}) | cross-attention: {backend} ({why})"

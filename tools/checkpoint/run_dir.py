@@ -16,14 +16,28 @@ def checkpoints(run):
     return [os.path.join(run, name) for name in found]
 
 
-def newest_checkpoint(run, say=lambda text: print(text, file=sys.stderr)):
-    """The newest checkpoint of a run that is whole: the table of a zip file stands at its end. None without
-    one."""
+def checksums_hold(file):
+    """Whether a checkpoint is what was written: torch.save keeps a CRC-32 of every tensor."""
+    try:
+        with zipfile.ZipFile(file) as f:
+            return f.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def newest_checkpoint(run, say=lambda text: print(text, file=sys.stderr), is_whole=zipfile.is_zipfile):
+    """The newest checkpoint of a run that is whole; None without one. is_zipfile finds files that were cut off:
+    the table of a zip file stands at its end."""
     for file in checkpoints(run):
-        if zipfile.is_zipfile(file):
+        if is_whole(file):
             return file
-        say(f"note: {file} is damaged: it was cut off, and is not used")
+        say(f"note: {file} is damaged (cut, or its checksum differs): not used")
     return None
+
+
+def newest_whole(run, say):
+    """The checkpoint to resume from: every tensor is read and checked."""
+    return newest_checkpoint(run, say, checksums_hold)
 
 
 def newest_run(folders):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import config as settings
-from tools.checkpoint.devices import pick_device, pick_precision
+from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.files import save_atomically
 from tools.checkpoint.run_dir import checkpoints
 from tools.common import UserError, check_folder_writable, check_writable, name_disk_errors, parse_json_line
@@ -176,8 +176,8 @@ class Run:
 
     def __init__(self, c):
         self.rank, self.world, self.device, self.control = init_distributed(pick_device(c.device))
-        self.dtype, reason = pick_precision(c.precision, self.device)
-        self.say(f"products in {self.dtype} ({reason})")
+        self.dtype, compute = pick_compute(c, self.device)
+        self.say(compute)
         self.folder = os.path.join(settings.resolve_path(c.expdir), c.run_name)
         self.keep_last = 1 if c.delete_previous_checkpoint else c.keep_last
         self.writer, self.pending = ThreadPoolExecutor(1), None

@@ -22,7 +22,8 @@ import config as settings
 from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Manifest, open_manifests
 from tools.checkpoint.clap import clap_state
 from tools.checkpoint.htsat import sample_rate_of_mel
-from tools.common import UserError, atomic_write, check_folder_writable, check_writable, map_parallel
+from tools.common import (UserError, atomic_write, check_folder_writable, check_writable, map_parallel,
+                          optional_import)
 from tools.data.audio import SILENT, count_frames, missing_seconds, read_audio
 from tools.html_page import audio_player, html_page, html_table, image, log_mel_figure
 
@@ -201,6 +202,7 @@ def main(c):
     page = c.page and settings.resolve_path(c.page)
     if page:
         check_writable(page)
+        optional_import("matplotlib", "--page", "eval")
     findings = inspect_manifests(manifests, audio_config, c.workers)
     for found in findings:
         print(" | ".join(f"{name} {value}" for name, value in zip(COLUMNS, summary_row(found))))

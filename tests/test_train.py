@@ -463,7 +463,7 @@ def test_an_unwritable_place_is_found_first(tiny_config, tmp_path):
     (["--dataset_blending_config={}"], "dataset_blending_config"),
     (["--dataset_blending_global_weight=0.001"], "dataset_blending_global_weight"),
     (['--dataset_blending_config={"no-AQA/train": 1.0}'], "no-AQA/train.json"),
-    (['--dataset_blending_config={"none-AQA/train": 1.0}'], "none-AQA/train.json"),
+    (['--dataset_blending_config={"none-AQA/train": 1.0}'], "none-AQA/train"),
     (["--lang_encoder_path=nowhere"], "nowhere"), (["--clap_checkpoint=none.pt"], "none.pt"),
     (["--device=cuda:9"], "cuda:9"), (["--precision=fp8"], "fp8"),
     (["--audio_transformer_n_head=7"], "audio_transformer_n_head"),

@@ -24,7 +24,6 @@ from tqdm import tqdm
 import checkpoint
 import config as settings
 from data import open_manifests, train_loader, valid_loader
-from model import pick_backend
 from tools.checkpoint.files import load_pickle
 from tools.checkpoint.run_dir import newest_whole
 from tools.common import UserError

@@ -1,6 +1,7 @@
-# make demo: sets up, trains the embedded default on a CPU, answers about a clip, evaluates.   make test: sets up, tests.
-# make gpu: the GPU tests and every bench, nothing is set up for it; DEVICE=cpu lets a CPU stand in.
-# make clean-demo removes what the demo wrote. PYTHON chooses the interpreter; TORCH what is asked of pip for torch.
+# make demo: set up, train the embedded default on a CPU, answer about a clip, evaluate.
+# make test: set up, run all tests in two processes. make test-fast: those that are fast, in one.
+# make gpu: the GPU tests and every bench with the installed torch and triton; DEVICE=cpu lets a CPU stand in.
+# make clean-demo: remove what the demo wrote. PYTHON chooses the interpreter; TORCH what is asked of pip for torch.
 # The first that runs, not the first on the path: a version manager puts names there that only print an error.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10,$(shell $(p) -c "print('$(p)')" 2>/dev/null)))
 TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch || echo torch==2.13.0)
@@ -9,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, every one of the demo's programs would compile all of torch again
 
-.PHONY: demo test setup gpu clean-demo
+.PHONY: demo test test-fast setup gpu clean-demo
 
 setup: .venv/done
 
@@ -33,11 +34,21 @@ demo: setup
 test: setup data/smollm2
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
 
-# A GPU machine's own torch and triton: PYTHON if given, else .venv's, else python3.
+test-fast: setup data/smollm2
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+# A GPU machine's own torch and triton: PYTHON if given, else .venv's, else python3. Triton compiles here, whatever
+# the tests conclude from the machine's device files.
 DEVICE ?= cuda
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),python3),$(PYTHON))
+GPU_TESTS = $(if $(filter cpu,$(DEVICE)),torch_backends or pick_backend,not ahead_of_time)
+gpu: export HF_HUB_OFFLINE := 1
+gpu: export TRITON_INTERPRET := 0
 gpu:
-	@$(GPU_PYTHON) tools/gpu.py --device=$(DEVICE)
+	$(GPU_PYTHON) tools/bench.py kernel --device=$(DEVICE)
+	$(GPU_PYTHON) -m pytest -q -rs -p no:cacheprovider tests/test_kernel.py -k "$(GPU_TESTS)"
+	$(GPU_PYTHON) tools/bench.py decode --device=$(DEVICE)
+	$(GPU_PYTHON) tools/bench.py train --device=$(DEVICE)
 
 clean-demo:
 	rm -rf out/demo

@@ -91,4 +91,4 @@ NOT_NEGATIVE = """
     audio_transformer_n_layers clap_text_bank clap_text_layers workers examples"""
 MINIMUM = dict.fromkeys(AT_LEAST_1.split(), 1) | dict.fromkeys(NOT_NEGATIVE.split(), 0)
 POSITIVE = ("window_length", "dataset_blending_global_weight", "clap_peak_lr", "clap_muon_lr",
-            "clap_temperature")
+            "clap_temperature", "gpu", "gpus", "windows", "tokens", "answers", "items", "mfu", "tflops")

@@ -6,7 +6,7 @@
     python tools/bench.py data      # index, batches and decoding of a large blend; --items=10000000
     python tools/bench.py fit config/sft.py --gpu=24   # what a recipe needs, before a GPU is rented
 
-Prints a table for people; the last line of stdout is one JSON object.
+Prints tables; the last line of stdout is one JSON object. Settings: python tools/bench.py fit --help
 """
 import importlib
 import json
@@ -20,18 +20,18 @@ import config
 MODES = ("kernel", "decode", "train", "data", "fit")  # functions of tools/bench/<mode>.py
 
 
-def main(mode="--help", *options):
+def main():
+    mode = sys.argv.pop(1) if sys.argv[1:] else "--help"
     if mode in ("--help", "-h"):
         print(__doc__)
-    elif mode not in MODES or (options and mode not in ("data", "fit")):
-        print(f"bench.py: expected one of {', '.join(MODES)}, got {[mode, *options]}", file=sys.stderr)
+        return
+    if mode not in MODES:
+        print(f"bench.py: expected one of {', '.join(MODES)}, got {mode!r}", file=sys.stderr)
         sys.exit(2)
-    elif mode == "fit":  # settings of its own, and config files
-        del sys.argv[1]
-        config.run(importlib.import_module("tools.bench.fit").fit, "tools/bench/fit.py")
-    else:
-        print(json.dumps(getattr(importlib.import_module(f"tools.bench.{mode}"), mode)()))
+    module = importlib.import_module(f"tools.bench.{mode}")
+    bench = getattr(module, mode)
+    config.run(lambda c: print(json.dumps(bench(c))), f"tools/bench/{mode}.py")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from tools.data.batches import estimate_tokens, padding_stats, plan_batches
 from tools.data.index import open_items
 
 MAX_SECONDS = 1e7  # bound of a manifest's duration and audio_start
+
+planning_thread = ThreadPoolExecutor(1)
 
 # ------------------------------------------------------------------------------------------------------------
 # Audio
@@ -155,7 +157,6 @@ class Manifest:
         self.items = open_items(file, self._check_content, cache_dir)
         self.head, self.digest = self.items.header["head"], self.items.header["digest"]
         self.folder = os.path.join(data_root, self.head["split_path"])
-        self.order = None, None  # number and order of the pass used last
 
     def _check_content(self, content):
         """JSON of the file -> iterator of (seconds, number of clips) of the items, each checked."""
@@ -168,28 +169,28 @@ class Manifest:
             self._fail("total_num", content["total_num"], f"the number of items in data, {len(data)}")
         if leaves_root(folder):
             self._fail("split_path", folder, "a path inside data_root, or an absolute one")
-        return (self._check_item(i, key, data[key], folder) for i, key in enumerate(data))
+        return self._check_items(data, folder)
 
-    def _check_item(self, i, key, item, folder):
-        """-> duration (nan: unknown), number of clips."""
-        if key != str(i):
-            self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0', '1', ... in order)")
-        if type(item) is not dict:
-            self._fail("", item, "an object with name, prompt, output", i)
-        names = item.get("name")
-        if type(names) is not list or len(names) < 2:  # a list: several clips of one question
-            names = [self._expect(item, "name", str, i)]
-        for name in names:
-            if type(name) is not str:
-                self._fail("name", name, "a str", i)
-            if ".." in name and leaves_root(folder, name):
-                self._fail("name", name, "a path inside data_root", i)
-        self._expect(item, "prompt", str, i)
-        self._expect(item, "output", str, i)
-        for field in ("duration", "audio_start"):
-            if field in item and not (type(item[field]) in (int, float) and 0 <= item[field] < MAX_SECONDS):
-                self._fail(field, item[field], f"seconds, not negative, below {MAX_SECONDS:g}", i)
-        return item.get("duration") or math.nan, len(names)
+    def _check_items(self, data, folder):
+        """Yield duration (nan: unknown) and number of clips of every item; for millions of them, so in one loop."""
+        for i, (key, item) in enumerate(data.items()):
+            if key != str(i):
+                self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0', '1', ... in order)")
+            if type(item) is not dict:
+                self._fail("", item, "an object with name, prompt, output", i)
+            names = item.get("name")
+            if type(names) is not list or len(names) < 2:  # a list: several clips of one question
+                names = [names]
+            if {type(item.get("prompt")), type(item.get("output")), *map(type, names)} != {str}:
+                for field in ("prompt", "output", "name"):
+                    self._expect(item, field, str, i)
+            duration = item.get("duration", math.nan)
+            for field, value in (("duration", duration), ("audio_start", item.get("audio_start", 0))):
+                if type(value) not in (int, float) or not 0 <= value < MAX_SECONDS and field in item:
+                    self._fail(field, value, f"seconds, not negative, below {MAX_SECONDS:g}", i)
+            if ".." in "".join(names) and any(leaves_root(folder, name) for name in names):
+                self._fail("name", names, "a path inside data_root", i)
+            yield duration or math.nan, len(names)
 
     def _expect(self, mapping, key, kind, item=None):
         value = mapping.get(key)
@@ -218,18 +219,17 @@ class Manifest:
         first, stop = int(e * N * weight), int((e + 1) * N * weight)
         parts = [np.arange(0)]
         for k in range(first // max(N, 1), -(-stop // max(N, 1))):
-            parts.append(self._pass(k)[max(first - k * N, 0):stop - k * N])
+            parts.append(pass_order(self.name, N, k)[max(first - k * N, 0):stop - k * N])
         return np.concatenate(parts)
 
-    def _pass(self, k):
-        """The order of pass k, (N,); the latest is kept: 200 epochs are a few passes."""
-        last, order = self.order
-        if last != k:
-            order = np.arange(len(self), dtype=np.int32)
-            for text in [self.name] + [f"{self.name}-epoch-{k}"] * (k > 0):
-                np.random.default_rng(sum(map(ord, text))).shuffle(order)
-            self.order = k, order
-        return order
+
+@lru_cache(maxsize=64)  # 200 epochs are a few passes
+def pass_order(name, n, k):
+    """The order of the n items of a manifest in pass k: the published seeds."""
+    order = np.arange(n, dtype=np.int32)
+    for text in [name] + [f"{name}-epoch-{k}"] * (k > 0):
+        np.random.default_rng(sum(map(ord, text))).shuffle(order)
+    return order
 
 
 def leaves_root(folder, name=""):
@@ -256,9 +256,8 @@ class Clips(Dataset):
     def __init__(self, manifests, rows, audio_config, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; audio_config: that of the model."""
         if rows is None:
-            every = [np.stack([np.full(len(m), i), np.arange(len(m))], 1) for i, m in enumerate(manifests)]
-            rows = np.concatenate(every)
-        self.manifests, self.rows, self.audio_config = manifests, rows, audio_config
+            rows = [(m, j) for m, manifest in enumerate(manifests) for j in range(len(manifest))]
+        self.manifests, self.rows, self.audio_config = manifests, np.array(rows).reshape(-1, 2), audio_config
         self.cache = {} if cache else None
 
     def __len__(self):
@@ -287,29 +286,21 @@ class Clips(Dataset):
             self.cache[key] = decoded
         return sample | decoded
 
-    def windows(self):
-        """(n,) windows of every row by the manifests' durations; max_num_window where there is none."""
-        length, overlap, most = (self.audio_config[name] for name in AUDIO_SETTINGS)
-        rate = self.audio_config.get("sample_rate", SAMPLE_RATE)
-        windows = np.empty(len(self), np.int64)
-        for m in np.unique(self.rows[:, 0]):
-            mask = self.rows[:, 0] == m
-            columns = self.manifests[m].items.columns()[self.rows[mask, 1]]
-            clips = columns["clips"]
-            samples = np.nan_to_num(np.rint(columns["seconds"].astype(float) * rate), nan=math.inf)
-            more = np.ceil((samples - clips * length * rate) / ((length - overlap) * rate))
-            windows[mask] = np.minimum(most * clips, clips + np.maximum(0, more))
-        return windows
-
     def sizes(self, tokenizer=None):
-        """(n, 2): windows and text tokens (without a tokenizer: characters) of every row."""
-        texts = np.empty((len(self), 2), object)
+        """(n, 2): windows and text tokens of every row. Windows by the manifests' durations, max_num_window where
+        there is none; characters instead of tokens without a tokenizer."""
+        length, overlap, most = (self.audio_config[name] for name in AUDIO_SETTINGS)
+        windows, texts = np.empty(len(self), np.int64), np.empty((len(self), 2), object)
         for m in np.unique(self.rows[:, 0]):
-            mask = self.rows[:, 0] == m
-            items = self.manifests[m].items.select(self.rows[mask, 1])
-            texts[mask] = [(item["prompt"].strip().lower(), item["output"].strip().lower()) for item in items]
-        lengths = estimate_tokens(tokenizer, texts.ravel()) if tokenizer else np.vectorize(len)(texts)
-        return np.stack([self.windows(), lengths.reshape(-1, 2).sum(1)], 1)
+            mask, items = self.rows[:, 0] == m, self.manifests[m].items
+            columns = items.columns()[self.rows[mask, 1]]
+            seconds = np.nan_to_num(columns["seconds"].astype(float).round(4), nan=math.inf)
+            more = np.ceil((seconds - columns["clips"] * length) / (length - overlap))
+            windows[mask] = np.minimum(columns["clips"] * most, columns["clips"] + np.maximum(0, more))
+            selected = items.select(self.rows[mask, 1])
+            texts[mask] = [(item["prompt"].strip().lower(), item["output"].strip().lower()) for item in selected]
+        lengths = estimate_tokens(tokenizer, texts.ravel()) if tokenizer else np.vectorize(len, "l")(texts)
+        return np.stack([windows, lengths.reshape(-1, 2).sum(1)], 1)
 
 
 class Collate:
@@ -319,7 +310,8 @@ class Collate:
 
     def __init__(self, tokenizer, max_tokens, window_samples, multiple=1):
         self.tokenizer, self.max_tokens, self.multiple = tokenizer, max_tokens, multiple
-        self.silence = torch.zeros(1, window_samples, dtype=torch.int16)
+        self.silent_clip = {"prompt": "", "output": "", "n_windows": [1],
+                            "windows": torch.zeros(1, window_samples, dtype=torch.int16)}
 
     def encode(self, pairs, n_clips=None):
         """(prompt, output) pairs -> input_ids, labels (B, T) int64 and how many outputs max_tokens cut."""
@@ -333,48 +325,31 @@ class Collate:
         return ids, torch.from_numpy(labels), int((labels == -100).all(1).sum())
 
     def __call__(self, items):
-        errors = [item["error"] for item in items if item["windows"] is None]
         good = [item for item in items if item["windows"] is not None]
-        truncated = [item["truncated_seconds"] for item in good if item["truncated_seconds"]]
-        batch = {"errors": errors, "truncated_clips": len(truncated), "truncated_seconds": sum(truncated),
-                 "paths": [item["path"] for item in good], "unfinished": 0}
-        if not good:  # a rank whose whole batch is unreadable still takes part, with nothing to learn
-            ids, _, _ = self.encode([("", "")])
-            return batch | {"input_ids": ids, "labels": torch.full_like(ids, -100), "windows": self.silence,
-                            "n_windows": window_counts([[1]])}
-        n_windows = [item["n_windows"] for item in good]
-        pairs = [(item["prompt"], item["output"]) for item in good]
+        clips = good or [self.silent_clip]  # a rank that can read no clip still takes part, with nothing to learn
+        n_windows = [clip["n_windows"] for clip in clips]
+        pairs = [(clip["prompt"], clip["output"]) for clip in clips]
         ids, labels, unfinished = self.encode(pairs, list(map(len, n_windows)))
-        return batch | {"input_ids": ids, "labels": labels, "unfinished": unfinished,
-                        "windows": torch.cat([item["windows"] for item in good]),
-                        "n_windows": window_counts(n_windows)}
-
-
-class EpochLoader(DataLoader):
-    """A DataLoader whose workers stay for all epochs; its batch_sampler is a list that train_loader replaces.
-
-    The next epoch is planned in a thread while this one is read. It starts after the workers are forked: a
-    fork while the thread holds a lock of the tokenizer would never end.
-    """
-    plan_next, planned, next_epoch = None, None, None
-    thread = ThreadPoolExecutor(1)
-
-    def __iter__(self):
-        batches = super().__iter__()
-        self.planned = self.plan_next and self.thread.submit(self.plan_next)
-        return batches
+        if not good:
+            labels.fill_(-100)
+        truncated = [clip["truncated_seconds"] for clip in good if clip["truncated_seconds"]]
+        return {"input_ids": ids, "labels": labels, "windows": torch.cat([clip["windows"] for clip in clips]),
+                "n_windows": window_counts(n_windows), "unfinished": unfinished,
+                "errors": [item["error"] for item in items if item["windows"] is None],
+                "truncated_clips": len(truncated), "truncated_seconds": sum(truncated),
+                "paths": [clip["path"] for clip in good]}
 
 
 def make_loader(clips, batches, tokenizer, config, persistent_workers):
-    """EpochLoader over a list of batches, each a list of indices of clips."""
+    """DataLoader over a list of batches, each a list of indices of clips."""
     audio_config, options = clips.audio_config, {}
     window_samples = round(audio_config["window_length"] * audio_config["sample_rate"])
     collate = Collate(tokenizer, config.max_tokens, window_samples, 64 if config.compile else 1)
     if config.num_workers:
         options = {"num_workers": config.num_workers, "prefetch_factor": 4, "worker_init_fn": init_worker,
                    "persistent_workers": persistent_workers}
-    return EpochLoader(clips, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-                       **options)
+    return DataLoader(clips, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available(),
+                      **options)
 
 
 def init_worker(_):
@@ -422,23 +397,22 @@ def plan_epoch(manifests, config, tokenizer, audio_config, epoch, rank=0, world=
 
 def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, loader=None,
                  only=None):
-    """-> EpochLoader of this rank's micro-batches of an epoch, what dataset_blending_output records of it.
+    """-> DataLoader of this rank's micro-batches of an epoch, what dataset_blending_output records of it.
 
-    loader: the one of an earlier epoch, which goes on with its workers and what they cached. loader.rows:
-    row numbers of each micro-step of all ranks; loader.stats: padding_stats."""
+    loader: the one of the epoch before, which goes on: its workers and what they cached stay, its list of
+    batches is replaced. loader.rows: row numbers of each micro-step of all ranks; loader.stats: padding_stats.
+    The next epoch is planned in a thread while this one is read."""
     plan = partial(plan_epoch, manifests, config, tokenizer, audio_config, rank=rank, world=world)
-    if loader and loader.planned and loader.next_epoch == epoch and not start and only is None:
-        batches, rows, stats, record = loader.planned.result()
-    else:
-        batches, rows, stats, record = plan(epoch, start=start, only=only)
     if loader is None:
         clips = Clips(list(manifests.values()), np.empty((0, 2), int), audio_config, config.cache_audio)
         loader = make_loader(clips, [], tokenizer, config, persistent_workers=True)
+        loader.planned = {}
+        iter(loader)  # forks the workers now: not while the planning thread holds a lock of the tokenizer
+    planned = loader.planned.get(epoch) if start == 0 and only is None else None
+    batches, loader.rows, loader.stats, record = planned.result() if planned else plan(epoch, start=start, only=only)
     loader.batch_sampler[:] = batches
-    loader.rows, loader.stats, loader.next_epoch = rows, stats, epoch + 1
-    # without workers this process uses the tokenizer, which two threads must not do
-    plan_next = config.num_workers and epoch + 1 < config.num_epochs
-    loader.plan_next, loader.planned = partial(plan, epoch + 1) if plan_next else None, None
+    if config.num_workers and epoch + 1 < config.num_epochs:  # else this process uses the tokenizer itself
+        loader.planned = {epoch + 1: planning_thread.submit(plan, epoch + 1)}
     return loader, record
 
 

@@ -18,8 +18,7 @@ from tqdm import tqdm
 import config as settings
 from checkpoint import export_release, materialize, open_checkpoint
 from data import window_counts
-from model import pick_backend
-from tools.checkpoint.devices import pick_device, pick_precision
+from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.run_dir import newest_run
 from tools.common import UserError, check_folder_writable, check_writable, name_disk_errors
 from tools.sample.asking import load_clips, read_questions, sampling_of, truncation_note
@@ -65,15 +64,13 @@ def read_model(c):
 def load_weights(c, source, model, state):
     """The model on its device; prints one line about what was chosen."""
     device = pick_device(c.device)
-    dtype, reason = pick_precision(c.precision, device)
+    dtype, compute = pick_compute(c, device)
     model = materialize(model, state, device, dtype, source)
     if c.int8:
         quantize(model)
     if c.compile:
         compile_decoding(model)
-    backend = (model.backend, "asked for") if model.backend != "auto" else pick_backend(device)
-    print(f"model {source} | {device} | {dtype} ({reason}) | cross-attention: {backend[0]} ({backend[1]})",
-          file=sys.stderr)
+    print(f"model {source} | {compute}", file=sys.stderr)
     return model
 
 

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 train.py config/pretrain.py                   # one node
     torchrun --nnodes=2 --node_rank=$RANK --master_addr=$HOST --nproc_per_node=8 train.py config/pretrain.py
 
-A run lives in expdir/run_name/: checkpoint_<epoch>.pt and log.jsonl. The same command resumes it from its newest
-checkpoint, on a CPU bit for bit. SIGTERM, SIGUSR1 and Ctrl-C save and stop it within a step; on one node
+A run lives in expdir/run_name/: checkpoint_<epoch>.pt and log.jsonl. The same command resumes it from its
+newest checkpoint, on a CPU bit for bit. SIGTERM, SIGUSR1 and Ctrl-C save and stop it within a step; on one node
 torchrun --max-restarts=3 resumes it when a process dies.
 """
 import math
@@ -14,7 +14,6 @@ import random
 import signal
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -25,14 +24,14 @@ from tqdm import tqdm
 import checkpoint
 import config as settings
 from data import open_manifests, train_loader, valid_loader
+from tools.checkpoint.files import load_pickle
 from tools.checkpoint.run_dir import newest_whole
 from tools.common import UserError
 from tools.train.log import StepStats, count_labelled, describe_machine, parameter_table
 from tools.train.optim import load_optimizer, make_optimizer
-from tools.train.resume import (PER_RANK_SETTINGS, TrainState, check_same_run, describe_blend, items_per_epoch,
-                                read_checkpoint, restore_state, sample_order, say_schedule, what_is_left)
-from tools.train.run import (INTERIM, Run, all_gather_lists, any_rank, catch_signals, check_same_on_all_ranks,
-                             prefetch_to_gpu, wait_for_copy)
+from tools.train.resume import (PER_RANK_SETTINGS, TrainState, check_same_run, count_samples, restore_state,
+                                what_is_left)
+from tools.train.run import INTERIM, Run, all_gather_lists, any_rank, catch_signals, check_same_on_all_ranks
 
 
 def lr_factor(c, state, samples_per_step, total_samples):
@@ -41,14 +40,14 @@ def lr_factor(c, state, samples_per_step, total_samples):
     if state.step < c.warmup_steps:
         return (state.step + 1) / c.warmup_steps
     warmup = c.warmup_steps * samples_per_step
-    progress = max(0, state.samples - warmup) / max(1, total_samples - warmup)
-    progress = min(1.0, progress)
+    progress = (state.samples - warmup) / max(1, total_samples - warmup)
+    progress = min(1.0, max(0.0, progress))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return {"constant": 1.0, "cosine": cosine, "linear": 1 - progress}[c.lr_scheduler]
 
 
 def seed_step(c, rank, step):
-    """Seed drop path and SpecAugment by rank and step alone: a resumed run draws the same numbers."""
+    """Seed drop path and SpecAugment by rank and step alone, so that a resumed run draws the same numbers."""
     seed = ((c.seed * 1000003 + step) * 4099 + rank + 1) % 2 ** 63
     torch.manual_seed(seed)
     random.seed(seed)
@@ -56,9 +55,14 @@ def seed_step(c, rank, step):
 
 def model_inputs(batch, device):
     """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host, where indices are
-    made of them."""
-    input_ids, windows = wait_for_copy(batch, device)
+    made of them; the copies from pinned memory do not block."""
+    input_ids = batch["input_ids"].to(device, non_blocking=True)
+    windows = batch["windows"].to(device, non_blocking=True)
     return input_ids, windows, batch["n_windows"], batch["labels"]
+
+
+def autocast(run):
+    return torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not torch.float32)
 
 
 class StepResult(NamedTuple):
@@ -66,17 +70,13 @@ class StepResult(NamedTuple):
     loss: torch.Tensor  # mean over labelled tokens
     grad_norm: torch.Tensor  # before clipping
     labelled: torch.Tensor  # number of labelled tokens
-    updated: torch.Tensor  # 0 where loss or gradient were not finite, or nothing was labelled; else 1
-
-
-def autocast(run):
-    return torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not torch.float32)
+    updated: torch.Tensor  # 0 where loss or gradient was not finite, or nothing was labelled; else 1
 
 
 def train_step(model, optimizer, micro_batches, run, grad_clip):
     """One optimizer step -> StepResult. The loss is the mean over the labelled tokens of all micro-batches and
-    ranks. Where it or its gradient is not finite, weights and optimizer state stay as they are. Nothing here waits
-    for the device."""
+    ranks. Where it or its gradient is not finite, weights and optimizer state stay as they are. Nothing here
+    waits for the device."""
     labelled = torch.full((), float(sum(map(count_labelled, micro_batches))), device=run.device)
     total_loss = torch.zeros((), device=run.device)
     if run.world > 1:
@@ -95,7 +95,7 @@ def train_step(model, optimizer, micro_batches, run, grad_clip):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     updated = (grad_norm + total_loss).isfinite() & (labelled > 0)
-    # GradScaler's switch: where found_inf is 1, fused AdamW changes nothing; the host need not know
+    # GradScaler's switch: where found_inf is 1, fused AdamW changes nothing, without the host knowing
     getattr(optimizer, "optim", optimizer).found_inf = 1 - updated.float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -104,18 +104,17 @@ def train_step(model, optimizer, micro_batches, run, grad_clip):
 
 def optimizer_steps(c, run, manifests, model, state):
     """Yield (this rank's micro-batches, number of samples on all ranks, epoch of the step after it) of every
-    optimizer step from where `state` stands to the end of the last epoch. The caller advances `state`."""
+    optimizer step from where `state` stands to the end of the run. The caller advances `state`."""
     loader, accumulation = None, c.gradient_accumulation_steps
-    last_epoch = state.epoch if state.finished(c) else c.num_epochs
-    for epoch in range(state.epoch, last_epoch):
-        first = state.step_in_epoch * accumulation
+    while not state.finished(c):
+        epoch, first = state.epoch, state.step_in_epoch * accumulation
         loader, selection = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
                                          run.world, first, loader, state.remaining)
         if state.between_epochs():
             run.log(epoch=epoch, step=state.step + 1, **loader.stats)
             run.log_blend(selection)
+        batches = iter(loader)
         sizes = [len(rows) for rows in loader.rows]  # of every micro-batch, over all ranks
-        batches = prefetch_to_gpu(loader, run.device)
         for i in range(first, len(sizes), accumulation):
             micro_batches = [next(batches) for _ in range(accumulation)]
             is_last = i + accumulation >= len(sizes)
@@ -131,7 +130,7 @@ def validate(c, run, model, loaders, signals):
     for name, loader in loaders.items():
         total = torch.zeros((), device=run.device)
         labelled, truncated, unreadable = 0, 0, []
-        for batch in prefetch_to_gpu(loader, run.device):
+        for batch in loader:
             if signals:
                 break
             with autocast(run):
@@ -149,12 +148,27 @@ def validate(c, run, model, loaders, signals):
         unreadable = all_gather_lists(unreadable, run.control)
         if not labelled or not math.isfinite(total):
             raise UserError(f"{name}: the validation loss is {total} over {labelled} labelled tokens; {truncated} "
-                            f"answers were cut off by max_tokens = {c.max_tokens}, {len(unreadable)} clips not "
-                            f"read {unreadable[:1]}")
+                            f"answers cut off by max_tokens = {c.max_tokens}, {len(unreadable)} clips not read: "
+                            f"{unreadable[:1]}")
         losses[name] = total / labelled
         errors += [f"{name}: {error}" for error in unreadable]
     model.train()
     return losses, errors
+
+
+def validate_if_due(c, run, model, loaders, state, signals):
+    """-> whether the validation losses of this step were logged, now."""
+    if not loaders or not state.validation_due(c):
+        return False
+    if any_rank([run.rank == 0 and run.has_validation(state.step)], run.control)[0]:
+        return False
+    losses, errors = validate(c, run, model, loaders, signals)
+    if losses is None:
+        return False
+    for name, loss in losses.items():
+        run.say(f"epoch {state.epoch - 1} | {name} | loss {loss:.4f}")
+    run.log(epoch=state.epoch - 1, step=state.step, valid=losses, skipped=errors)
+    return True
 
 
 def build_model(c):
@@ -178,38 +192,39 @@ def build_model(c):
 
 
 def start_or_resume(c, run, manifests):
-    """-> model, optimizer, state, the manifests in the order that counts their rows, and what checkpoints hold
-    beside weights and states. UserError where the newest checkpoint of the run's folder is of another run."""
+    """-> model, optimizer, state, manifests in the order that rows are counted in, and the facts that
+    checkpoints hold beside. UserError where the folder's newest checkpoint is of another run."""
     torch.manual_seed(c.seed)  # the same new weights on every rank
     model, weights, stored, frozen_hash = build_model(c)
-    resumed_from = all_gather_lists([newest_whole(run.folder, run.say)] if run.rank == 0 else [], run.control)[0]
-    source = resumed_from or c.pretrained_path or c.lang_encoder_path
-    sizes = {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS}
-    facts = {"world_size": run.world, "config": vars(c) | sizes, "frozen_hash": frozen_hash, "stored": stored,
-             "frozen_from": c.pretrained_path or c.lang_encoder_path, **describe_blend(manifests, c),
-             "sample_order": sample_order(c, run.world, model.audio_config)}
-    same = {name: value for name, value in vars(c).items() if name not in PER_RANK_SETTINGS}
-    check_same_on_all_ranks(same | {"resumed_from": resumed_from, "frozen weights": frozen_hash,
-                                    "manifests": facts["digests"]}, run.control)
-    saved = read_checkpoint(resumed_from) if resumed_from else None
+    source = c.pretrained_path or c.lang_encoder_path
+    facts = {"config": vars(c) | {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS},
+             "blend": {name: [m.digest, c.dataset_blending_config[name] * c.dataset_blending_global_weight]
+                       for name, m in manifests.items()},
+             "stored": sorted(stored), "frozen_hash": frozen_hash, "frozen_from": source}
+    facts["config"]["world_size"] = run.world
+    shared = {name: value for name, value in facts["config"].items() if name not in PER_RANK_SETTINGS}
+    check_same_on_all_ranks(shared | {"blend": facts["blend"], "frozen_hash": frozen_hash}, run.control)
+    newest = [newest_whole(run.folder, run.say)] if run.rank == 0 else []
+    newest = all_gather_lists(newest, run.control)[0]
+    saved = load_pickle(newest) if newest else None
     if saved:
         trained = checkpoint.trained_tensors(saved, model.lm.config)
-        check_same_run(saved, facts, resumed_from, trained)
+        check_same_run(saved, newest, facts, trained)
         weights |= trained
         manifests = {name: manifests[name] for name in saved["blend"]}
-    checkpoint.place_weights(model, weights, run.device, run.dtype, source)
+    checkpoint.place_weights(model, weights, run.device, run.dtype, newest or source)
     optimizer, facts["optimizer_names"] = make_optimizer(model, c, run.world)
     state = TrainState()
     if saved:
         load_optimizer(optimizer, facts["optimizer_names"], saved)
-        state = restore_state(saved, facts, manifests, model.tokenizer, run)
-        run.say(f"resumed {resumed_from}: epoch {state.epoch}, step {state.step}")
+        state = restore_state(saved, facts, manifests, model, run)
+        run.say(f"resumed {newest}: epoch {state.epoch}, step {state.step}")
     run.truncate(state)
     return model, optimizer, state, manifests, facts
 
 
 def save_checkpoint(c, run, model, optimizer, state, facts):
-    """Save an epoch's checkpoint at its end, else the interim one. Called on all ranks."""
+    """Save an epoch's checkpoint at its end, inside one the interim checkpoint. Called on all ranks."""
     if state.skipped_steps == state.step:
         return  # nothing has been learned
     if c.shard_optimizer and run.world > 1:
@@ -221,17 +236,9 @@ def save_checkpoint(c, run, model, optimizer, state, facts):
         raise UserError(f"step {state.step}: weights are not finite and not saved; learning_rate = "
                         f"{c.learning_rate:g}, weight_decay = {c.weight_decay:g}")
     epoch = state.epoch - state.between_epochs()  # the last one trained
-    content = facts | {"epoch": epoch, "step": state.step, "train_state": asdict(state),
+    content = facts | {"epoch": epoch, "step": state.step, "train_state": vars(state),
                        "model_state_dict": weights, "optimizer_state_dict": optimizer.state_dict()}
     run.save(f"checkpoint_{epoch}.pt" if state.between_epochs() else INTERIM, content)
-
-
-def log_validation(c, run, model, valid, state, signals):
-    losses, errors = validate(c, run, model, valid, signals)
-    for name, loss in (losses or {}).items():
-        run.say(f"epoch {state.epoch - 1} | {name} | loss {loss:.4f}")
-    if losses:
-        run.log(epoch=state.epoch - 1, step=state.step, valid=losses, skipped=errors)
 
 
 def train(c, run):
@@ -239,28 +246,25 @@ def train(c, run):
     run.say(describe_machine(run.device, run.world))
     torch.backends.cuda.matmul.allow_tf32 = True
     manifests, valid = open_manifests(c, c.dataset_blending_config), open_manifests(c, c.valid_dataset_config)
-    total_samples = int(items_per_epoch(manifests, c).sum())
+    samples_per_step = c.batch_size * c.gradient_accumulation_steps * run.world  # at most
+    total_samples = count_samples(c, run, manifests, samples_per_step)
     model, optimizer, state, manifests, facts = start_or_resume(c, run, manifests)
     run.say(parameter_table(model))
     loader_args = c, model.tokenizer, model.audio_config, run.rank, run.world
     valid = {name: valid_loader(manifest, *loader_args) for name, manifest in valid.items()}
-    for block in [*model.lm.layers, *model.xattn.values()] if c.compile else ():
-        block.compile()
+    if c.compile:
+        for block in [*model.lm.layers, *model.xattn.values()]:
+            block.compile()
     ddp = model
-    if run.world > 1:  # labels stay on the host, so no device_ids
+    if run.world > 1:  # without device_ids, which would move labels to the device
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=c.clap_finetune)
     model.train()
-    samples_per_step = facts["sample_order"]["items per step"]
-    if c.max_steps:
-        total_samples = min(total_samples, c.max_steps * samples_per_step)
-    say_schedule(c, run, total_samples, samples_per_step)
 
     # --- the loop
     stats, saved_at, stop = StepStats(c, run, state, model), time.time(), False
     bar = tqdm(initial=state.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
     with catch_signals() as signals:
-        if valid and state.validation_due(c) and not any_rank([run.has_validation(state.step)], run.control)[0]:
-            log_validation(c, run, model, valid, state, signals)  # the run was stopped before its end
+        validate_if_due(c, run, model, valid, state, signals)  # the run was stopped before its end
         for micro_batches, samples, next_epoch in optimizer_steps(c, run, manifests, model, state):
             epoch, factor = state.epoch, lr_factor(c, state, samples_per_step, total_samples)
             for group in optimizer.param_groups:
@@ -282,20 +286,17 @@ def train(c, run):
                 stats.flush()  # raises after too many steps without an update
                 save_checkpoint(c, run, model, optimizer, state, facts)
                 saved_at = time.time()
-            if valid and state.validation_due(c) and not stop:
-                log_validation(c, run, model, valid, state, signals)
-                stats.line_start = time.time()
+            if validate_if_due(c, run, model, valid, state, signals):
+                stats.start = time.time()
             if finished or stop:
                 break
     bar.close()
     run.wait()  # for the last checkpoint
     if state.skipped_steps == state.step:
-        raise UserError(f"none of the {state.step} steps made an update: {stats.explanation()}")
-    if run.world > 1:
-        dist.barrier(run.control)
-        dist.destroy_process_group()
+        raise UserError(f"none of the {state.step} steps made an update: {stats.explain()}")
     run.say(f"{run.folder}: {state.step} steps done, {state.skipped_steps} of them without an update")
-    run.say(what_is_left(c, run, state, valid, signals, stop))
+    if run.rank == 0:
+        run.say(what_is_left(c, run, state, valid, signals, stop))
     return 130 if signal.SIGINT in signals else 0
 
 

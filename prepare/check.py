@@ -1,12 +1,11 @@
-"""Read every audio file of manifests, and tell what is wrong and what there is.
+"""Decode every audio file of manifests, and report what is wrong and what there is.
 
     python prepare/check.py config/pretrain.py                              # all manifests of a config
-    python prepare/check.py a.json b.json --data_root=data --write=cleaned  # these; copies without the bad items
+    python prepare/check.py a.json b.json --data_root=data --write=cleaned  # these, copies without bad items
     python prepare/check.py config/sft.py --page=out/check.html             # the report as a page, too
 
-Nothing is changed in place. Exit code: 0 all good, 1 some are not, 2 not done.
+Nothing is changed in place. Exit code: 0 all items are good, 1 some are not, 2 an error.
 """
-import html
 import json
 import os
 import re
@@ -20,261 +19,199 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
-from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Collate, Manifest, open_manifests
-from tools.data.audio import SILENT, count_frames, missing_seconds, read_audio
-from tools.data.batches import estimate_tokens
+from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Manifest, open_manifests
+from tools.checkpoint.clap import clap_state
 from tools.checkpoint.htsat import sample_rate_of_mel
-from tools.common import UserError, atomic_write, check_folder_writable, check_writable, map_parallel
+from tools.common import (UserError, atomic_write, check_folder_writable, check_writable, map_parallel,
+                          optional_import)
+from tools.data.audio import SILENT, count_frames, missing_seconds, read_audio
+from tools.html_page import audio_player, html_page, html_table, image, log_mel_figure
 
 write: str | None = None  # folder for cleaned copies of the manifests; None: none are written
 page: str | None = None  # HTML file of the report; None: the terminal alone
 workers: int = 0  # processes; 0: one a core
-examples: int = 20  # of each cause of failure, on the page
 
-
-def open_all(c, files):
-    """{name: Manifest} of the files named, or of all that a config trains and validates with."""
-    if files:
-        root = settings.resolve_path(c.data_root)
-        return {file: Manifest(file, root, c.cache_dir) for file in files}
-    names = {**c.dataset_blending_config, **c.valid_dataset_config}
-    if not names:
-        raise UserError("name manifests, or a config file with a dataset_blending_config")
-    return open_manifests(c, names)
-
-
-def audio_config_of(c):
-    """What is heard of a clip, by the config; 5 minutes, the most that a stage hears, where none tells; at
-    the rate of its clap_checkpoint, where that is here."""
-    rate = SAMPLE_RATE
-    if c.clap_checkpoint and os.path.isfile(settings.resolve_path(c.clap_checkpoint)):
-        from tools.checkpoint.clap import clap_state
-        rate = sample_rate_of_mel(clap_state(c.clap_checkpoint).get("clap.mel"))
-    audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": rate}
-    return audio_config if "max_num_window" in c.user_set else audio_config | {"max_num_window": 30}
-
-
-def inspect(manifests, audio_config, task):
-    """(manifest, item) -> what is wrong or None, its seconds, the first clip's sample rate."""
-    m, i = task
-    item, told = manifests[m][i], manifests[m].items[i]
-    length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
-    longest = most * (length - overlap) + overlap
-    problem, total, rate = None, 0.0, 0
-    for path in item["paths"]:
-        try:
-            x, _ = read_audio(path, item["start"], longest, audio_config["sample_rate"])
-            frames, here = count_frames(path)
-            rest, lacking = frames / here - item["start"], missing_seconds(path)
-        except (FileNotFoundError, UserError) as error:
-            problem = problem or str(error).removeprefix(path + ": ")
-            continue
-        held, rate = len(x) / audio_config["sample_rate"], rate or here
-        rest += 0 if item["duration"] else lacking
-        if held < min(longest, rest) - 0.1:  # the sound ends before the header says so
-            problem = problem or f"truncated: {held:.2f} s, its header says {rest:.2f} s"
-        elif np.abs(x).max() <= SILENT:
-            problem = problem or "silent"
-        total += rest
-    duration = item["duration"]
-    if not problem and duration and abs(duration - total) > 0.5 + 0.01 * total:
-        if total < duration:
-            problem = f"truncated: {total:.2f} s, manifest says {duration:.2f} s"
-        elif "audio_start" not in told:  # with it, the item is a part of the file
-            problem = f"wrong duration: {total:.2f} s, manifest says {duration:.2f} s"
-    return problem, min(total, duration or total), rate
-
-
-def cause_of(problem):
-    return re.sub(r"[\d.]+ s\b", "... s", problem.split(":")[0].split(" (")[0])
-
-
-def describe(values, unit=""):
-    """A line of quantiles."""
-    if not len(values):
-        return "none"
-    names, shares = ("least", "10 %", "median", "90 %", "most"), (0, 0.1, 0.5, 0.9, 1)
-    shares = dict(zip(names, np.quantile(values, shares)))
-    return ", ".join(f"{name} {value:.6g}{unit}" for name, value in shares.items())
-
-
-def write_manifest(path, head, items):
-    """A manifest with the keys of another and these items, whole or not at all; -> their number."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with atomic_write(path) as f:
-        n = 0
-        f.write('{"data": {')
-        for n, item in enumerate(items, 1):
-            f.write(("," if n > 1 else "") + f'\n"{n - 1}": ' + json.dumps(item))
-        head = {key: value for key, value in head.items() if key != "data"} | {"total_num": n}
-        f.write("\n},\n" + json.dumps(head)[1:] + "\n")
-    return n
-
-
-def targets_of(folder, manifests):
-    """Where manifests made of others go: not over these, and not over each other."""
-    paths = {}
-    for manifest in manifests:
-        path = os.path.join(folder, manifest.name + ".json")
-        if os.path.realpath(path) == os.path.realpath(manifest.file):
-            raise UserError(f"{folder}: would overwrite {manifest.file}; name another folder")
-        if path in paths:
-            raise UserError(f"{paths[path]} and {manifest.file} are both called {manifest.name}, one would "
-                             f"be written over the other: take them one by one, into two folders")
-        paths[path] = manifest.file
-    return list(paths)
-
-
-def tokenizer_of(c):
-    """The config's tokenizer, or None where it can't be had or no language model is named."""
-    if "lang_encoder_path" not in c.user_set and "tokenizer_path" not in c.user_set:
-        return None
-    from tools.checkpoint.language_models import load_lm_config_and_tokenizer
-    try:
-        return load_lm_config_and_tokenizer(c)[2]
-    except (ValueError, OSError, ImportError) as error:
-        print(f"note: texts are counted in characters: no tokenizer ({error})", file=sys.stderr)
-
-
-def main(c):
-    manifests = open_all(c, c.files)
-    audio_config, tokenizer = audio_config_of(c), tokenizer_of(c)
-    folder, page = (path and settings.resolve_path(path) for path in (c.write, c.page))
-    targets = targets_of(folder, manifests.values()) if folder else []
-    if folder:
-        check_folder_writable(folder)
-    if page:
-        check_writable(page)
-    opened = list(manifests.values())
-    tasks = ((m, i) for m, manifest in enumerate(opened) for i in range(len(manifest)))
-    found = [Found(len(manifest)) for manifest in opened]
-    bar = tqdm(total=sum(map(len, opened)), desc="check", unit="clip", disable=None)
-    inspected = map_parallel(partial(inspect, opened, audio_config), tasks, c.workers or os.cpu_count(),
-                             lambda task: opened[task[0]][task[1]]["path"])
-    for (m, i), (problem, found[m].seconds[i], found[m].rate[i]) in inspected:
-        if problem:
-            found[m].problems[i] = problem
-            tqdm.write(f"{opened[m].name} {i}: {opened[m][i]['path']}: {problem}")
-        bar.update()
-    bar.close()
-    for m, manifest in enumerate(opened):
-        causes, good = Counter(map(cause_of, found[m].problems.values())), found[m].good()
-        hours = found[m].seconds[good].sum() / 3600
-        print(f"{manifest.name}: {len(manifest)} items, {len(good)} good" +
-              "".join(f", {n} {what}" for what, n in causes.most_common()) + f"; {hours:.4g} h")
-        if folder:
-            write_manifest(targets[m], manifest.head, manifest.items.select(good))
-            print(f"wrote {targets[m]}")
-    told = summary(opened, found, audio_config, tokenizer)
-    for what, (values, unit) in told.items():
-        print(f"{what}: {describe(values, unit)}")
-    if page:
-        write_page(page, opened, found, told, audio_config, tokenizer, c)
-    sys.exit(1 if any(of_one.problems for of_one in found) else 0)
-
-
-class Found:
-    """What inspect tells of a manifest's items: 12 bytes each, and the problems' words."""
-
-    def __init__(self, n):
-        self.seconds, self.rate, self.problems = np.zeros(n), np.zeros(n, np.int32), {}
-
-    def good(self):
-        return np.setdiff1d(np.arange(len(self.seconds)), list(self.problems))
-
-
-def summary(opened, found, audio_config, tokenizer):
-    """{what: (values, unit)} of the good items; texts: of about 100,000 of them."""
-    good = [of_one.good() for of_one in found]
-    seconds = np.concatenate([of_one.seconds[rows] for of_one, rows in zip(found, good)])
-    rates = np.concatenate([of_one.rate[rows] for of_one, rows in zip(found, good)])
-    length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
-    windows = np.clip(1 + np.ceil((seconds - length) / (length - overlap)), 1, most)
-    shares = [rows[::max(1, len(seconds) // 100_000)] for rows in good]
-    items = (item for manifest, rows in zip(opened, shares) for item in manifest.items.select(rows))
-    texts = [(item["prompt"].strip().lower(), item["output"].strip().lower()) for item in items]
-    count = (lambda texts: estimate_tokens(tokenizer, texts)) if tokenizer else lambda texts: np.array(list(map(len, texts)))
-    unit = " tokens" if tokenizer else " characters"
-    return {"duration": (seconds, " s"), "windows a clip": (windows, ""),
-            "prompt": (count([p for p, _ in texts]), unit),
-            "output": (count([o for _, o in texts]), unit),
-            "sample rate": (rates, " Hz")}
+EXAMPLES = 20  # of each cause, on the page
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The page
+# Shared with convert.py
 
 
-def bars(values, unit, most=16):
-    """A histogram: a bar for every value, or for ranges where there are many."""
-    if not len(values):
-        return "<p>none</p>"
-    kinds, counts = np.unique(values, return_counts=True)
-    labels = [f"{kind:.6g}" for kind in kinds]
-    if len(kinds) > most:
-        counts, edges = np.histogram(values, most)
-        labels = [f"{a:.4g} to {b:.4g}" for a, b in zip(edges, edges[1:])]
-    rows = (f'<tr><td>{label}{unit}<td><div class="bar" style="width:{40 * n / counts.max():.2f}em"></div>{n}'
-            for label, n in zip(labels, counts))
-    return f"<table>{''.join(rows)}</table>"
+def open_all_manifests(c):
+    """The manifests named on the command line, or all that a config trains and validates with."""
+    if c.files:
+        root = settings.resolve_path(c.data_root)
+        return [Manifest(file, root, c.cache_dir) for file in c.files]
+    names = c.dataset_blending_config | c.valid_dataset_config
+    if not names:
+        raise UserError("name manifests, or a config file with a dataset_blending_config")
+    return list(open_manifests(c, names).values())
 
 
-def seen(manifest, i, audio_config, tokenizer, max_tokens):
-    """An item as the model gets it: windows to listen to, tokens with those that are learnt marked."""
-    from tools.html_page import audio_player, image, log_mel_figure
-    clip = Clips([manifest], np.array([[0, i]]), audio_config)[0]
-    if clip["windows"] is None:
-        return ""
-    heard = f"<p>{html.escape(clip['path'])}: {' + '.join(map(str, clip['n_windows']))} windows</p>"
+def audio_config_of(c):
+    """The model.audio_config of a config, with the sample rate of its clap_checkpoint; 30 windows (5 min)
+    where the user names no max_num_window."""
+    audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": SAMPLE_RATE}
+    if c.clap_checkpoint and os.path.isfile(settings.resolve_path(c.clap_checkpoint)):
+        audio_config["sample_rate"] = sample_rate_of_mel(clap_state(c.clap_checkpoint).get("clap.mel"))
+    if "max_num_window" not in c.user_set:
+        audio_config["max_num_window"] = 30
+    return audio_config
+
+
+def output_paths(folder, manifests):
+    """Where new manifests are written: not over the old ones, and not over each other."""
+    check_folder_writable(folder)
+    paths = [os.path.join(folder, manifest.name + ".json") for manifest in manifests]
+    for path, manifest in zip(paths, manifests):
+        if os.path.realpath(path) == os.path.realpath(manifest.file) or paths.count(path) > 1:
+            raise UserError(f"{path}: would overwrite {manifest.file}, or two manifests have this name; name "
+                            f"another folder")
+    return paths
+
+
+def save_items(path, head, items):
+    """A manifest with the other keys of `head` and these items."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    data = {str(i): item for i, item in enumerate(items)}
+    with atomic_write(path) as f:
+        json.dump(head | {"total_num": len(data), "data": data}, f)
+
+
+def map_items(work, manifests, workers, title):
+    """Yield ((manifest, item), work((manifest, item))) of all items, in order of completion."""
+    tasks = ((m, i) for m, manifest in enumerate(manifests) for i in range(len(manifest)))
+    describe = lambda task: manifests[task[0]][task[1]]["path"]
+    results = map_parallel(work, tasks, workers or os.cpu_count(), describe)
+    return tqdm(results, total=sum(map(len, manifests)), desc=title, unit="item", disable=None)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inspecting
+
+
+def inspect_clip(path, start, duration, audio_config):
+    """-> what is wrong with a file or None, seconds from `start` on."""
+    length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
+    longest = most * (length - overlap) + overlap
     try:
-        rate = audio_config["sample_rate"]
-        heard += audio_player(clip["windows"], rate) + image(log_mel_figure(clip["windows"], rate))
-    except UserError as error:  # no matplotlib
-        heard += f"<p>{html.escape(str(error))}</p>"
-    pair = clip["prompt"], clip["output"]
-    if tokenizer is None:
-        return heard + f"<pre>{html.escape(pair[0])}\n<b>{html.escape(pair[1])}</b></pre>"
-    ids, labels, _ = Collate(tokenizer, max_tokens, 1).encode([pair], [len(clip["n_windows"])])
-    tokens = [html.escape(tokenizer.decode([token])) for token in ids[0].tolist()]
-    marked = (f'<span class="{"learnt" if label != -100 else "given"}">{token}</span>'
-              for token, label in zip(tokens, labels[0].tolist()))
-    return heard + f"<p>{' '.join(marked)}</p>"
+        x, _ = read_audio(path, start, longest, audio_config["sample_rate"])
+        frames, rate = count_frames(path)
+    except (FileNotFoundError, UserError) as error:
+        return str(error).removeprefix(path + ": "), 0.0
+    seconds = frames / rate - start
+    if not duration:  # else it is compared with that
+        seconds += missing_seconds(path)
+    decoded = len(x) / audio_config["sample_rate"]
+    if decoded < min(longest, seconds) - 0.1:
+        return f"truncated: {decoded:.2f} s, its header says {seconds:.2f} s", seconds
+    return "silent" if np.abs(x).max() <= SILENT else None, seconds
 
 
-STYLE = """<style>.bar { background: #69c; height: 1em; display: inline-block; margin-right: .5em }
-.given, .learnt { border: 1px solid #ccc; padding: 0 .2em; white-space: pre-wrap }
-.learnt { background: #fd9 }
-</style>"""
+def inspect_item(manifests, audio_config, task):
+    """(manifest, item) -> what is wrong or None, its seconds."""
+    m, i = task
+    item = manifests[m][i]
+    duration, total, problem = item["duration"], 0, None
+    for path in item["paths"]:
+        problem_of_clip, seconds = inspect_clip(path, item["start"], duration, audio_config)
+        problem = problem or problem_of_clip
+        total += seconds
+    if not problem and duration and abs(duration - total) > 0.5 + 0.01 * total:
+        difference = f"{total:.2f} s, manifest says {duration:.2f} s"
+        if total < duration:
+            problem = f"truncated: {difference}"
+        elif "audio_start" not in manifests[m].items[i]:  # with it, the item is a part of the file
+            problem = f"wrong duration: {difference}"
+    return problem, min(total, duration or total)
 
 
-def write_page(path, opened, found, told, audio_config, tokenizer, c):
-    from tools.html_page import html_page
-    body, causes = [STYLE, "<table><tr><th>manifest<th>items<th>good<th>hours"], defaultdict(list)
-    for manifest, of_one in zip(opened, found):
-        for i, problem in sorted(of_one.problems.items()):
-            causes[cause_of(problem)].append(f"{manifest.name} {i}: {manifest[i]['path']}: {problem}")
-        good = of_one.good()
-        body.append(f"<tr><td>{html.escape(manifest.name)}<td>{len(manifest)}<td>{len(good)}"
-                    f"<td>{of_one.seconds[good].sum() / 3600:.4g}")
-    body.append("</table><h2>Causes of failure</h2>" if causes else "</table>")
-    for cause, lines in sorted(causes.items(), key=lambda pair: -len(pair[1])):
-        shown = "\n".join(map(html.escape, lines[:c.examples]))
-        body.append(f"<h3>{html.escape(cause)}: {len(lines)}</h3><pre>{shown}</pre>")
-    for what, (values, unit) in told.items():
-        body.append(f"<h2>{what}</h2><p>{describe(values, unit)}</p>{bars(values, unit)}")
-    good = [of_one.good() for of_one in found]
-    ends = np.cumsum([len(rows) for rows in good])
-    body.append('<h2>As the model sees them</h2><p><span class="learnt">learnt</span> '
-                '<span class="given">given</span></p>')
-    for k in np.linspace(0, ends[-1] - 1, min(5, ends[-1])).astype(int):
-        m = np.searchsorted(ends, k, "right")
-        i = int(good[m][k - ends[m]])  # from its end
-        told = seen(opened[m], i, audio_config, tokenizer, c.max_tokens)
-        body.append(f'<div class="item"><h3>{html.escape(opened[m].name)} {i}</h3>{told}</div>')
+def cause_of(problem):
+    """The class of a problem: its first words, without figures."""
+    return re.split(r":| \(| from [\d.]+ s", problem)[0]
+
+
+class Findings:
+    """{item: problem} of a manifest, and the seconds of every item."""
+
+    def __init__(self, manifest):
+        self.manifest, self.problems, self.seconds = manifest, {}, np.zeros(len(manifest))
+
+    def good(self):
+        return np.setdiff1d(np.arange(len(self.manifest)), list(self.problems))
+
+
+def inspect_manifests(manifests, audio_config, workers):
+    """Decode the clips of all items -> Findings of each manifest."""
+    findings = [Findings(manifest) for manifest in manifests]
+    work = partial(inspect_item, manifests, audio_config)
+    for (m, i), (problem, findings[m].seconds[i]) in map_items(work, manifests, workers, "check"):
+        if problem:
+            findings[m].problems[i] = problem
+            tqdm.write(f"{manifests[m].name} {i}: {manifests[m][i]['path']}: {problem}")
+    return findings
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reporting
+
+COLUMNS = ("manifest", "items", "good", "hours", "median seconds", "longest", "causes")
+
+
+def summary_row(found):
+    """The COLUMNS of a manifest."""
+    good = found.good()
+    seconds = found.seconds[good] if len(good) else np.zeros(1)
+    figures = [seconds.sum() / 3600, np.median(seconds), seconds.max()]
+    causes = Counter(map(cause_of, found.problems.values())).most_common()
+    names = ", ".join(f"{cause} {n}" for cause, n in causes)
+    return [found.manifest.name, len(found.manifest), len(good), *(f"{x:.4g}" for x in figures), names]
+
+
+def item_html(manifest, i, audio_config):
+    """An item as the model gets it: windows to see and to hear, prompt and output."""
+    clip = Clips([manifest], np.array([[0, i]]), audio_config)[0]
+    windows, rate = clip["windows"], audio_config["sample_rate"]
+    rows = [(name, clip[name]) for name in ("path", "n_windows", "prompt", "output")]
+    picture = image(log_mel_figure(windows, rate))
+    return f'<div class="item">{html_table(rows)}{audio_player(windows, rate)}{picture}</div>'
+
+
+def write_page(path, findings, audio_config):
+    body, causes = [html_table(map(summary_row, findings), COLUMNS)], defaultdict(list)
+    for found in findings:
+        for i, problem in found.problems.items():
+            row = f"{found.manifest.name} {i}", found.manifest[i]["path"], problem
+            causes[cause_of(problem)].append(row)
+    for cause, rows in sorted(causes.items()):
+        body.append(f"<h2>{cause}: {len(rows)}</h2>")
+        body.append(html_table(rows[:EXAMPLES], ("item", "file", "problem")))
+    body.append("<h2>Items as the model sees them</h2>")
+    for found in findings:
+        body += [item_html(found.manifest, i, audio_config) for i in found.good()[:2].tolist()]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with atomic_write(path) as f:
         f.write(html_page("Data", "\n".join(body)))
     print(f"report: {path}")
+
+
+def main(c):
+    manifests, audio_config = open_all_manifests(c), audio_config_of(c)
+    paths = output_paths(settings.resolve_path(c.write), manifests) if c.write else []
+    page = c.page and settings.resolve_path(c.page)
+    if page:
+        check_writable(page)
+        optional_import("matplotlib", "--page", "eval")
+    findings = inspect_manifests(manifests, audio_config, c.workers)
+    for found in findings:
+        print(" | ".join(f"{name} {value}" for name, value in zip(COLUMNS, summary_row(found))))
+    for path, found in zip(paths, findings):
+        save_items(path, found.manifest.head, found.manifest.items.select(found.good()))
+        print(f"wrote {path}")
+    if page:
+        write_page(page, findings, audio_config)
+    return 1 if any(found.problems for found in findings) else 0
 
 
 if __name__ == "__main__":

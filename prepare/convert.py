@@ -1,15 +1,14 @@
-"""Copies of what the model hears: mono FLAC at its rate (16 kHz; the one of clap_checkpoint, where that is
-here), cut to its length, and manifests that point at them.
+"""Copies of what the model hears: mono FLAC at its sample rate (16 kHz, or that of clap_checkpoint), cut to
+its length, and manifests that point at them.
 
     python prepare/convert.py config/pretrain.py --to=packed             # all manifests of a config
     python prepare/convert.py a.json b.json --data_root=data --to=packed
     python train.py config/pretrain.py --dataset_file_root=packed
 
-A copy is decoded four to five times as fast as 44.1 kHz stereo. Its windows are those of the original within
-one 16-bit step, which is checked for every copy before it counts. Started again, it goes on where it was.
-Copies suit the window_length, window_overlap and max_num_window of the config, or fewer windows (where louder
-parts are then not heard, 16 bits are a little coarser). Exit code: 0 done, 1 done but for clips that were
-left out and named, 2 not done.
+A copy decodes four to five times as fast as 44.1 kHz stereo. Its windows are compared with those of the
+original before it counts: they are equal within one 16-bit step. Started again, it makes what is missing or
+stale. Copies suit the window settings of the config, or fewer windows. Exit code: 0 done, 1 done but for
+clips that were left out and named, 2 an error.
 """
 import hashlib
 import os
@@ -24,122 +23,106 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from data import cut_windows, read_clip, read_samples
-from prepare.check import audio_config_of, open_all, targets_of, write_manifest
-from tools.common import UserError, check_folder_writable, map_parallel
+from prepare.check import audio_config_of, map_items, open_all_manifests, output_paths, save_items
+from tools.common import UserError, check_folder_writable, name_disk_errors
 
 to: str | None = None  # folder of the copies and their manifests
 workers: int = 0  # processes; 0: one a core
 
 
-def name_of(path, start, seconds, audio_config):
-    """Where a copy lies in the folder of copies: another one for other content, part or audio_config."""
-    about = os.stat(path)
-    key = [os.path.realpath(path), about.st_size, about.st_mtime_ns, start, seconds, *audio_config.values()]
-    key = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+def copy_name(path, start, duration, audio_config):
+    """Name of a copy: another one for another content, part or audio_config."""
+    stat = os.stat(path)
+    key = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns, start, duration, *audio_config.values()]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
     stem = os.path.splitext(os.path.basename(path))[0][:100]
-    return f"{key[:2]}/{stem}-{key[2:]}.flac"
+    return f"{digest[:2]}/{stem}-{digest[2:16]}.flac"
 
 
-def clips_of(item):
-    """(path, start, seconds) of an item's clips."""
-    seconds = item["duration"] if len(item["paths"]) == 1 else None
-    return [(path, item["start"], seconds) for path in item["paths"]]
-
-
-def quantised(y):
-    """int16 samples as a copy holds them: its own peak rule, which takes what is never negative for another
-    signal, gives them back."""
-    if y.min() < 0 or not y.any():
-        return y
-    zeros = np.flatnonzero(y == 0)
-    if len(zeros):
-        y[zeros[0]] = -1  # one step
-        return y
-    return ((y.astype(np.int32) + 32768) // 2).astype(np.int16)  # 2 y / max - 1 is to come
-
-
-def frames_of(copy):
-    """Samples of a copy that is there and whole to its last one, else 0: disks lose what was just written."""
+def count_whole(path):
+    """Samples of a copy that is there and whole, up to its last one, else 0: a crash may cut it."""
     try:
-        with soundfile.SoundFile(copy) as f:
+        with soundfile.SoundFile(path) as f:
             f.seek(f.frames - 1)
             return f.frames * len(f.read(1))
     except soundfile.LibsndfileError:
         return 0
 
 
-def make_copy(clip, folder, audio_config):
-    """-> seconds of the copy, made and checked if it is not there whole. ValueError names what is wrong."""
-    path, start, seconds = clip
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such audio file")
-    copy, rate = os.path.join(folder, name_of(*clip, audio_config)), audio_config["sample_rate"]
-    if not (frames := frames_of(copy)):
-        os.makedirs(os.path.dirname(copy), exist_ok=True)
-        y, _ = read_samples(path, start, seconds, **audio_config)
-        windows = cut_windows(y, **audio_config)
-        part = f"{copy}.{os.getpid()}.tmp"
-        try:
-            soundfile.write(part, quantised(y), rate, format="FLAC", subtype="PCM_16")
-            again, _ = read_clip(part, **audio_config)
-            if again.shape != windows.shape or np.abs(again.astype(int) - windows).max() > 1:
-                raise UserError(f"{path}: its copy does not give the same windows")
-            os.replace(part, copy)
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
-        frames = frames_of(copy)
-    return frames / rate
+def as_stored(samples):
+    """int16 samples -> those that read_samples turns into them again: what is never negative becomes
+    2 x / max - 1 there."""
+    if samples.min() < 0 or not samples.any():
+        return samples
+    return ((samples.astype(np.int32) + 32768) // 2).astype(np.int16)
 
 
-def convert(manifests, folder, audio_config, task):
-    """(manifest, item) -> seconds of its copies, why there are none, whether the disk is the reason."""
-    m, i = task
+def make_copy(path, start, duration, folder, audio_config):
+    """Write the copy of a clip, unless it is there whole -> its name in `folder`, its seconds."""
+    name, rate = copy_name(path, start, duration, audio_config), audio_config["sample_rate"]
+    copy = os.path.join(folder, name)
+    frames = count_whole(copy)
+    if frames:
+        return name, frames / rate
+    os.makedirs(os.path.dirname(copy), exist_ok=True)
+    samples, _ = read_samples(path, start, duration, **audio_config)
+    temporary = f"{copy}.{os.getpid()}.tmp"
     try:
-        return sum(make_copy(clip, folder, audio_config) for clip in clips_of(manifests[m][i])), None, False
+        with name_disk_errors(copy, soundfile.LibsndfileError):
+            soundfile.write(temporary, as_stored(samples), rate, format="FLAC", subtype="PCM_16")
+        windows = cut_windows(samples, **audio_config).astype(int)
+        copied, _ = read_clip(temporary, **audio_config)
+        if windows.shape != copied.shape or np.abs(windows - copied).max() > 1:
+            raise UserError(f"{path}: its copy does not give the same windows")
+        os.replace(temporary, copy)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return name, len(samples) / rate
+
+
+def convert_item(manifests, folder, audio_config, task):
+    """(manifest, item) -> its copies as make_copy returns them, or why there are none."""
+    m, i = task
+    item = manifests[m][i]
+    duration = item["duration"] if len(item["paths"]) == 1 else None  # of several clips: of all together
+    part = item["start"], duration
+    try:
+        return [make_copy(path, *part, folder, audio_config) for path in item["paths"]], None
     except (UserError, FileNotFoundError) as error:
-        return None, str(error), False
-    except (OSError, soundfile.LibsndfileError) as error:  # of the copy: the original's are ValueErrors
-        return None, str(error), True
+        return None, str(error)
+
+
+def converted_items(manifest, copies):
+    """The manifest's items, with names and durations of the copies; copies: {item: [(name, seconds)]}."""
+    for i in sorted(copies):
+        item = manifest.items[i]
+        item.pop("audio_start", None)
+        names = [name for name, _ in copies[i]]
+        item["name"] = names if len(names) > 1 else names[0]
+        item["duration"] = round(sum(seconds for _, seconds in copies[i]), 4)
+        yield item
 
 
 def main(c):
     if not c.to:
-        raise UserError("usage: data.py convert CONFIG.py or manifests --to=DIR")
-    folder = settings.resolve_path(c.to)
-    audio = os.path.join(os.path.abspath(folder), "audio")
+        raise UserError("--to is missing: the folder of the copies")
+    folder = os.path.abspath(settings.resolve_path(c.to))
+    audio = os.path.join(folder, "audio")
     check_folder_writable(audio)
-    manifests = list(open_all(c, c.files).values())
-    audio_config, targets = audio_config_of(c), targets_of(folder, manifests)
-    seconds = [np.full(len(manifest), np.nan) for manifest in manifests]
-    tasks = ((m, i) for m, manifest in enumerate(manifests) for i in range(len(manifest)))
-    bar = tqdm(total=sum(map(len, manifests)), desc="convert", unit="item", disable=None)
-    converted = map_parallel(partial(convert, manifests, audio, audio_config), tasks,
-                             c.workers or os.cpu_count(), lambda task: manifests[task[0]][task[1]]["path"])
-    for (m, i), (length, problem, disk) in converted:
-        if disk:
-            raise OSError(f"{audio}: could not be written, is the disk full? ({problem})")
+    manifests, audio_config = open_all_manifests(c), audio_config_of(c)
+    paths = output_paths(folder, manifests)
+    copies = [{} for _ in manifests]
+    work = partial(convert_item, manifests, audio, audio_config)
+    for (m, i), (made, problem) in map_items(work, manifests, c.workers, "convert"):
         if problem:
             tqdm.write(f"left out: {manifests[m].name} {i}: {problem}", file=sys.stderr)
         else:
-            seconds[m][i] = length
-        bar.update()
-    bar.close()
-    for manifest, lengths, path in zip(manifests, seconds, targets):
-        def items(manifest=manifest, lengths=lengths):
-            for i in np.flatnonzero(np.isfinite(lengths)).tolist():
-                told = manifest.items[i]
-                names = [name_of(*clip, audio_config) for clip in clips_of(manifest[i])]
-                if not all(os.path.exists(os.path.join(audio, name)) for name in names):
-                    raise UserError(f"{manifest[i]['path']}: changed while it was converted, start again")
-                told["name"] = names if len(names) > 1 else names[0]
-                told.pop("audio_start", None)
-                yield told | {"duration": round(float(lengths[i]), 4)}
-
-        n = write_manifest(path, manifest.head | {"split_path": audio}, items())
-        print(f"{manifest.name}: {n} of {len(manifest)} items, {np.nansum(lengths) / 3600:.4g} h "
-              f"at {audio_config['sample_rate']:,} Hz: {path}")
-    sys.exit(1 if any(np.isnan(lengths).any() for lengths in seconds) else 0)
+            copies[m][i] = made
+    for path, manifest, made in zip(paths, manifests, copies):
+        save_items(path, manifest.head | {"split_path": audio}, converted_items(manifest, made))
+        print(f"{manifest.name}: {len(made)} of {len(manifest)} items: {path}")
+    return 1 if sum(map(len, copies)) < sum(map(len, manifests)) else 0
 
 
 if __name__ == "__main__":

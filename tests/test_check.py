@@ -1,10 +1,10 @@
-"""data.py check and convert, as commands; and the processes they work with."""
+"""prepare/check.py and prepare/convert.py, and the process pool they work with."""
 import json
 import os
-import re
+import signal
+import subprocess
+import sys
 import time
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,209 +12,156 @@ import soundfile
 
 import config
 from data import Clips, Manifest
-from prepare import convert
-from prepare.check import inspect, targets_of
+from prepare import check, convert
+from prepare.check import cause_of, inspect_item
 from prepare.convert import make_copy
-from tests.helpers import fails_with_one_line, run, write_manifest
+from tests.helpers import ROOT, run, write_manifest
 from tools.common import UserError, map_parallel
 
 rng = np.random.default_rng(0)
-AUDIO_SETTINGS = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 3, "sample_rate": 16000}
+AUDIO_CONFIG = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 3, "sample_rate": 16000}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twelve clips of all kinds with three manifests, some items broken, and a config."""
+    """Six clips of four formats, three manifests, some items of which are broken, and a config of all."""
     folder, items = str(tmp_path_factory.mktemp("clips")), []
-    for i in range(12):
-        seconds, rate = float(rng.uniform(1, 45)), int(rng.choice([16000, 22050, 44100, 48000]))
+    for i in range(6):
+        seconds, rate = float(rng.uniform(1, 45)), [16000, 44100, 48000][i % 3]
         name = f"{i}.{['wav', 'flac', 'mp3', 'ogg'][i % 4]}"
-        sound = rng.standard_normal((int(seconds * rate), 1 + i % 2)) * 0.01
-        soundfile.write(f"{folder}/{name}", sound, rate)
+        samples = rng.standard_normal((int(seconds * rate), 1 + i % 2)) * 0.01
+        soundfile.write(f"{folder}/{name}", samples, rate)
         items.append((name, "What is it?", f"Noise {i}.", seconds))
     write_manifest(folder, "good-AQA/train", items)
     write_manifest(folder, "good-AQA/val", [(["0.wav", "1.flac"], "Two?", "Yes.", items[0][3] + items[1][3])])
-    open(f"{folder}/text.wav", "w").write("no sound")
-    raw = open(f"{folder}/4.wav", "rb").read()
-    open(f"{folder}/half.wav", "wb").write(raw[:len(raw) // 2])
+    with open(f"{folder}/text.wav", "w") as f:
+        f.write("no audio")
+    soundfile.write(f"{folder}/silent.wav", np.zeros(32000), 16000)
+    soundfile.write(f"{folder}/empty.wav", np.zeros(0), 16000)
+    with open(f"{folder}/4.wav", "rb") as whole, open(f"{folder}/half.wav", "wb") as half:
+        half.write(whole.read(os.path.getsize(whole.name) // 2))
     bad = [("text.wav", "p", "o"), ("gone.wav", "p", "o"), ("half.wav", "p", "o", items[4][3]),
-           ("0.wav", "p", "o", items[0][3] / 4), ("half.raw", "p", "o")]
-    os.link(f"{folder}/half.wav", f"{folder}/half.raw")
-    path = write_manifest(folder, "bad-AQA/train", bad + items[:3])
-    content = json.load(open(path))
-    content["data"]["5"] |= {"audio_start": 0.5, "duration": 0.25}  # a part of a file is no fault
-    json.dump(content, open(path, "w"))
+           ("silent.wav", "p", "o"), ("empty.wav", "p", "o"), ("0.wav", "p", "o", items[0][3] / 4)]
+    path = write_manifest(folder, "bad-AQA/train", bad + items[:2])
+    with open(path) as f:
+        content = json.load(f)
+    content["data"]["6"] |= {"audio_start": 0.5, "duration": 0.25}  # a part of a file is no fault
+    with open(path, "w") as f:
+        json.dump(content, f)
+    with open(f"{folder}/config.py", "w") as f:
+        f.write(f"dataset_file_root = data_root = {folder!r}\nmax_num_window = 3\n"
+                "dataset_blending_config = {'good-AQA/train': 1.0, 'bad-AQA/train': 1.0}\n"
+                "valid_dataset_config = {'good-AQA/val': 1.0}\n")
     return folder
 
 
-def config_of(folder, lm, *names):
-    path = f"{folder}/config.py"
-    with open(path, "w") as f:
-        f.write(f"dataset_file_root = data_root = {folder!r}\nmax_num_window = 3\n"
-                f"lang_encoder_path = {lm!r}\n"
-                f"dataset_blending_config = {dict.fromkeys(names, 1.0)}\n"
-                f"valid_dataset_config = {{'good-AQA/val': 1.0}}\n")
-    return path
-
-
-def test_check_command(tmp_path):
-    soundfile.write(tmp_path / "good.wav", rng.standard_normal(32000) * 0.1, 16000)
-    soundfile.write(tmp_path / "silent.wav", np.zeros(32000), 16000)
-    open(tmp_path / "broken.wav", "w").write("x")
-    files = ("good.wav", "silent.wav", "broken.wav", "gone.wav")
-    path = write_manifest(tmp_path, "a-AQA/test", [(f, "p", "o") for f in files])
-    before = open(path).read()
-    result = run("prepare/check.py", path, "--data_root", tmp_path, f"--write={tmp_path}/clean", ok=False)
-    assert result.returncode == 1 and "4 items, 1 good" in result.stdout, result
-    assert open(path).read() == before
-    clean = Manifest(f"{tmp_path}/clean/a-AQA/test.json", str(tmp_path))
-    assert [item["name"] for item in clean.items] == ["good.wav"]
-
-
-def test_check_of_a_config_with_a_page(folder, tiny_lm, tmp_path):
-    config = config_of(folder, tiny_lm, "good-AQA/train", "bad-AQA/train")
+@pytest.mark.slow
+def test_check_reads_every_file_and_classes_what_is_wrong(folder, tmp_path):
+    with open(f"{folder}/bad-AQA/train.json") as f:
+        before = f.read()
     options = f"--page={tmp_path}/new/check.html", f"--write={tmp_path}/clean"
-    result = run("prepare/check.py", config, *options, ok=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    for word in ("good-AQA/train: 12 items, 12 good", "good-AQA/val: 1 items, 1 good",
-                 "bad-AQA/train: 8 items, 3 good",
-                 "text.wav: not readable as audio", "gone.wav: no such audio file", "half.wav: truncated",
-                 "0.wav: wrong duration", "half.raw: not readable as audio"):
-        assert word in result.stdout, word
-    assert "windows a clip: least 1" in result.stdout and "sample rate: least" in result.stdout
-    page = open(tmp_path / "new/check.html").read()
-    for word in ("Causes of failure", "not readable as audio: 2", "gone.wav", "windows a clip"):
-        assert word in page, word
-    assert len(re.findall('class="item"', page)) == 5 and page.count("<audio") == 5
-    learnt = "".join(re.findall('class="learnt">(.*?)</span>', page, re.S))
-    learnt = learnt.replace(" ", "")
-    assert "noise0.&lt;|endofchunk|&gt;" in learnt and "whatisit" not in learnt
-    clean = Manifest(f"{tmp_path}/clean/bad-AQA/train.json", folder)
-    assert [item["name"] for item in clean.items] == ["0.wav", "1.flac", "2.mp3"]
-    cleaned = [f"{tmp_path}/clean/{name}.json" for name in ("good-AQA/train", "bad-AQA/train")]
+    result = run("prepare/check.py", f"{folder}/config.py", *options, ok=False)
+    assert result.returncode == 1, result.stderr
+    with open(f"{folder}/bad-AQA/train.json") as f:
+        assert f.read() == before
+    kept = {"good-AQA/train": 6, "good-AQA/val": 1, "bad-AQA/train": 2}
+    for name, n in kept.items():
+        assert len(Manifest(f"{tmp_path}/clean/{name}.json", folder)) == n and name in result.stdout
+    for name in ("text.wav", "gone.wav", "half.wav", "silent.wav", "empty.wav", "0.wav"):
+        assert f"/{name}: " in result.stdout
+    with open(tmp_path / "new/check.html") as f:
+        page = f.read()
+    assert page.count("<audio") == page.count("<img") == 5 and "'http" not in page.replace('"', "'")
+    assert all(name in page for name in kept)
+    cleaned = [f"{tmp_path}/clean/{name}.json" for name in kept]
     run("prepare/check.py", *cleaned, "--data_root", folder)
 
 
-@pytest.mark.parametrize("options, saying", [
-    ([], "name manifests"), (["nowhere.json"], "nowhere.json: no such manifest"),
-    (["--write=/dev/null/x"], "cannot be written to"), (["--page=/dev/null/x.html"], "cannot be written to"),
-    (["--page={folder}"], "a folder, expected the name of a file"),
-    (["--write={folder}"], "would overwrite"), (["--wirte=x"], "unknown setting 'wirte'; nearest: write")])
-def test_what_check_cannot_do_is_one_line(folder, options, saying):
-    manifest = [f"{folder}/good-AQA/val.json"] if options and options[0].startswith("--") else []
-    options = [option.format(folder=folder) for option in options]
-    fails_with_one_line("prepare/check.py", *manifest, *options, saying=saying)
-
-
-def test_convert_gives_the_same_windows(folder, tiny_lm, tmp_path):
-    config = config_of(folder, tiny_lm, "good-AQA/train", "bad-AQA/train")
-    result = run("prepare/convert.py", config, f"--to={tmp_path}/to", ok=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.count("left out") == 3 and "bad-AQA/train: 5 of 8 items" in result.stdout
-    all_kept = {"good-AQA/train": range(12), "good-AQA/val": [0], "bad-AQA/train": [2, 3, 5, 6, 7]}
-    for name, kept in all_kept.items():
-        before = Clips([Manifest(f"{folder}/{name}.json", folder)], None, AUDIO_SETTINGS)
-        after = Clips([Manifest(f"{tmp_path}/to/{name}.json")], None, AUDIO_SETTINGS)
-        assert len(after) == len(kept)
-        for i, j in enumerate(kept):
-            a, b = before[j], after[i]
-            assert a["n_windows"] == b["n_windows"] and a["output"] == b["output"]
-            assert np.abs(a["windows"].numpy().astype(int) - b["windows"].numpy()).max() <= 1
-            assert b["truncated_seconds"] == 0
-            told, paths = after.manifests[0].items[i], after.item(i)["paths"]
-            seconds = sum(soundfile.info(path).duration for path in paths)
-            assert "audio_start" not in told and abs(told["duration"] - seconds) < 1e-3
-    assert (after.windows() == [sum(after[i]["n_windows"]) for i in range(len(after))]).all()
-    files = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
-    lost = sorted(files)[:3]
-    os.remove(lost[0])
-    os.truncate(lost[1], 0)  # as a machine leaves it that went down
-    os.truncate(lost[2], os.path.getsize(lost[2]) // 2)
-    run("prepare/convert.py", config, f"--to={tmp_path}/to", ok=False)
-    again = {path: os.stat(path).st_mtime_ns for path in all_files(f"{tmp_path}/to/audio")}
-    assert set(again) == set(files) and [p for p in sorted(files) if again[p] != files[p]] == lost
-    run("prepare/check.py", f"{tmp_path}/to/good-AQA/train.json")
+def test_causes(folder):
+    manifest = Manifest(f"{folder}/bad-AQA/train.json", folder)
+    problems = [inspect_item([manifest], AUDIO_CONFIG, (0, i))[0] for i in range(8)]
+    causes = [problem and cause_of(problem) for problem in problems]
+    assert causes == ["not readable as audio", "no such audio file", "truncated", "silent", "no audio",
+                      "wrong duration", None, None]
 
 
 @pytest.mark.parametrize("kind", ["wav", "w64", "rf64", "aiff", "au"])
-def test_files_cut_short_that_decoders_take_for_whole(tmp_path, kind):
+def test_a_file_shorter_than_its_header_is_truncated(tmp_path, kind):
     soundfile.write(tmp_path / f"x.{kind}", rng.standard_normal(64000) * 0.1, 16000, format=kind.upper())
     content = (tmp_path / f"x.{kind}").read_bytes()
     (tmp_path / f"half.{kind}").write_bytes(content[:len(content) // 2])
-    names = [(f"x.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise", 2.0)]
-    manifest = Manifest(write_manifest(tmp_path, "cut-AQA/test", names), tmp_path)
-    whole, cut, told = (inspect([manifest], AUDIO_SETTINGS, (0, i))[0] for i in range(3))
-    assert whole is None and told is None
-    assert re.fullmatch(r"truncated: 2\.00 s, its header says [34]\.\d\d s", cut), cut
+    items = [(f"x.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise"), (f"half.{kind}", "?", "noise", 2.0)]
+    manifest = Manifest(write_manifest(tmp_path, "cut-AQA/test", items), tmp_path)
+    whole, cut, of_its_duration = (inspect_item([manifest], AUDIO_CONFIG, (0, i))[0] for i in range(3))
+    assert whole is None and of_its_duration is None and cause_of(cut) == "truncated"
+
+
+@pytest.mark.parametrize("script, options, name", [
+    (check, [], "dataset_blending_config"), (check, ["nowhere.json"], "nowhere.json"),
+    (check, ["{val}", "--write=/dev/null/x"], "/dev/null/x"),
+    (check, ["{val}", "--page=/dev/null/x.html"], "/dev/null"), (check, ["{val}", "--write={folder}"], "val.json"),
+    (convert, ["{val}"], "--to"), (convert, ["{val}", "--to=/dev/null/x"], "/dev/null/x"),
+    (convert, ["{val}", "{folder}/./good-AQA/val.json", "--to={tmp}/to"], "good-AQA/val.json")])
+def test_what_cannot_be_done_is_found_first(folder, tmp_path, script, options, name):
+    """The last: two manifests of one name."""
+    names = {"val": f"{folder}/good-AQA/val.json", "folder": folder, "tmp": tmp_path}
+    c = config.load([option.format(**names) for option in options], f"{script.__name__.replace('.', '/')}.py", files=True)
+    with pytest.raises((UserError, FileNotFoundError), match=name):
+        script.main(c)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Copies
 
 
 def all_files(folder):
     return [os.path.join(where, file) for where, _, files in os.walk(folder) for file in files]
 
 
-@pytest.mark.parametrize("kind", ["never negative", "hardly negative", "constant", "offset", "silence",
-                                  "one"])
-def test_copies_of_odd_signals(tmp_path, kind):
-    """The peak rule takes what is never negative for another signal: a copy must not become one."""
-    positive = np.abs(rng.standard_normal(20000)) * 0.1
-    x = {"never negative": positive, "hardly negative": np.concatenate([[-1e-6], positive]),
-         "constant": np.full(9000, 0.3), "offset": 0.9 + 0.05 * np.sin(np.arange(20000)),
-         "silence": np.zeros(5000), "one": np.ones(1)}[kind]
-    soundfile.write(tmp_path / "x.wav", x, 16000, subtype="FLOAT")
-    clip = str(tmp_path / "x.wav"), 0.0, None
-    seconds = make_copy(clip, str(tmp_path / "to"), AUDIO_SETTINGS)  # compares its windows
-    assert seconds == len(x) / 16000 and len(all_files(tmp_path / "to")) == 1
+@pytest.mark.slow
+def test_copies_hold_the_windows_and_are_made_again_where_missing_or_stale(folder, tmp_path):
+    command = "prepare/convert.py", f"{folder}/config.py", f"--to={tmp_path}"
+    result = run(*command, ok=False)
+    assert result.returncode == 1 and result.stderr.count("left out: bad-AQA/train") == 3, result.stderr
+    kept = {"good-AQA/train": range(6), "good-AQA/val": [0], "bad-AQA/train": [2, 3, 5, 6, 7]}
+    for name, indices in kept.items():
+        before = Clips([Manifest(f"{folder}/{name}.json", folder)], None, AUDIO_CONFIG)
+        after = Clips([Manifest(f"{tmp_path}/{name}.json")], None, AUDIO_CONFIG)
+        assert len(after) == len(indices)
+        for copied, i in zip((after[j] for j in range(len(after))), indices):
+            original = before[i]
+            assert copied["n_windows"] == original["n_windows"] and copied["output"] == original["output"]
+            assert (copied["windows"].int() - original["windows"].int()).abs().max() <= 1
+            assert copied["truncated_seconds"] == 0
+    files = {path: os.stat(path).st_mtime_ns for path in all_files(tmp_path / "audio")}
+    lost = sorted(files)[:3]
+    os.remove(lost[0])
+    os.truncate(lost[1], 0)  # as a machine leaves it that went down
+    os.truncate(lost[2], os.path.getsize(lost[2]) // 2)
+    run(*command, ok=False)
+    again = {path: os.stat(path).st_mtime_ns for path in all_files(tmp_path / "audio")}
+    assert set(again) == set(files) and [path for path in sorted(files) if again[path] != files[path]] == lost
+    run("prepare/check.py", f"{tmp_path}/good-AQA/train.json")
 
 
-def test_convert_without_a_place_is_one_line(folder, tmp_path):
-    manifest = f"{folder}/good-AQA/val.json"
-    fails_with_one_line("prepare/convert.py", manifest, "--to=/dev/null/x", saying="cannot be written to")
-    os.symlink(tmp_path / "nowhere", tmp_path / "link")
-    fails_with_one_line("prepare/convert.py", manifest, f"--to={tmp_path}/link",
-                        saying="link/audio: cannot be written to")
-    fails_with_one_line("prepare/convert.py", manifest, saying="--to=DIR")
-    assert os.listdir(tmp_path) == ["link"]
-    fails_with_one_line("data.py", "check", manifest, saying="python prepare/check.py")
+POSITIVE = np.abs(rng.standard_normal(20000)) * 0.1
 
 
-def test_a_clip_that_changes_while_it_is_converted_is_told(tmp_path, monkeypatch):
-    """Its copy has another name: the manifest must not point at one that is not there."""
-    for i in range(2):
-        soundfile.write(tmp_path / f"{i}.wav", rng.standard_normal(9000) * 0.1, 16000)
-    path = write_manifest(tmp_path, "a-AQA/train", [(f"{i}.wav", "p", "o") for i in range(2)])
-
-    def then_change(*arguments):
-        yield from map_parallel(*arguments)
-        soundfile.write(tmp_path / "1.wav", rng.standard_normal(8000) * 0.1, 16000)
-
-    monkeypatch.setattr(convert, "map_parallel", then_change)
-    c = config.load([path, f"--to={tmp_path}/to", f"--data_root={tmp_path}"], "prepare/convert.py", files=True)
-    with pytest.raises(ValueError, match=r"1\.wav: changed while it was converted"):
-        convert.main(c)
-    assert os.listdir(tmp_path / "to/a-AQA") == []
-    monkeypatch.undo()
-    with pytest.raises(SystemExit, match="0"):
-        convert.main(c)
-    after = Clips([Manifest(f"{tmp_path}/to/a-AQA/train.json")], None, AUDIO_SETTINGS)
-    assert all(after[i]["windows"] is not None for i in range(2))
+@pytest.mark.parametrize("samples", [
+    POSITIVE, np.concatenate([[-1e-6], POSITIVE]), np.full(9000, 0.3), 0.9 + 0.05 * np.sin(np.arange(20000)),
+    np.zeros(5000), np.ones(1)], ids=["positive", "nearly", "constant", "offset", "silence", "one"])
+def test_a_copy_of_a_signal_that_is_never_negative(tmp_path, samples):
+    """Loading scales it in another way: its copy must not become another signal. make_copy compares."""
+    soundfile.write(tmp_path / "x.wav", samples, 16000, subtype="FLOAT")
+    name, seconds = make_copy(str(tmp_path / "x.wav"), 0.0, None, str(tmp_path / "to"), AUDIO_CONFIG)
+    assert seconds == len(samples) / 16000 and all_files(tmp_path / "to") == [str(tmp_path / "to" / name)]
+    with open(tmp_path / "x.wav", "ab") as f:
+        f.write(b"  ")  # another content: another copy
+    assert make_copy(str(tmp_path / "x.wav"), 0.0, None, str(tmp_path / "to"), AUDIO_CONFIG)[0] != name
 
 
-def half_written(folder, task):
-    try:
-        open(f"{folder}/{task}.tmp", "w").close()
-        time.sleep(0 if task == 0 else 0.5)
-    finally:
-        os.remove(f"{folder}/{task}.tmp")
-    return task
-
-
-def test_a_pool_that_is_closed_leaves_nothing_half_written(tmp_path):
-    results = map_parallel(partial(half_written, str(tmp_path)), range(9), 2)
-    assert next(results) == (0, 0)
-    while not os.path.exists(tmp_path / "1.tmp"):
-        time.sleep(0.01)
-    results.close()  # as Ctrl-C does
-    assert os.listdir(tmp_path) == []
+# ------------------------------------------------------------------------------------------------------------
+# The pool
 
 
 def square_or_die(task):
@@ -229,8 +176,22 @@ def test_a_pool_names_the_task_that_ends_its_process():
         list(map_parallel(square_or_die, range(40), 3, "task number {}".format))
 
 
-def test_manifests_of_one_name_are_not_written_over_each_other():
-    two = [SimpleNamespace(name="Mine-AQA/test", file=f"{folder}/Mine-AQA/test.json") for folder in "ab"]
-    assert targets_of("to", two[:1]) == ["to/Mine-AQA/test.json"]
-    with pytest.raises(ValueError, match="a/Mine-AQA/test.json and b/Mine-AQA/test.json are both called"):
-        targets_of("to", two)
+def slow_write(folder, task):
+    """As make_copy: a temporary file that is there while it works."""
+    try:
+        open(f"{folder}/{task}.tmp", "w").close()
+        time.sleep(0.5)
+    finally:
+        os.remove(f"{folder}/{task}.tmp")
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+    code = (f"import config, functools\nfrom tests.test_check import map_parallel, slow_write\n"
+            f"work = functools.partial(slow_write, {str(tmp_path)!r})\n"
+            f"config.run(lambda c: list(map_parallel(work, range(99), 2)) and None, 'prepare/check.py')")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    while not os.listdir(tmp_path):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130 and os.listdir(tmp_path) == []

@@ -28,6 +28,9 @@ print("answer", len(windows), time.time() - start, peak())
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A hub's cache with the release, a clip of two minutes and its manifest; removed afterwards: 7 GB."""

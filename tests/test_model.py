@@ -19,7 +19,7 @@ torch.manual_seed(0)
 
 def build(settings, gates=0.0):
     torch.manual_seed(1)
-    model = checkpoint.new(SimpleNamespace(**(config.defaults() | settings)))
+    model = checkpoint.new_model(SimpleNamespace(**(config.defaults() | settings)))
     for gated in model.xattn.values():
         gated.attn_gate.fill_(gates)
         gated.ff_gate.fill_(-gates)

@@ -1,6 +1,7 @@
 """Where a model runs, and in which precision."""
 import torch
 
+from model import pick_backend
 from tools.common import UserError
 
 
@@ -9,14 +10,14 @@ def pick_device(name="auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type != "cuda":
-            torch.zeros(1, device=device).item()  # a kind that holds no numbers, or is not here
+        if device.type == "cuda":  # asked without a CUDA context: each rank makes its own, on its own GPU
+            there = (device.index or 0) < torch.cuda.device_count()
+        else:
+            there = torch.zeros(1, device=device).item() == 0  # fails for a kind without numbers, or not here
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device = {name!r}, expected auto, cpu, cuda or cuda:<n>") from error
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"device = {name!r}, but {f'only {count}' if count else 'no'} CUDA device is "
-                         f"available here")
+    if not there:
+        raise UserError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -27,7 +28,17 @@ def pick_precision(precision, device):
         raise UserError(f"precision = {precision!r}, expected amp_bf16 or fp32")
     if precision == "fp32":
         return torch.float32, "asked for"
-    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and not units:
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu" and not has_bf16:
         return torch.float32, "this processor has no bf16 units, emulated bf16 is 5 times slower"
     return torch.bfloat16, "amp_bf16"
+
+
+def pick_compute(c, device):
+    """-> dtype of products and frozen weights, and a line for the log: device, dtype and attention backend, and
+    why they were chosen."""
+    dtype, reason = pick_precision(c.precision, device)
+    backend, why = c.attention_backend, "asked for"
+    if backend == "auto":
+        backend, why = pick_backend(device)
+    return dtype, f"{device} | {dtype} ({reason}) | cross-attention: {backend} ({why})"

@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -20,118 +21,110 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 # ------------------------------------------------------------------------------------------------------------
 # Statistics of steps
 
-COUNTS = ("labelled_tokens", "clips", "unreadable_clips", "truncated_answers", "truncated_clips",
-          "truncated_seconds")
-
-
 def count_labelled(batch):
-    """Labels that are predicted: a position's label is that of the next token, so the first has no prediction."""
+    """Number of predicted labels: those of a text's first token are not, as the model predicts the next one."""
     return int((batch["labels"].numpy()[:, 1:] != -100).sum())
 
 
 class StepStats:
     """Statistics of training steps, over all ranks. Losses and gradient norms stay on the device until `flush`
-    reads them: the only host-device synchronisation of the training loop.
-
-    flush keeps state.counts and state.skipped_steps up to date.
-    """
+    reads them: the loop's only host-device synchronisation. flush keeps state.counts and state.skipped_steps up
+    to date."""
 
     def __init__(self, c, run, state, model):
         self.c, self.run, self.state, self.model = c, run, state, model
-        self.steps = []  # since the last flush: (step, result of train_step, paths of this rank's clips)
-        self.counts, self.errors = np.zeros(len(COUNTS)), []  # of this rank since the last flush
-        self.bad_steps_in_a_row = 0
-        self.warned_of_truncation = False
+        self.bad_steps_in_a_row, self.warned_of_truncation = 0, False
+        self.start_interval()
         self.start_line()
 
+    def start_interval(self):
+        """Start what the next flush reads."""
+        self.steps = []  # (step, StepResult, paths of this rank's clips)
+        self.counts, self.errors = Counter(), []  # of this rank; why clips could not be read
+
     def start_line(self):
-        """Start the sums of the next log line."""
-        self.line_start, self.n_steps, self.losses = time.time(), 0, []
-        self.tokens = self.slots = self.audio_seconds = self.flops = 0
+        """Start what the next log line is about."""
+        self.start, self.losses = time.time(), []
+        self.first_step, self.first_counts = self.state.step, dict(self.state.counts)
 
     def add(self, result, micro_batches):
         """Count a step that was taken: host arithmetic alone."""
-        step, paths = self.state.step, []
+        paths = []
         for batch in micro_batches:
-            labelled, slots, windows = count_labelled(batch), batch["input_ids"].numel(), len(batch["windows"])
+            labelled, windows = count_labelled(batch), len(batch["windows"])
+            slots = batch["input_ids"].numel()
             paths += batch["paths"]
-            self.errors += [(step, error) for error in batch["errors"]]
-            self.counts += (labelled, len(batch["paths"]), len(batch["errors"]), batch["unfinished"],
-                            batch["truncated_clips"], batch["truncated_seconds"])
-            self.tokens += np.count_nonzero(batch["input_ids"].numpy() != self.model.pad_id)
-            self.slots += slots
-            self.audio_seconds += windows * self.model.audio_config["window_length"]
-            self.flops += flops_per_step(self.model, slots, windows, labelled)
-        self.steps.append((step, result, paths))
-        self.n_steps += 1
+            self.errors += batch["errors"]
+            self.counts.update(
+                tokens=int((batch["input_ids"].numpy() != self.model.pad_id).sum()), token_slots=slots,
+                labelled_tokens=labelled, audio_seconds=windows * self.model.audio_config["window_length"],
+                flops=flops_per_step(self.model, slots, windows, labelled), clips=len(batch["paths"]),
+                unreadable_clips=len(batch["errors"]), truncated_answers=batch["unfinished"],
+                truncated_clips=batch["truncated_clips"], truncated_seconds=batch["truncated_seconds"])
+        self.steps.append((self.state.step, result, paths))
 
     def flush(self):
         """Read the steps since the last flush and report those without an update. UserError where training
         cannot go on: before a checkpoint is written."""
-        steps, self.steps = self.steps, []
-        if not steps:
+        if not self.steps:
             return
-        values = torch.stack([torch.stack(result) for _, result, _ in steps]).tolist()
-        self.gather_counts()
-        for (step, _, paths), (loss, norm, labelled, updated) in zip(steps, values):
-            self.norm = norm
+        values = torch.stack([torch.stack(result) for _, result, _ in self.steps]).tolist()
+        steps, per_rank = self.steps, all_gather_lists([(self.counts, self.errors)], self.run.control)
+        self.start_interval()
+        self.add_counts(per_rank)
+        for (step, _, paths), (loss, self.grad_norm, labelled, updated) in zip(steps, values):
+            self.bad_steps_in_a_row = 0 if updated else self.bad_steps_in_a_row + 1
             if updated:
                 self.losses.append(loss)
-                self.bad_steps_in_a_row = 0
-            else:
-                self.report_skipped_step(step, "loss or gradient not finite" if labelled else "no labelled token",
-                                         all_gather_lists(paths, self.run.control))
+                continue
+            self.state.skipped_steps += 1
+            self.reason = "loss or gradient not finite" if labelled else "no labelled token"
+            paths = all_gather_lists(paths, self.run.control)
+            self.run.say(f"step {step}: {self.reason}, no update; clips: {join_names(paths)}", sys.stderr)
+            self.run.log(step=step, no_update=self.reason, items=paths)
+            if self.bad_steps_in_a_row > self.c.max_bad_steps:
+                raise UserError(f"step {step}: {self.bad_steps_in_a_row} steps in a row without an update "
+                                f"(max_bad_steps = {self.c.max_bad_steps}): {self.explain()}")
 
-    def gather_counts(self):
-        counts = self.state.counts
-        gathered = all_gather_lists([(self.counts, self.errors)], self.run.control)
-        self.counts, self.errors = np.zeros(len(COUNTS)), []
-        for rank_counts, errors in gathered:
-            for name, n in zip(COUNTS, rank_counts.tolist()):
-                counts[name] += n
-            for step, error in errors:
-                self.run.warn(f"skipped: {error}")
-                self.run.log(step=step, skipped=error)
-                self.last_error = error
-        files, unreadable = counts["clips"] + counts["unreadable_clips"], counts["unreadable_clips"]
+    def add_counts(self, per_rank):
+        """Add [(counts, errors)] of all ranks to the run's; report clips that were not read, or not whole."""
+        counts, errors = self.state.counts, []
+        for rank_counts, rank_errors in per_rank:
+            errors += rank_errors
+            for name, n in rank_counts.items():
+                counts[name] = counts.get(name, 0) + n
+        for error in errors:
+            self.run.say(f"skipped: {error}", sys.stderr)
+            self.run.log(step=self.state.step, skipped=error)
+        unreadable, files = counts["unreadable_clips"], counts["clips"] + counts["unreadable_clips"]
         if unreadable > self.c.max_bad_fraction * max(files, 100):
-            raise UserError(f"{unreadable:.0f} of {files:.0f} audio files so far could not be read, more than "
-                            f"max_bad_fraction = {self.c.max_bad_fraction}; the last: {self.last_error}")
+            raise UserError(f"{unreadable} of {files} audio files so far could not be read, more than "
+                            f"max_bad_fraction = {self.c.max_bad_fraction}; the last: {errors[-1:]}")
         if counts["truncated_clips"] and not self.warned_of_truncation:
             self.warned_of_truncation = True
-            self.run.warn(truncation_warning(int(counts["clips"]), int(counts["truncated_clips"]),
-                                         counts["truncated_seconds"], self.model.audio_config))
+            self.run.say(truncation_warning(counts["clips"], counts["truncated_clips"],
+                                            counts["truncated_seconds"], self.model.audio_config), sys.stderr)
 
-    def report_skipped_step(self, step, reason, paths):
-        c, self.reason = self.c, reason
-        self.state.skipped_steps += 1
-        self.bad_steps_in_a_row += 1
-        self.run.warn(f"step {step}: {reason}, no update; its clips: {join_names(paths, 20)}")
-        self.run.log(step=step, no_update=reason, items=paths)
-        if self.bad_steps_in_a_row > c.max_bad_steps:
-            raise UserError(f"step {step}: {self.bad_steps_in_a_row} steps in a row without an update "
-                            f"(max_bad_steps = {c.max_bad_steps}): {self.explanation()}")
-
-    def explanation(self):
-        """Why the last skipped step was, and the figures that it may be due to."""
+    def explain(self):
+        """What the last step without an update may be due to."""
         c, counts = self.c, self.state.counts
         return (f"{self.reason}; learning_rate = {c.learning_rate:g}, precision = {c.precision}, "
-                f"{counts['truncated_answers']:.0f} of {counts['clips']:.0f} answers cut off by max_tokens = "
-                f"{c.max_tokens}, {counts['unreadable_clips']:.0f} clips not read")
+                f"{counts['truncated_answers']} of {counts['clips']} answers cut off by max_tokens = "
+                f"{c.max_tokens}, {counts['unreadable_clips']} clips not read")
 
     def log_line(self, epoch, lr, total_steps):
         """Write the log line of the steps since the last one."""
         self.flush()
-        state, world, seconds = self.state, self.run.world, time.time() - self.line_start
-        peak, gates = world * peak_flops(self.run.device), gate_values(self.model)
+        state, seconds = self.state, time.time() - self.start
+        new = {name: n - self.first_counts.get(name, 0) for name, n in state.counts.items()}
+        peak, gates = self.run.world * peak_flops(self.run.device), gate_values(self.model)
         entry = dict(
-            step=state.step, epoch=epoch, lr=lr, gnorm=self.norm,
-            loss=float(np.mean(self.losses)) if self.losses else math.nan,
-            gate=float(np.mean(np.abs(gates["gates"]))), ms=1000 * seconds / self.n_steps,
-            tok_s=world * self.tokens / seconds, audio_s=world * self.audio_seconds / seconds,
-            pad=1 - self.tokens / self.slots, mfu=world * self.flops / seconds / peak if peak else None,
-            mem_gb=peak_memory(self.run.device), samples=state.samples, skipped_steps=state.skipped_steps,
-            **state.counts, **gates)
+            step=state.step, epoch=epoch, loss=float(np.mean(self.losses)) if self.losses else math.nan, lr=lr,
+            gnorm=self.grad_norm, gate=float(np.mean(np.abs(gates["gates"]))),
+            ms=1000 * seconds / (state.step - self.first_step), tok_s=new["tokens"] / seconds,
+            audio_s=new["audio_seconds"] / seconds, pad=1 - new["tokens"] / new["token_slots"],
+            mfu=new["flops"] / seconds / peak if peak else None, mem_gb=peak_memory(self.run.device),
+            samples=state.samples, skipped_steps=state.skipped_steps, **state.counts, **gates)
         self.run.say(format_line(entry, total_steps))
         self.run.log(**entry)
         self.start_line()

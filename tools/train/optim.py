@@ -1,6 +1,5 @@
 """AdamW: which parameters train at which rate, and its state from checkpoint to checkpoint."""
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from tools.common import UserError
 
@@ -32,17 +31,16 @@ def make_optimizer(model, c, world):
     names = [name_of[p] for group in groups for p in group["params"]]
     options = {"betas": (0.9, 0.999), "fused": True}
     if c.shard_optimizer and world > 1:  # each rank keeps and updates a share of the state
+        from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options), names
     return torch.optim.AdamW(groups, **options), names
 
 
 def load_optimizer(optimizer, names, saved):
     """Load state by parameter name: rates, decay, trained parts and so the groups may have changed."""
-    index, saved_names = {name: i for i, name in enumerate(names)}, saved["optimizer_names"]
-    state = {}
-    for i, moments in saved["optimizer_state_dict"]["state"].items():
-        if saved_names[i] in index:
-            state[index[saved_names[i]]] = moments
+    moments = saved["optimizer_state_dict"]["state"]
+    old = {name: moments[i] for i, name in enumerate(saved["optimizer_names"]) if i in moments}
+    state = {i: old[name] for i, name in enumerate(names) if name in old}
     groups, first = [], 0
     for group in optimizer.param_groups:
         stop = first + len(group["params"])

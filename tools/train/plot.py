@@ -1,5 +1,4 @@
-"""Pictures of training runs, several over each other: loss, gates per layer, gradient norm, rate, throughput,
-padding.
+"""Plot training runs over each other: loss, gates per layer, gradient norm, rate, throughput, padding, memory.
 
     python tools/train/plot.py exp/pretrain                                    # exp/pretrain/plot.png
     python tools/train/plot.py exp/pretrain exp/other --output=both.png
@@ -10,7 +9,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import config as settings
-from tools.common import UserError, atomic_write, check_writable, parse_json_line
+from tools.common import UserError, atomic_write, check_writable, optional_import, parse_json_line
 
 output: str | None = None  # the PNG to write; None: plot.png in the first run's folder
 
@@ -19,66 +18,55 @@ PANELS = {"loss": "loss (o: validation)", "gates": "tanh of attention gates", "f
           "mem_gb": "memory (GiB)"}
 
 
-def read_log(run):
-    """-> logged steps and validations of a run, a folder with log.jsonl: lists of dicts."""
-    folder = next((f for f in (settings.resolve_path(run), run) if os.path.isdir(f)), run)
+def read_run(run):
+    """-> folder of a run, its logged steps, its validations: lists of dicts."""
+    folder = run if os.path.isdir(run) else settings.resolve_path(run)
     file = os.path.join(folder, "log.jsonl")
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{run}: not a run, no log.jsonl in it")
     with open(file, "rb") as f:  # the last line may be on its way
-        rows = [row for row in map(parse_json_line, f) if row and type(row.get("step")) is int]
-    steps = [row for row in rows if "gnorm" in row]
+        entries = [parse_json_line(line) or {} for line in f]
+    steps = [entry for entry in entries if "gnorm" in entry]
     if not steps:
         raise UserError(f"{file}: no step is logged yet")
-    return steps, [row for row in rows if isinstance(row.get("valid"), dict)]
+    return folder, steps, [entry for entry in entries if "valid" in entry]
 
 
-def draw(runs, path):
-    """One PNG of {name: (steps, validations)}. Gates: a line per layer, light to dark."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(18, 8), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 4).flat, PANELS.items()):
-        for i, (run, (steps, validations)) in enumerate(runs.items()):
-            x, color = [row["step"] for row in steps], f"C{i}"
-            y = [row.get(name) for row in steps]
-            if "gates" in name:
-                y = [row if isinstance(row, list) else [] for row in y]
-                for layer in range(layers := max(map(len, y))):
-                    values = [row[layer] if layer < len(row) else None for row in y]
-                    axes.plot(x, to_numbers(values), color=color, alpha=0.25 + 0.75 * (layer + 1) / layers)
-            else:  # a legend leaves out what begins with _, and reads what stands between two $ as a formula
-                axes.plot(x, to_numbers(y), color=color, label=" " + run.replace("$", r"\$"))
-            if name == "loss":
-                for k, split in enumerate(sorted({split for row in validations for split in row["valid"]})):
-                    rows = [row for row in validations if split in row["valid"]]
-                    points = [row["step"] for row in rows], to_numbers(row["valid"][split] for row in rows)
-                    axes.plot(*points, "os^vD"[k % 5] + ":", color=color, markersize=4)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if name == "loss":
-            axes.legend(fontsize="small")
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png", dpi=100)
+def plot_steps(axes, name, steps, color, label):
+    """A line of one value; of gates, a line per layer, light to dark."""
+    x = [entry["step"] for entry in steps]
+    y = [entry[name] for entry in steps]
+    if "gates" not in name:
+        axes.plot(x, [float("nan") if value is None else value for value in y], color=color, label=label)
+        return
+    for layer, values in enumerate(zip(*y), 1):
+        axes.plot(x, values, color=color, alpha=0.25 + 0.75 * layer / len(y[0]))
 
 
-def to_numbers(values):
-    """What is no number, where a run has none, is a gap."""
-    return [value if type(value) in (int, float) else float("nan") for value in values]
+def plot_validations(axes, validations, color):
+    for k, split in enumerate(sorted({split for entry in validations for split in entry["valid"]})):
+        points = [(entry["step"], entry["valid"][split]) for entry in validations if split in entry["valid"]]
+        axes.plot(*zip(*points), "os^vD"[k % 5] + ":", color=color, markersize=4)
 
 
 def main(c):
-    names = c.files
-    if not names:
+    if not c.files:
         raise UserError("usage: python tools/train/plot.py RUN [RUN ...] [--output=FILE.png]")
-    runs = {name: read_log(name) for name in names}
-    first = next(f for f in (settings.resolve_path(names[0]), names[0]) if os.path.isdir(f))
-    path = c.output or os.path.join(first, "plot.png")
+    optional_import("matplotlib", "tools/train/plot.py", "eval")
+    from matplotlib.figure import Figure
+    runs = [read_run(name) for name in c.files]
+    path = c.output or os.path.join(runs[0][0], "plot.png")
     check_writable(path)
+    figure = Figure(figsize=(18, 8), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 4).flat, PANELS.items()):
+        for i, (folder, steps, validations) in enumerate(runs):
+            plot_steps(axes, name, steps, f"C{i}", folder)
+            if name == "loss":
+                plot_validations(axes, validations, f"C{i}")
+                axes.legend(fontsize="small")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        draw(runs, path)
-    except ModuleNotFoundError as error:
-        raise UserError("matplotlib is missing: pip install -r requirements-eval.txt") from error
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, format="png", dpi=100)
     print(f"wrote {path}")
 
 

@@ -1,6 +1,5 @@
-"""The surroundings of the training loop: process groups, copies to the GPU, signals, and the run's folder with
-its lock, log and checkpoints."""
-import errno
+"""The surroundings of the training loop: processes, signals, and the run's folder with its lock, log and
+checkpoints."""
 import fcntl
 import json
 import math
@@ -17,35 +16,25 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import config as settings
-from tools.checkpoint.devices import pick_device, pick_precision
+from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.files import save_atomically
 from tools.checkpoint.run_dir import checkpoints
-from tools.common import UserError, check_folder_writable, check_writable, name_disk_errors, parse_json_line
+from tools.common import UserError, name_disk_errors, parse_json_line
 
-INTERIM = "checkpoint_interim.pt"  # saved inside an epoch; removed when the epoch has its own
+INTERIM = "checkpoint_interim.pt"  # saved inside an epoch; removed when an epoch's is
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
 
 
-def init_distributed(device):
-    """-> rank, world size, this rank's device and its control group, from torchrun's environment.
-
-    The control group (gloo) is for messages between hosts, which no device waits for; None for one process.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, device, None
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "nccl"
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+def init_process_group(device, rank, world):
+    """-> the control group (gloo) of all ranks: for messages between hosts, which no device waits for."""
     # After a torchrun restart the store still holds the dead workers' addresses: take a fresh key prefix.
-    store, *_ = next(rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return rank, world, device, dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo")
 
 
 def all_gather_lists(items, control):
@@ -54,7 +43,7 @@ def all_gather_lists(items, control):
         return items
     lists = [None] * dist.get_world_size(control)
     dist.all_gather_object(lists, items, control)
-    return [item for part in lists for item in part]
+    return sum(lists, [])
 
 
 def any_rank(flags, control):
@@ -62,7 +51,7 @@ def any_rank(flags, control):
     flags = torch.tensor(flags, dtype=torch.int32)
     if control is not None:
         dist.all_reduce(flags, dist.ReduceOp.MAX, control)
-    return [bool(flag) for flag in flags.numpy()]
+    return flags.bool().numpy().tolist()
 
 
 def check_same_on_all_ranks(values, control):
@@ -70,20 +59,20 @@ def check_same_on_all_ranks(values, control):
     for other in all_gather_lists([values], control):
         for name, value in values.items():
             if value != other.get(name):
-                raise UserError(f"{name} = {value!r} on one rank, {other.get(name)!r} on another: expected the "
-                                f"same settings, data and run folder on all ranks")
+                raise UserError(f"{name} = {value!r} on one rank, {other.get(name)!r} on another: expected "
+                                f"the same settings, data and run folder on all ranks")
 
 
 @contextmanager
 def catch_signals():
-    """A list that receives SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) instead of the process, which can then save and
-    stop. The second Ctrl-C interrupts."""
+    """A list that receives SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), so that the loop can save and stop. The second
+    Ctrl-C interrupts."""
     received = []
 
     def receive(number, _):
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
-        received.append(number)
+        received.append(signal.Signals(number))
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     previous = [signal.signal(number, receive) for number in numbers]
@@ -95,49 +84,11 @@ def catch_signals():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Copies to the GPU
-
-
-def prefetch_to_gpu(batches, device):
-    """The same batches. On CUDA each is copied from pinned memory by a stream of its own while the one before
-    it is computed; wait_for_copy gives the copies."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream, previous = torch.cuda.Stream(device), None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            copies = copy_inputs(batch, device)
-            batch["copies"] = copies, stream.record_event()
-        if previous:
-            yield previous
-        previous = batch
-    if previous:
-        yield previous
-
-
-def copy_inputs(batch, device):
-    return [batch[name].to(device, non_blocking=True) for name in ("input_ids", "windows")]
-
-
-def wait_for_copy(batch, device):
-    """-> input_ids and windows of a batch on the device."""
-    if "copies" not in batch:
-        return copy_inputs(batch, device)
-    tensors, copied = batch.pop("copies")
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(copied)
-    for tensor in tensors:
-        tensor.record_stream(stream)  # allocated by the copying stream, which must not reuse the memory yet
-    return tensors
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The run's folder
 
 
 def open_locked(file):
-    """The log of a run, opened to read and append bytes; UserError if another process holds it. The lock is this
+    """A log, opened to read and append bytes; UserError if another process holds it. The lock is this
     process's alone (lockf): DataLoader workers that outlive it do not hold it."""
     f = open(file, "ab+", buffering=0)
     try:
@@ -146,79 +97,79 @@ def open_locked(file):
         raise UserError(f"{file}: another process trains in this folder; wait for it, or give another "
                         f"--run_name") from error
     except OSError as error:  # some cluster file systems have no locks
-        tqdm.write(f"note: {file} cannot be locked ({error}): start no second run in its folder", file=sys.stderr)
+        tqdm.write(f"note: {file} cannot be locked ({error}): start no second run in its folder", sys.stderr)
     return f
 
 
-def truncate_log(f, key, last):
-    """Truncate a JSON-lines file after the entries whose `key` is at most `last`, and drop a torn last line."""
+def read_log(f):
+    """Yield (object, end of its line) of an open JSON-lines file, up to a torn last line."""
     f.seek(0)
     end = 0
     for line in f.read().splitlines(keepends=True):
-        entry = parse_json_line(line) or {}
-        if entry.get(key, last) > last or not line.endswith(b"\n"):
-            break
         end += len(line)
-    f.truncate(end)
+        if line.endswith(b"\n"):
+            yield parse_json_line(line) or {}, end
+
+
+def truncate_log(f, key, last):
+    """Drop the lines after the last one whose `key` is at most `last`, and a torn one."""
+    ends = [end for entry, end in read_log(f) if entry.get(key, last) <= last]
+    f.truncate(max(ends, default=0))
 
 
 def append_json(f, entry):
-    """Append a line; OSError names the file where the disk is full."""
-    line = json.dumps(entry).encode() + b"\n"
     with name_disk_errors(f.name):
-        if f.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        f.write(json.dumps(entry).encode() + b"\n")
 
 
 class Run:
-    """Where a run computes (rank, world, device, dtype, control group) and its folder expdir/run_name/: log.jsonl,
-    which is also the lock, and checkpoints, which a thread writes beside training. Only rank 0 writes."""
+    """Where a run computes (rank, world, device, dtype, control group) and its folder expdir/run_name/:
+    log.jsonl, which is also the lock, and checkpoints, which a thread writes beside training. Only rank 0
+    writes."""
 
     def __init__(self, c):
-        self.rank, self.world, self.device, self.control = init_distributed(pick_device(c.device))
-        self.dtype, reason = pick_precision(c.precision, self.device)
-        self.say(f"products in {self.dtype} ({reason})")
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.control = pick_device(c.device), None
+        if self.world > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            self.control = init_process_group(self.device, self.rank, self.world)
+        self.dtype, compute = pick_compute(c, self.device)
+        self.say(compute)
         self.folder = os.path.join(settings.resolve_path(c.expdir), c.run_name)
         self.keep_last = 1 if c.delete_previous_checkpoint else c.keep_last
         self.writer, self.pending = ThreadPoolExecutor(1), None
         self.log_file = self.blend_file = None
-        if self.rank > 0:
-            return
-        check_folder_writable(self.folder)
-        blend = c.dataset_blending_output and settings.resolve_path(c.dataset_blending_output)
-        if blend:
-            check_writable(blend)
-            os.makedirs(os.path.dirname(blend), exist_ok=True)
-            self.blend_file = open(blend, "ab+", buffering=0)
+        if self.rank == 0:
+            self.open_files(c.dataset_blending_output)
+
+    def open_files(self, blending_output):
         os.makedirs(self.folder, exist_ok=True)
         self.log_file = open_locked(os.path.join(self.folder, "log.jsonl"))
+        if blending_output:
+            path = settings.resolve_path(blending_output)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self.blend_file = open(path, "ab+", buffering=0)
 
-    def say(self, text):
+    def say(self, text, file=None):
+        """Print on rank 0, to standard output or a file."""
         if self.rank == 0:
-            tqdm.write(text)
-
-    def warn(self, text):
-        if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file)
 
     def truncate(self, state):
         """Drop what a resumed run will log again."""
         if self.log_file:
             truncate_log(self.log_file, "step", state.step)
         if self.blend_file:
-            started = state.step_in_epoch > 0 or state.remaining is not None
-            truncate_log(self.blend_file, "epoch", state.epoch if started else state.epoch - 1)
+            truncate_log(self.blend_file, "epoch", state.epoch - state.between_epochs())
 
     def has_validation(self, step):
-        """Whether the log has the validation losses of a step."""
-        if self.rank > 0:
-            return False
-        self.log_file.seek(0)
-        entries = [parse_json_line(line) or {} for line in self.log_file.read().splitlines()]
-        return any("valid" in entry and entry.get("step") == step for entry in entries)
+        """Whether the log has the validation losses of a step; for rank 0."""
+        return any("valid" in entry and entry.get("step") == step for entry, _ in read_log(self.log_file))
 
     def log(self, **entry):
-        """Append an entry to log.jsonl. A checkpoint that could not be written ends the run here."""
+        """Append an entry to log.jsonl. Raises what the last checkpoint's writing raised."""
         if self.pending and self.pending.done():
             self.wait()
         for name, value in entry.items():
@@ -229,19 +180,20 @@ class Run:
 
     def log_blend(self, entries):
         """Append what an epoch selects to dataset_blending_output."""
-        for entry in entries if self.blend_file else ():
-            append_json(self.blend_file, entry)
+        if self.blend_file:
+            for entry in entries:
+                append_json(self.blend_file, entry)
 
     def save(self, name, content):
         """Write a checkpoint in the background: training waits for the copy to host memory alone."""
         self.wait()
         copy = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
-        self.pending = self.writer.submit(self._write, name, copy)
+        self.pending = self.writer.submit(self.write_checkpoint, os.path.join(self.folder, name), copy)
 
-    def _write(self, name, content):
-        path, interim = os.path.join(self.folder, name), os.path.join(self.folder, INTERIM)
+    def write_checkpoint(self, path, content):
         save_atomically(content, path)
-        if name == INTERIM:
+        interim = os.path.join(self.folder, INTERIM)
+        if path == interim:
             return
         if os.path.exists(interim):
             os.remove(interim)
@@ -258,7 +210,4 @@ class Run:
 
     def close(self):
         self.writer.shutdown()
-        for f in (self.log_file, self.blend_file):
-            if f:
-                f.close()
         self.wait()

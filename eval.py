@@ -11,9 +11,7 @@ answered. Decoding is greedy, 256 new tokens at most. Rules by task name, see ME
 """
 import os
 import re
-import signal
 import sys
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 import config as settings
 from checkpoint import fingerprint
-from data import Clips, Manifest, truncation_warning
+from data import SAMPLE_RATE, Clips, Manifest, truncation_warning
 from sample import load_weights, read_model
 from tools.common import UserError, check_folder_writable, check_writable, commit, name_disk_errors
 from tools.eval import records
@@ -31,7 +29,7 @@ from tools.eval.clap_text import pick_text_encoder
 from tools.eval.parsing import (answer_text, item_options, labels_of, marks_in, normalise, option_named, options_of,
                                 reference_option, split_mark)
 from tools.eval.report import result_lines, results_row, write_report
-from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth
+from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
 from tools.sample.attention_map import attention_over_time
 from tools.sample.decoding import Sampling, answer_items
@@ -55,62 +53,58 @@ READS = (*settings.LOADING, "expdir", "dataset_file_root", "data_root", "num_wor
 # ------------------------------------------------------------------------------------------------------------
 # Rules: items {"prompt", "output" (the reference answer), "answer"} -> {figure: value}, the headline first. A list
 # holds a value per item (None: the item does not count in this figure) and gets a mean and an interval; numbers and
-# words are printed as they are. An empty answer is wrong under every rule.
+# words are printed as they are. An empty answer is wrong under every rule. Rules that need no other items than the
+# one they score are per_item: item -> {figure: its value}.
 
 
 def official_mmau(reference, answer, options):
     """MMAU's token rule: all tokens of the right option, and none that only another option has."""
     right, answer, *others = (set(re.findall(r"\b\w+\b", text.lower())) for text in (reference, answer, *options))
-    return float(bool(answer) and right <= answer and not answer & (set().union(*others) - right))
+    return bool(answer) and right <= answer and not answer & (set().union(*others) - right)
 
 
-def multiple_choice(items):
+@per_item
+def multiple_choice(item):
     """MMAU's official rule on the options' texts: "accuracy" with the answer as it is. Beside it without a leading
     mark: "(A) woman and child" is wrong officially where another option holds "a". And "as read": the option that
     the answer names to a reader, by letter, text or both."""
-    official, mark_stripped, as_read, chances = [], [], [], []
-    for item in items:
-        options, answer = item_options(item), answer_text(item)
-        right = reference_option(item["output"], options)
-        named = option_named(answer, options) if answer else None
-        item["predicted"] = None if named is None else options[named]
-        official.append(official_mmau(right, answer, options))
-        mark_stripped.append(official_mmau(right, split_mark(answer, len(options))[1] or answer, options))
-        as_read.append(float(named is not None and normalise(options[named]) == normalise(right)))
-        chances.append(1 / max(len(options), 1))
-    return {"accuracy": official, "mark stripped": mark_stripped, "as read": as_read,
-            "chance": sum(chances) / len(chances)}
+    options, answer = item_options(item), answer_text(item)
+    right = reference_option(item["output"], options)
+    named = option_named(answer, options) if answer else None
+    item["predicted"] = None if named is None else options[named]
+    without_mark = split_mark(answer, len(options))[1] or answer
+    return {"accuracy": official_mmau(right, answer, options),
+            "mark stripped": official_mmau(right, without_mark, options),
+            "as read": named is not None and normalise(options[named]) == normalise(right),
+            "chance": 1 / max(len(options), 1)}
 
 
-def muchomusic(items):
+@per_item
+def muchomusic(item):
     """MuChoMusic: the one option letter that stands alone, else the first option whose text is contained, else
     unanswered. An answer that is an option's text names it: the A of "A female voice" is an article."""
-    right, unanswered = [], []
-    for item in items:
-        options, answer = item_options(item), answer_text(item)
-        chosen = [i for i, option in enumerate(options) if normalise(option) == normalise(answer)][:1]
-        chosen = chosen or list(marks_in(answer, len(options), capitals=True))
-        if len(chosen) != 1:
-            chosen = [i for i, option in enumerate(options) if option.lower() in answer.lower()]
-        item["predicted"] = options[chosen[0]] if chosen else None
-        reference = normalise(reference_option(item["output"], options))
-        right.append(float(bool(chosen) and normalise(item["predicted"]) == reference))
-        unanswered.append(float(not chosen))
-    return {"accuracy": right, "unanswered": unanswered, "chance": 0.25}
+    options, answer = item_options(item), answer_text(item)
+    equal = [i for i, option in enumerate(options) if normalise(option) == normalise(answer)]
+    chosen = equal[:1] or list(marks_in(answer, len(options), capitals=True))
+    if len(chosen) != 1:
+        chosen = [i for i, option in enumerate(options) if option.lower() in answer.lower()]
+    item["predicted"] = options[chosen[0]] if chosen else None
+    right = normalise(reference_option(item["output"], options))
+    return {"accuracy": bool(chosen) and normalise(item["predicted"]) == right, "unanswered": not chosen,
+            "chance": 0.25}
 
 
-def clotho_aqa(items):
+@per_item
+def clotho_aqa(item):
     """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike; non-binary:
     those that none answered with yes or no, right if the answer equals any of the three. Others do not count."""
-    accuracy, unanimous, non_binary = [], [], []
-    for item in items:
-        three, answer = [normalise(text) for text in item["output"].split(",")], answer_text(item)
-        binary = [text in ("yes", "no") for text in three]
-        right = float(bool(answer) and normalise(answer) in three)
-        unanimous.append(right if all(binary) and len(set(three)) == 1 else None)
-        non_binary.append(None if any(binary) else right)
-        accuracy.append(non_binary[-1] if unanimous[-1] is None else right)
-    return {"accuracy": accuracy, "unanimous": unanimous, "non-binary": non_binary}
+    three, answer = [normalise(text) for text in item["output"].split(",")], answer_text(item)
+    binary = [text in ("yes", "no") for text in three]
+    right = bool(answer) and normalise(answer) in three
+    unanimous = right if all(binary) and len(set(three)) == 1 else None
+    non_binary = None if any(binary) else right
+    return {"accuracy": non_binary if unanimous is None else unanimous, "unanimous": unanimous,
+            "non-binary": non_binary}
 
 
 def exact_match(items):
@@ -118,7 +112,7 @@ def exact_match(items):
     right = []
     for item in items:
         item["predicted"] = answer_text(item)
-        right.append(float(bool(item["predicted"]) and labels_of(item["predicted"]) == labels_of(item["output"])))
+        right.append(bool(item["predicted"]) and labels_of(item["predicted"]) == labels_of(item["output"]))
     return {"accuracy": right, "chance": 1 / len({normalise(item["output"]) for item in items})}
 
 
@@ -155,7 +149,7 @@ def score_split(name, items, c, clap_checkpoint=None):
     headline = next(iter(figures.values()))
     if isinstance(headline, list):
         for item, score in zip(counted, headline):
-            item["score"] = score
+            item["score"] = None if score is None else float(score)
     row = results_row(figures, counted, rule.__name__)
     if len(counted) < len(items):
         row["without a reference"] = len(items) - len(counted)
@@ -171,39 +165,29 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
     """Answer what is not cached, this rank's share of it; -> on rank 0 all items, in the manifest's order."""
     keys = [records.answer_key(identity, manifest[i]) for i in range(len(manifest))]
     cached = records.read_cache(stem)
-    missing = [i for i, key in enumerate(keys) if key not in cached]
-    changed = records.changed_identity(stem + ".jsonl", identity)
-    if rank == 0 and missing and (cached or changed):
-        print(f"{manifest.name}: asking {len(missing)} of {len(keys)} questions, the other answers are cached",
-              *changed, sep=" | ", file=sys.stderr, flush=True)
+    uncached = [i for i, key in enumerate(keys) if key not in cached]
+    if rank == 0 and cached and uncached:
+        print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions, those without a cached answer of "
+              f"these weights, dtype, token limit, audio settings, clip and prompt", file=sys.stderr, flush=True)
     barrier(world)  # all ranks have read the cache before one writes: the same shares
-    clips, share = Clips([manifest], None, model.audio_config), missing[rank::world]
+    clips, share = Clips([manifest], None, model.audio_config), uncached[rank::world]
     loader = DataLoader(clips, batch_size=None, sampler=share, num_workers=min(c.num_workers, len(share)))
-    pending = []  # (index, clip) of the questions that the model was asked
-    path = f"{stem}.cache{rank}.jsonl"
-    bar = tqdm(total=len(share), desc=manifest.name, unit="clip", disable=None if rank == 0 else True)
-    with name_disk_errors(path), open(path, "a") as f, bar:
-
-        def keep(i, clip, text):
-            entry = {"answer": text}
-            if "error" in clip:
-                entry["error"] = clip["error"]  # an unreadable clip counts as wrong, and is reported
-            elif clip["truncated_seconds"]:
-                entry["truncated_seconds"] = round(clip["truncated_seconds"], 2)
-            records.append_answer(f, keys[i], entry)
-            bar.update()
+    path, pending = f"{stem}.cache{rank}.jsonl", []  # pending: (key, truncated seconds) in the order of asking
+    with name_disk_errors(path), open(path, "a") as f:
 
         def questions():
-            for i, clip in zip(share, loader):
-                if "error" in clip:
-                    keep(i, clip, "")
-                else:
-                    pending.append((i, clip))
-                    yield clip["prompt"], clip.pop("windows"), clip["n_windows"]
+            bar = tqdm(loader, manifest.name, len(share), unit="clip", disable=None if rank == 0 else True)
+            for i, clip in zip(share, bar):
+                if "error" in clip:  # an unreadable clip counts as wrong, and is reported
+                    records.append_answer(f, keys[i], {"answer": "", "error": clip["error"]})
+                    continue
+                pending.append((keys[i], round(clip["truncated_seconds"], 2)))
+                yield clip["prompt"], clip["windows"], clip["n_windows"]
 
         sampling = Sampling(max_new_tokens=c.max_new_tokens)
         for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
-            keep(*pending[index], text)
+            key, truncated = pending[index]
+            records.append_answer(f, key, {"answer": text, "truncated_seconds": truncated})
     barrier(world)
     cached = records.read_cache(stem) if rank == 0 else {}
     return [records.item_of(manifest, i, cached[key]) for i, key in enumerate(keys) if rank == 0]
@@ -217,10 +201,12 @@ def barrier(world):
 def open_split(name, c):
     """The manifest Name-Task/split; also MMAU's official question file in its place."""
     path = os.path.join(settings.resolve_path(c.dataset_file_root), name + ".json")
-    open_manifest = partial(Manifest, data_root=settings.resolve_path(c.data_root))
-    if os.path.isfile(path) and records.is_official(path):
-        return records.open_questions(path, name, open_manifest)
-    return open_manifest(path)
+    data_root = settings.resolve_path(c.data_root)
+    official = os.path.isfile(path) and records.is_official(path)
+    manifest = records.open_questions(path, name, data_root) if official else Manifest(path, data_root)
+    if not len(manifest):
+        raise UserError(f"{path}: holds no item to score")
+    return manifest
 
 
 def start_ranks(c):
@@ -233,8 +219,17 @@ def start_ranks(c):
     return rank, world
 
 
-def check_outputs(c, folder):
-    """Fail before the long work where results could not be written or labels not be read."""
+def results_folder(c, source):
+    """--results; else eval/ in the run, or out/eval/<model> for a release."""
+    run = settings.resolve_path(source)
+    run = os.path.dirname(run) if os.path.isfile(run) else run
+    if os.path.isdir(os.path.join(run, "safe_ckpt")) or not os.path.isdir(run):
+        run = os.path.join("out/eval", source.strip("/").replace("/", "--"))
+    return settings.resolve_path(c.results or os.path.join(run, "eval"))
+
+
+def check_files(c, folder):
+    """Fail before the long work where results cannot be written or labels not be read."""
     if folder:
         check_folder_writable(folder)
     if c.scores:
@@ -243,15 +238,11 @@ def check_outputs(c, folder):
     records.read_labels(c.labels)
 
 
-def results_folder(c, source):
-    """--results; else eval/ in the run, or out/eval/<model> for a release."""
-    if c.results:
-        return settings.resolve_path(c.results)
-    path = settings.resolve_path(source)
-    path = os.path.dirname(path) if os.path.isfile(path) else path
-    if os.path.isdir(path) and not os.path.isdir(os.path.join(path, "safe_ckpt")):
-        return os.path.join(path, "eval")
-    return settings.resolve_path(os.path.join("out/eval", source.strip("/").replace("/", "--")))
+def save_scores(c, folder, rows, items, load=None, sample_rate=SAMPLE_RATE):
+    if c.scores:
+        records.add_scores(settings.resolve_path(c.scores), rows)
+    if c.report and folder:
+        write_report(os.path.join(folder, "report.html"), rows, items, load, sample_rate)
 
 
 def main(c):
@@ -265,7 +256,7 @@ def main(c):
         setattr(c, root, getattr(model.config, root))
     manifests = {name: open_split(name, c) for name in names}
     folder = results_folder(c, source)
-    check_outputs(c, folder)
+    check_files(c, folder)
     model = load_weights(c, source, model, state)
     identity = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
                 "max_new_tokens": c.max_new_tokens, "audio": model.audio_config}
@@ -277,24 +268,22 @@ def main(c):
         if rank == 0:
             rows[name] = score_split(name, items[name], c, model.config.clap_checkpoint)
             header = {"identity": identity, "model": source, "manifest": manifest.file, "commit": commit()}
-            records.write_items(stem + ".jsonl", items[name], header)
+            records.write_items(stem + ".jsonl", [header, *items[name]])
             if "audio_id" in manifest.items[0]:
                 records.write_official(stem + ".json", manifest.items, items[name])
-            truncated = [item["truncated_seconds"] for item in items[name] if "truncated_seconds" in item]
+            truncated = list(filter(None, (item.get("truncated_seconds") for item in items[name])))
             if truncated:
                 print(truncation_warning(len(items[name]), len(truncated), sum(truncated), model.audio_config))
-    if rank == 0 and c.scores:
-        records.add_scores(settings.resolve_path(c.scores), rows)
-    if rank == 0 and c.report:
-        def load(name, item):
-            """-> the windows as the model got them, and its attention after the prompt (of one clip)."""
-            clip = Clips([manifests[name]], None, model.audio_config)[item["id"]]
-            if "error" in clip:
-                raise UserError(clip["error"])
-            windows, single = clip["windows"], len(clip["n_windows"]) == 1
-            return windows, attention_over_time(model, item["prompt"], windows) if single else None
 
-        write_report(os.path.join(folder, "report.html"), rows, items, load, model.audio_config["sample_rate"])
+    def load(name, item):
+        """-> the windows as the model got them, and its attention after the prompt (of one clip)."""
+        clip = Clips([manifests[name]], None, model.audio_config)[item["id"]]
+        if len(clip["n_windows"]) > 1:
+            return clip["windows"], None
+        return clip["windows"], attention_over_time(model, item["prompt"], clip["windows"])
+
+    if rank == 0:
+        save_scores(c, folder, rows, items, load, model.audio_config["sample_rate"])
     barrier(world)
 
 
@@ -303,15 +292,12 @@ def score_file(c):
     if not c.task or len(c.files) != 1:
         raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
     items, folder = records.read_answers(c.files[0]), c.results and settings.resolve_path(c.results)
-    check_outputs(c, folder)
+    check_files(c, folder)
     row = score_split(c.task, items, c, c.clap_checkpoint)
     if folder:
         os.makedirs(folder, exist_ok=True)
         records.write_items(os.path.join(folder, c.task.replace("/", "--") + ".jsonl"), items)
-        if c.report:
-            write_report(os.path.join(folder, "report.html"), {c.task: row}, {c.task: items})
-    if c.scores:
-        records.add_scores(settings.resolve_path(c.scores), {c.task: row})
+    save_scores(c, folder, {c.task: row}, {c.task: items})
 
 
 def compare_files(c):
@@ -319,7 +305,6 @@ def compare_files(c):
     if len(c.files) != 2:
         raise UserError("usage: eval.py compare a.jsonl b.jsonl [--task=Name-Task]")
     systems = [records.read_answers(path) for path in c.files]
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     if c.task:
         for items in systems:
             score_split(c.task, items, c, c.clap_checkpoint)

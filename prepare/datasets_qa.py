@@ -6,9 +6,10 @@ import random
 import re
 import zlib
 from collections import Counter, defaultdict
+from string import ascii_uppercase
 
 from prepare.manifests import stem
-from tools.eval.records import LETTERS, read_questions
+from tools.eval.records import read_questions
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.6, "no": 0.1}  # weight of an answer of Clotho-AQA in the vote
 
@@ -95,7 +96,7 @@ def muchomusic(source):
         clip = source.clip(f"{ident}.2min.mp3", tracks.get(ident, f"{ident}.wav"), f"{ident}.wav")
         options = [row["correct_answer"], *(row[f"distractor_{i}_answer"] for i in (1, 2, 3))]
         random.Random(zlib.crc32((ident + row["question"]).encode())).shuffle(options)
-        listed = [f"({letter}) {option.rstrip('.')}." for letter, option in zip(LETTERS, options)]
+        listed = [f"({letter}) {option.rstrip('.')}." for letter, option in zip(ascii_uppercase, options)]
         item = {"name": clip, "prompt": " ".join([row["question"], *listed]), "output": row["correct_answer"],
                 "choices": options, "dataset": row["dataset"], "genre": row["genre"]}
         for group in ("music_knowledge", "music_reasoning"):

@@ -491,10 +491,9 @@ QUESTIONS = [{"id": f"u{i}", "audio_id": f"./test-mini-audios/u{i}.wav", "questi
 
 
 def test_mmau_question_file_and_results(tmp_path):
-    from data import Manifest
     file, results = str(tmp_path / "mmau.json"), str(tmp_path / "out.json")
     (tmp_path / "mmau.json").write_text(json.dumps(QUESTIONS))
-    manifest = records.open_questions(file, "MMAU/test-mini", lambda copy: Manifest(copy, "root"))
+    manifest = records.open_questions(file, "MMAU/test-mini", "root")
     assert len(manifest) == 3 and manifest[1]["output"] == "A child" and manifest.name == "MMAU/test-mini"
     assert manifest[1]["path"].endswith("root/./test-mini-audios/u1.wav")
     assert manifest[0]["prompt"] == (

@@ -6,7 +6,6 @@ standard library's html would be hidden.)
 """
 import base64
 import io
-import wave
 from html import escape
 
 from tools.common import optional_import
@@ -49,14 +48,13 @@ def data_uri(data, kind):
 
 def audio_player(windows, sample_rate, max_seconds=15):
     """An <audio> element: the first seconds of windows (n, L), int16 or float in [-1, 1], as 16-bit WAV."""
+    import soundfile
     import torch
 
     from model import to_float
     samples = to_float(torch.as_tensor(windows)).flatten()[:int(max_seconds * sample_rate)]
     data = io.BytesIO()
-    with wave.open(data, "wb") as f:
-        f.setparams((1, 2, sample_rate, 0, "NONE", ""))
-        f.writeframes((samples * 32767).to(torch.int16).numpy().tobytes())
+    soundfile.write(data, samples.numpy(), sample_rate, format="WAV")
     return f'<audio controls src="{data_uri(data.getvalue(), "audio/wav")}"></audio>'
 
 
@@ -124,8 +122,3 @@ def log_mel_figure(windows, sample_rate, weights=None, words=()):
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, height])
     draw_attention(below, weights, draw_log_mel(above, windows, sample_rate), words)
     return figure
-
-
-def log_mel_png(windows, sample_rate, weights=None):
-    """The picture of log_mel_figure as PNG bytes."""
-    return png_bytes(log_mel_figure(windows, sample_rate, weights))

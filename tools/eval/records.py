@@ -6,8 +6,10 @@ import glob
 import hashlib
 import json
 import os
+from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 
+from data import Manifest
 from tools.common import UserError, atomic_write, parse_json_line, read_json, read_json_object, read_json_lines
 from tools.eval.parsing import answer_text
 
@@ -15,14 +17,13 @@ FIELDS = {"prompt": ("text",), "answer": ("text",),
           "output": ("text",),  # the reference answer
           "references": ("list of texts",),  # several reference answers (captions)
           "choices": ("list of texts",),  # options, where the prompt does not list them
-          "audio": ("text", "list of texts")}  # the clip: questions about one clip belong together
-REQUIRED = ("prompt", "output", "answer")
+          "audio": ("text", "list of texts"),  # the clip: questions about one clip belong together
+          "question": ("text",), "audio_id": ("text",)}  # of MMAU
 OTHER_NAMES = {"reference": "output", "path": "audio"}
 # Keys that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
           "Dataset", "genre", "music_knowledge", "music_reasoning")
 FROM_MANIFEST = ("output", "choices", "references", "audio_start", *GROUPS)  # beside prompt and clip
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def kind_of(value):
@@ -31,7 +32,7 @@ def kind_of(value):
     return "text" if isinstance(value, str) else type(value).__name__
 
 
-def check_item(item, where):
+def check_item(item, where, required=("prompt", "output", "answer")):
     """The item under the names of FIELDS; UserError names the file, the line or item, and the wrong key."""
     item = dict(item)
     for other, key in OTHER_NAMES.items():
@@ -44,8 +45,8 @@ def check_item(item, where):
     if item.get("answer", "") is None:  # the system gave none
         item["answer"] = ""
     for key, kinds in FIELDS.items():
-        if key not in item and key in REQUIRED:
-            raise UserError(f"{where}: no {key!r}, expected {', '.join(REQUIRED)}")
+        if key not in item and key in required:
+            raise UserError(f"{where}: no {key!r}, expected {', '.join(required)}")
         if key in item and kind_of(item[key]) not in kinds:
             raise UserError(f"{where}: {key!r} is a {kind_of(item[key])}, expected a {' or '.join(kinds)}")
     return item
@@ -61,18 +62,17 @@ def read_answers(path):
                            f"{path}: item {i}") for i, question in enumerate(read_questions(path))]
     items = []
     for number, line in read_json_lines(path):
-        if number > 1 or set(REQUIRED) & set(line):  # else the header of kept answers
+        if number > 1 or {"prompt", "answer"} & set(line):  # else the header of results
             items.append(check_item({"id": len(items)} | line, f"{path} line {number}"))
     if not items:
         raise UserError(f"{path}: holds no answer")
     return items
 
 
-def write_items(path, items, header=None):
-    """Results: a header, if there is one, and an item a line, whole or not at all."""
+def write_items(path, lines):
+    """A JSON object a line, whole or not at all."""
     with atomic_write(path) as f:
-        for line in [header] * bool(header) + items:
-            f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 
 
 def read_labels(path):
@@ -111,32 +111,28 @@ def is_official(path):
 
 def read_questions(path):
     """The official list with prompt, output, name and model_output added. The test split has no answers: its
-    outputs are empty. UserError names the item and the key that is wrong."""
-    questions = read_json(path)
-    for i, question in enumerate(questions):
-        for key, kind in (("question", str), ("choices", list), ("audio_id", str)):
-            if not isinstance(question, dict) or not isinstance(question.get(key), kind):
-                raise UserError(f"{path}: item {i} has no {key!r}, expected a {kind.__name__}")
-        options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, question["choices"]))
-        instruction = "Choose the correct option from the following options:"
-        question["prompt"] = f"{question['question']} {instruction}\n{options}"
-        question["output"] = str(question.get("answer") or "")
-        question["name"] = os.path.normpath(question["audio_id"])
-        question.setdefault("model_output", question.get("model_prediction"))
+    outputs are empty."""
+    questions = []
+    for i, entry in enumerate(read_json(path)):
+        question = check_item(entry, f"{path}: item {i}", required=("question", "choices", "audio_id"))
+        options = [f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, question["choices"])]
+        lines = [f"{question['question']} Choose the correct option from the following options:", *options]
+        questions.append({"model_output": question.get("model_prediction")} | question | {
+            "prompt": "\n".join(lines), "output": question.get("answer", ""),
+            "name": os.path.normpath(question["audio_id"])})
     return questions
 
 
-def open_questions(path, name, open_manifest):
-    """The official file as open_manifest opens it, from a temporary copy in a manifest's form."""
-    questions = read_questions(path)
+def open_questions(path, name, data_root):
+    """The official file as a Manifest, by way of a temporary copy in a manifest's form."""
+    questions, folder = read_questions(path), TemporaryDirectory()
     content = {"split": "test", "split_path": ".", "flamingo_task": "MMAU", "total_num": len(questions),
                "data": dict(enumerate(questions))}
-    folder = TemporaryDirectory()
-    file = os.path.join(folder.name, name + ".json")
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    with open(file, "w") as f:
+    copy = os.path.join(folder.name, name + ".json")
+    os.makedirs(os.path.dirname(copy))
+    with open(copy, "w") as f:
         json.dump(content, f)
-    manifest = open_manifest(file)
+    manifest = Manifest(copy, data_root)
     manifest.file, manifest.temporary_folder = path, folder  # which lives as long as the manifest
     return manifest
 
@@ -191,13 +187,3 @@ def item_of(manifest, i, cached):
     item = {"id": i, "audio": loaded["path"], "start": loaded["start"], "prompt": loaded["prompt"]}
     item |= {key: question[key] for key in FROM_MANIFEST if key in question}
     return check_item(item | cached, f"{manifest.file}: item {i}")
-
-
-def changed_identity(path, identity):
-    """What changed since results were written: ["max_new_tokens 4 -> 2", ...]; [] without results."""
-    if not os.path.exists(path):
-        return []
-    with open(path, "rb") as f:
-        before = (parse_json_line(f.readline()) or {}).get("identity", {})
-    return [f"{name} {before.get(name)} -> {value}" for name, value in identity.items()
-            if before.get(name) != value]

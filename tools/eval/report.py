@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from tools.common import UserError, atomic_write
+from tools.common import atomic_write
 from tools.eval.parsing import answer_text, normalise, split_mark
 from tools.eval.records import GROUPS
 from tools.eval.stats import clips_of, interval
@@ -153,11 +153,8 @@ def item_html(name, item, load, sample_rate):
              "scored": answer_text(item), "error": item.get("error")}
     sound = ""
     if load and not item.get("error"):
-        try:
-            windows, weights = load(name, item)
-            sound = audio_player(windows, sample_rate) + image(log_mel_figure(windows, sample_rate, weights))
-        except (OSError, UserError) as error:  # the file is gone
-            texts["error"] = str(error)
+        windows, weights = load(name, item)
+        sound = audio_player(windows, sample_rate) + image(log_mel_figure(windows, sample_rate, weights))
     table = html_table([(key, text) for key, text in texts.items() if text])
     return f'<div class="item">{sound}{table}</div>'
 
@@ -172,10 +169,9 @@ def write_report(path, rows, items, load=None, sample_rate=16000):
     for name, row in rows.items():
         lines = "\n".join(result_lines(name, row))
         body.append(f"<h2>{escape(name)}</h2><pre>{escape(lines)}</pre>{confusion_matrix(items[name])}")
-        scored = {(str(item.get("audio", item["id"])), item.get("start"), item["prompt"]): item
-                  for item in items[name] if item["score"] is not None}  # captions: one of a clip
-        body += [item_html(name, item, load, sample_rate)
-                 for item in sorted(scored.values(), key=lambda item: item["score"])[:worst]]
+        scored = [item for item in items[name] if item["score"] is not None]
+        scored.sort(key=lambda item: item["score"])
+        body += [item_html(name, item, load, sample_rate) for item in scored[:worst]]
     with atomic_write(path) as f:
         f.write(html_page("Scores", "\n".join(body)))
     print(f"report: {path}", file=sys.stderr)

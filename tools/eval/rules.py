@@ -3,7 +3,9 @@
 A rule takes items and returns figures, see eval.py. labels: those of a label file; None: those of the references.
 embed(texts) -> (n, d): "retrieval", as in the paper; None: "exact", the normalised answer.
 """
+import functools
 import re
+import statistics
 
 import numpy as np
 
@@ -12,6 +14,20 @@ from tools.eval.stats import clips_of, mean_average_precision
 
 # The fields of NSynth's "produced by X, pitch P, velocity V, source S, and having qualities like …"
 NSYNTH = {"source": r"\bsource:? ([^,.]+)", "instrument": r"\bproduced by (?:an? |the )?([^,.]+)"}
+
+
+def per_item(rule):
+    """A rule for one item, item -> {figure: value}, as a rule for items; chance is averaged."""
+
+    @functools.wraps(rule)
+    def of_items(items):
+        rows = [rule(item) for item in items]
+        figures = {figure: [row[figure] for row in rows] for figure in rows[0]}
+        if "chance" in figures:
+            figures["chance"] = statistics.fmean(figures["chance"])
+        return figures
+
+    return of_items
 
 
 def similarities(embed, texts, labels):
@@ -87,25 +103,21 @@ def indicators(label_sets, names):
     return np.array([[name in labels for name in names] for labels in label_sets], float)
 
 
-def entailment(items):
+@per_item
+def entailment(item):
     """The first of entailment, neutral, contradiction that the answer names and does not deny."""
     name = re.compile(r"(?<!not )(?<!not an )(?<!not a )(?<!no )(?:entail|neutral|contradict)")
-    whole = {"entail": "entailment", "neutral": "neutral", "contradict": "contradiction", None: None}
-    right = []
-    for item in items:
-        found = [name.search(text.lower()) for text in (answer_text(item), item["output"])]
-        answer, reference = (match and match[0] for match in found)
-        item["predicted"] = whole[answer]
-        right.append(float(answer is not None and answer == reference))
-    return {"accuracy": right, "chance": 1 / 3}
+    answer, reference = (name.search(text.lower()) for text in (answer_text(item), item["output"]))
+    whole = {"entail": "entailment", "contradict": "contradiction"}
+    item["predicted"] = whole.get(answer[0], answer[0]) if answer else None
+    return {"accuracy": bool(answer and reference) and answer[0] == reference[0], "chance": 1 / 3}
 
 
-def cmm(items):
+@per_item
+def cmm(item):
     """CMM: yes or no within the first five characters. Yes items measure perception, no items resistance to
     hallucination."""
-    words = [normalise(item["output"]) for item in items]
-    right = [float(word in answer_text(item).lower()[:5]) for word, item in zip(words, items)]
-    figures = {"accuracy": right}
-    for figure, word in (("perception", "yes"), ("hallucination resistance", "no")):
-        figures[figure] = [score if w == word else None for score, w in zip(right, words)]
-    return figures | {"chance": 0.5}
+    word = normalise(item["output"])
+    right = word in answer_text(item).lower()[:5]
+    return {"accuracy": right, "perception": right if word == "yes" else None,
+            "hallucination resistance": right if word == "no" else None, "chance": 0.5}

@@ -112,19 +112,18 @@ def compare_systems(first, second, names=("a", "b")):
                         f"--task=Name-Task scores them first")
     scores = np.array([[float(item["score"]) for item in pair] for pair in scored])  # (n, 2)
     changes, clips = scores[:, 1] - scores[:, 0], clips_of([a for a, _ in scored])
-    gained = [pair for pair, change in zip(scored, changes) if change > 0]
-    lost = [pair for pair, change in zip(scored, changes) if change < 0]
     value, (low, high) = interval(changes, clips, bounds=None)
-    means = scores.mean(0)
-    print(f"{len(scored)} items in both: {names[0]} {means[0]:.4f}, {names[1]} {means[1]:.4f} | "
+    (first_mean, second_mean), gained, lost = scores.mean(0), sum(changes > 0), sum(changes < 0)
+    print(f"{len(scored)} items in both: {names[0]} {first_mean:.4f}, {names[1]} {second_mean:.4f} | "
           f"difference {value:+.4f} [{low:+.4f}, {high:+.4f}] over {len(set(clips))} clips | "
-          f"gained {len(gained)}, lost {len(lost)}")
+          f"gained {gained}, lost {lost}")
     if np.isin(scores, (0, 1)).all():
-        print(f"exact McNemar p = {mcnemar(len(gained), len(lost)):.4g}")
+        print(f"exact McNemar p = {mcnemar(gained, lost):.4g}")
     alone = len(first) + len(second) - 2 * len(pairs)
     if alone or len(scored) < len(pairs):
         print(f"left out: {alone} items in one file alone, {len(pairs) - len(scored)} without a score")
-    for word, changed in (("gained", gained), ("lost", lost)):
-        for a, b in changed:
-            print(f"{word} | {a.get('audio', '')} | {a['prompt']!r} | {a['output']!r} | "
-                  f"{answer_text(a)!r} -> {answer_text(b)!r}")
+    for index in np.argsort(-changes, kind="stable"):
+        a, b = scored[index]
+        if changes[index]:
+            print("gained" if changes[index] > 0 else "lost", a.get("audio", ""), repr(a["prompt"]),
+                  repr(a["output"]), f"{answer_text(a)!r} -> {answer_text(b)!r}", sep=" | ")

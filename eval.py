@@ -13,15 +13,15 @@ import os
 import re
 import sys
 
-import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import config as settings
 from checkpoint import fingerprint
-from data import SAMPLE_RATE, Clips, Manifest, truncation_warning
+from data import SAMPLE_RATE, Clips, Manifest
 from sample import load_weights, read_model
+from tools.checkpoint.devices import pick_device
 from tools.common import UserError, check_folder_writable, check_writable, commit, name_disk_errors
 from tools.eval import records
 from tools.eval.captions import captioning
@@ -31,8 +31,10 @@ from tools.eval.parsing import (answer_text, item_options, labels_of, marks_in, 
 from tools.eval.report import result_lines, results_row, write_report
 from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
+from tools.sample.asking import truncation_note
 from tools.sample.attention_map import attention_over_time
 from tools.sample.decoding import Sampling, answer_items
+from tools.train.run import init_distributed
 
 split: str = ""  # Name-Task/split, or several separated by commas
 init_from: str | None = None  # run, checkpoint file, release directory or hub id; None: the newest run
@@ -161,7 +163,7 @@ def score_split(name, items, c, clap_checkpoint=None):
 # Answers
 
 
-def answer_split(model, manifest, stem, identity, c, rank, world):
+def answer_split(model, manifest, stem, identity, c, rank, world, control):
     """Answer what is not cached, this rank's share of it; -> on rank 0 all items, in the manifest's order."""
     keys = [records.answer_key(identity, manifest[i]) for i in range(len(manifest))]
     cached = records.read_cache(stem)
@@ -169,7 +171,7 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
     if rank == 0 and cached and uncached:
         print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions, those without a cached answer of "
               f"these weights, dtype, token limit, audio settings, clip and prompt", file=sys.stderr, flush=True)
-    barrier(world)  # all ranks have read the cache before one writes: the same shares
+    wait_for_ranks(control)  # all ranks have read the cache before one writes: the same shares
     clips, share = Clips([manifest], None, model.audio_config), uncached[rank::world]
     loader = DataLoader(clips, batch_size=None, sampler=share, num_workers=min(c.num_workers, len(share)))
     path, pending = f"{stem}.cache{rank}.jsonl", []  # pending: (key, truncated seconds) in the order of asking
@@ -188,14 +190,14 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
         for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
             key, truncated = pending[index]
             records.append_answer(f, key, {"answer": text, "truncated_seconds": truncated})
-    barrier(world)
+    wait_for_ranks(control)
     cached = records.read_cache(stem) if rank == 0 else {}
     return [records.item_of(manifest, i, cached[key]) for i, key in enumerate(keys) if rank == 0]
 
 
-def barrier(world):
-    if world > 1:
-        dist.barrier()
+def wait_for_ranks(control):
+    if control is not None:
+        dist.barrier(control)
 
 
 def open_split(name, c):
@@ -207,16 +209,6 @@ def open_split(name, c):
     if not len(manifest):
         raise UserError(f"{path}: holds no item to score")
     return manifest
-
-
-def start_ranks(c):
-    """-> rank, number of ranks; each takes a GPU of its own where there are any."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo")
-        if c.device == "auto" and torch.cuda.is_available():
-            c.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return rank, world
 
 
 def results_folder(c, source):
@@ -250,7 +242,8 @@ def main(c):
     if not names:
         raise UserError("give --split Name-Task/split, of dataset_file_root, e.g. Clotho-AQA-AQA/test")
     choose_rule("", [], c.metric)
-    rank, world = start_ranks(c)
+    rank, world, device, control = init_distributed(pick_device(c.device))
+    c.device = str(device)
     source, model, state = read_model(c)
     for root in {"dataset_file_root", "data_root"} - set(c.user_set):  # by default the run's own data
         setattr(c, root, getattr(model.config, root))
@@ -264,16 +257,15 @@ def main(c):
     rows, items = {}, {}
     for name, manifest in manifests.items():
         stem = os.path.join(folder, name.replace("/", "--"))
-        items[name] = answer_split(model, manifest, stem, identity, c, rank, world)
+        items[name] = answer_split(model, manifest, stem, identity, c, rank, world, control)
         if rank == 0:
             rows[name] = score_split(name, items[name], c, model.config.clap_checkpoint)
             header = {"identity": identity, "model": source, "manifest": manifest.file, "commit": commit()}
             records.write_items(stem + ".jsonl", [header, *items[name]])
             if "audio_id" in manifest.items[0]:
                 records.write_official(stem + ".json", manifest.items, items[name])
-            truncated = list(filter(None, (item.get("truncated_seconds") for item in items[name])))
-            if truncated:
-                print(truncation_warning(len(items[name]), len(truncated), sum(truncated), model.audio_config))
+            if note := truncation_note([item.get("truncated_seconds", 0) for item in items[name]], model):
+                print(note, flush=True)
 
     def load(name, item):
         """-> the windows as the model got them, and its attention after the prompt (of one clip)."""
@@ -284,7 +276,7 @@ def main(c):
 
     if rank == 0:
         save_scores(c, folder, rows, items, load, model.audio_config["sample_rate"])
-    barrier(world)
+    wait_for_ranks(control)
 
 
 def score_file(c):

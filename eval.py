@@ -13,6 +13,7 @@ import os
 import re
 import sys
 
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -21,7 +22,6 @@ import config as settings
 from checkpoint import fingerprint
 from data import SAMPLE_RATE, Clips, Manifest
 from sample import load_weights, read_model
-from tools.checkpoint.devices import pick_device
 from tools.common import UserError, check_folder_writable, check_writable, commit, name_disk_errors
 from tools.eval import records
 from tools.eval.captions import captioning
@@ -34,7 +34,6 @@ from tools.eval.stats import compare_systems
 from tools.sample.asking import truncation_note
 from tools.sample.attention_map import attention_over_time
 from tools.sample.decoding import Sampling, answer_items
-from tools.train.run import init_distributed
 
 split: str = ""  # Name-Task/split, or several separated by commas
 init_from: str | None = None  # run, checkpoint file, release directory or hub id; None: the newest run
@@ -163,7 +162,7 @@ def score_split(name, items, c, clap_checkpoint=None):
 # Answers
 
 
-def answer_split(model, manifest, stem, identity, c, rank, world, control):
+def answer_split(model, manifest, stem, identity, c, rank, world):
     """Answer what is not cached, this rank's share of it; -> on rank 0 all items, in the manifest's order."""
     keys = [records.answer_key(identity, manifest[i]) for i in range(len(manifest))]
     cached = records.read_cache(stem)
@@ -171,7 +170,7 @@ def answer_split(model, manifest, stem, identity, c, rank, world, control):
     if rank == 0 and cached and uncached:
         print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions, those without a cached answer of "
               f"these weights, dtype, token limit, audio settings, clip and prompt", file=sys.stderr, flush=True)
-    wait_for_ranks(control)  # all ranks have read the cache before one writes: the same shares
+    wait_for_ranks()  # all ranks have read the cache before one writes: the same shares
     clips, share = Clips([manifest], None, model.audio_config), uncached[rank::world]
     loader = DataLoader(clips, batch_size=None, sampler=share, num_workers=min(c.num_workers, len(share)))
     path, pending = f"{stem}.cache{rank}.jsonl", []  # pending: (key, truncated seconds) in the order of asking
@@ -190,14 +189,24 @@ def answer_split(model, manifest, stem, identity, c, rank, world, control):
         for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
             key, truncated = pending[index]
             records.append_answer(f, key, {"answer": text, "truncated_seconds": truncated})
-    wait_for_ranks(control)
+    wait_for_ranks()
     cached = records.read_cache(stem) if rank == 0 else {}
     return [records.item_of(manifest, i, cached[key]) for i, key in enumerate(keys) if rank == 0]
 
 
-def wait_for_ranks(control):
-    if control is not None:
-        dist.barrier(control)
+def start_ranks(c):
+    """-> rank, number of ranks, from torchrun's environment; each rank takes a GPU of its own."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+        if c.device == "auto" and torch.cuda.is_available():
+            c.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return rank, world
+
+
+def wait_for_ranks():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def open_split(name, c):
@@ -242,8 +251,7 @@ def main(c):
     if not names:
         raise UserError("give --split Name-Task/split, of dataset_file_root, e.g. Clotho-AQA-AQA/test")
     choose_rule("", [], c.metric)
-    rank, world, device, control = init_distributed(pick_device(c.device))
-    c.device = str(device)
+    rank, world = start_ranks(c)
     source, model, state = read_model(c)
     for root in {"dataset_file_root", "data_root"} - set(c.user_set):  # by default the run's own data
         setattr(c, root, getattr(model.config, root))
@@ -257,7 +265,7 @@ def main(c):
     rows, items = {}, {}
     for name, manifest in manifests.items():
         stem = os.path.join(folder, name.replace("/", "--"))
-        items[name] = answer_split(model, manifest, stem, identity, c, rank, world, control)
+        items[name] = answer_split(model, manifest, stem, identity, c, rank, world)
         if rank == 0:
             rows[name] = score_split(name, items[name], c, model.config.clap_checkpoint)
             header = {"identity": identity, "model": source, "manifest": manifest.file, "commit": commit()}
@@ -276,7 +284,7 @@ def main(c):
 
     if rank == 0:
         save_scores(c, folder, rows, items, load, model.audio_config["sample_rate"])
-    wait_for_ranks(control)
+    wait_for_ranks()
 
 
 def score_file(c):

@@ -6,8 +6,8 @@
     torchrun --nnodes=2 --node_rank=$RANK --master_addr=$HOST --nproc_per_node=8 train.py config/pretrain.py
 
 A run lives in expdir/run_name/: checkpoint_<epoch>.pt and log.jsonl. The same command resumes it from its
-newest checkpoint, on a CPU bit for bit. SIGTERM, SIGUSR1 and Ctrl-C save and stop it within a step; on one node
-torchrun --max-restarts=3 resumes it when a process dies.
+newest checkpoint, on a CPU bit for bit. SIGTERM, SIGUSR1 and Ctrl-C save and stop it within a step; on one
+node torchrun --max-restarts=3 resumes it when a process dies.
 """
 import math
 import random
@@ -35,8 +35,8 @@ from tools.train.run import INTERIM, Run, all_gather_lists, any_rank, catch_sign
 
 
 def lr_factor(c, state, samples_per_step, total_samples):
-    """Factor on the learning rates of the next step: linear warm-up over warmup_steps, then constant, cosine or
-    linear in the share of the samples taken, which another batch size does not move."""
+    """Factor on the learning rates of the next step: linear warm-up over warmup_steps, then constant, cosine
+    or linear in the share of the samples taken, which another batch size does not move."""
     if state.step < c.warmup_steps:
         return (state.step + 1) / c.warmup_steps
     warmup = c.warmup_steps * samples_per_step
@@ -54,8 +54,8 @@ def seed_step(c, rank, step):
 
 
 def model_inputs(batch, device):
-    """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host, where indices are
-    made of them; the copies from pinned memory do not block."""
+    """The arguments of AudioFlamingo.forward. Labels and numbers of windows stay on the host, where indices
+    are made of them; the copies from pinned memory do not block."""
     input_ids = batch["input_ids"].to(device, non_blocking=True)
     windows = batch["windows"].to(device, non_blocking=True)
     return input_ids, windows, batch["n_windows"], batch["labels"]
@@ -74,9 +74,9 @@ class StepResult(NamedTuple):
 
 
 def train_step(model, optimizer, micro_batches, run, grad_clip):
-    """One optimizer step -> StepResult. The loss is the mean over the labelled tokens of all micro-batches and
-    ranks. Where it or its gradient is not finite, weights and optimizer state stay as they are. Nothing here
-    waits for the device."""
+    """One optimizer step -> StepResult. The loss is the mean over the labelled tokens of all micro-batches
+    and ranks. Where it or its gradient is not finite, weights and optimizer state stay as they are. Nothing
+    here waits for the device."""
     labelled = torch.full((), float(sum(map(count_labelled, micro_batches))), device=run.device)
     total_loss = torch.zeros((), device=run.device)
     if run.world > 1:
@@ -108,11 +108,10 @@ def optimizer_steps(c, run, manifests, model, state):
     loader, accumulation = None, c.gradient_accumulation_steps
     while not state.finished(c):
         epoch, first = state.epoch, state.step_in_epoch * accumulation
-        loader, selection = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
+        loader, _ = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
                                          run.world, first, loader, state.remaining)
         if state.between_epochs():
             run.log(epoch=epoch, step=state.step + 1, **loader.stats)
-            run.log_blend(selection)
         batches = iter(loader)
         sizes = [len(rows) for rows in loader.rows]  # of every micro-batch, over all ranks
         for i in range(first, len(sizes), accumulation):
@@ -123,8 +122,8 @@ def optimizer_steps(c, run, manifests, model, state):
 
 @torch.no_grad()
 def validate(c, run, model, loaders, signals):
-    """-> {manifest: mean loss per labelled token, over all ranks}, None if a signal arrived; and why clips could
-    not be read. UserError where nothing is labelled or a loss is not finite."""
+    """-> {manifest: mean loss per labelled token, over all ranks}, None if a signal arrived; and why clips
+    could not be read. UserError where nothing is labelled or a loss is not finite."""
     model.eval()
     losses, errors = {}, []
     for name, loader in loaders.items():
@@ -147,9 +146,9 @@ def validate(c, run, model, loaders, signals):
         total, labelled, truncated = map(sum, zip(*per_rank))
         unreadable = all_gather_lists(unreadable, run.control)
         if not labelled or not math.isfinite(total):
-            raise UserError(f"{name}: the validation loss is {total} over {labelled} labelled tokens; {truncated} "
-                            f"answers cut off by max_tokens = {c.max_tokens}, {len(unreadable)} clips not read: "
-                            f"{unreadable[:1]}")
+            raise UserError(f"{name}: the validation loss is {total} over {labelled} labelled tokens; "
+                            f"{truncated} answers cut off by max_tokens = {c.max_tokens}, {len(unreadable)} "
+                            f"clips not read: {unreadable[:1]}")
         losses[name] = total / labelled
         errors += [f"{name}: {error}" for error in unreadable]
     model.train()
@@ -172,8 +171,8 @@ def validate_if_due(c, run, model, loaders, state, signals):
 
 
 def build_model(c):
-    """-> the model without weights; its weights; the names of the tensors that its checkpoints store, which are
-    trainable or randomly initialised; a hash of the frozen ones."""
+    """-> the model without weights; its weights; the names of the tensors that its checkpoints store, which
+    are trainable or randomly initialised; a hash of the frozen ones."""
     overrides = settings.overrides(c)
     if c.pretrained_path:  # sizes that the user did not give are that model's
         model, weights = checkpoint.open_pretrained(c, overrides)
@@ -219,7 +218,7 @@ def start_or_resume(c, run, manifests):
         load_optimizer(optimizer, facts["optimizer_names"], saved)
         state = restore_state(saved, facts, manifests, model, run)
         run.say(f"resumed {newest}: epoch {state.epoch}, step {state.step}")
-    run.truncate(state)
+    run.truncate_log(state.step)
     return model, optimizer, state, manifests, facts
 
 
@@ -311,7 +310,7 @@ def main(c):
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            raise UserError(f"{error} A data loading process was killed: out of memory, most likely") from error
+            raise UserError(f"{error} It was killed, most likely for want of memory") from error
 
 
 if __name__ == "__main__":

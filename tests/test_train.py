@@ -2,7 +2,6 @@
 import fcntl
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -72,10 +71,12 @@ def equal(a, b):
     """Whether two checkpoints agree to the bit, in weights and optimizer state."""
     flat = []
     for content in (a, b):
-        moments = content["optimizer_state_dict"]["state"].values()
-        flat.append([*content["model_state_dict"].values(), *(t for state in moments for t in state.values())])
-    assert a["model_state_dict"].keys() == b["model_state_dict"].keys() and len(flat[0]) == len(flat[1])
-    return all(map(torch.equal, *flat))
+        tensors = dict(content["model_state_dict"])
+        for i, moments in content["optimizer_state_dict"]["state"].items():
+            tensors |= {(i, name): tensor for name, tensor in moments.items()}
+        flat.append(tensors)
+    assert flat[0].keys() == flat[1].keys()
+    return all(torch.equal(tensor, flat[1][name]) for name, tensor in flat[0].items())
 
 
 def close(a, b):
@@ -139,9 +140,9 @@ def test_each_stage_of_the_recipe_trains_its_parts(tiny_config, tiny_settings, t
               "long": heard | {"lm.embed_tokens"}, "sft_24gb": heard | {"lm.embed_tokens.added", "clap"},
               "reason": heard | {"lm.embed_tokens", "lm.layers", "lm.norm"}}
     small = tiny_settings | {
-        "num_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 1, "num_workers": 0,
-        "learning_rate": 1e-2, "gate_learning_rate": 1e-2, "clap_checkpoint": None, "pretrained_path": None,
-        "pretrained_ckpt": None, "data_root": tiny_data, "dataset_file_root": tiny_data, "valid_dataset_config": {},
+        "num_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 1,
+        "learning_rate": 1e-2, "gate_learning_rate": 1e-2, "clap_checkpoint": None, "pretrained_ckpt": None,
+        "data_root": tiny_data, "dataset_file_root": tiny_data, "num_workers": 0, "valid_dataset_config": {},
         "dataset_blending_config": {"toy-AQA/train": 1.0}, "dataset_blending_global_weight": 1.0}
     train(tiny_config, str(tmp_path / "first"), WHOLE_BLEND, "--num_epochs=1", NO_VALIDATION)
     before = AudioFlamingo.from_pretrained(str(tmp_path / "first")).state_dict()
@@ -163,17 +164,17 @@ def test_manifests_of_several_clips_train_and_validate(tiny_config, tmp_path):
     two = [([f"{i}.wav", f"{i + 1}.wav"], "Which is the tone?", ["second", "first"][i % 2]) for i in range(4)]
     one = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(4)]
     write_manifest(tmp_path / "m", "two-AQA/train", two + one)
-    train(tiny_config, str(tmp_path / "two"), f"--dataset_file_root={tmp_path}/m", WHOLE_BLEND, "--num_epochs=1",
-          '--valid_dataset_config={"two-AQA/train": 1.0}', '--dataset_blending_config={"two-AQA/train": 1.0}')
+    train(tiny_config, str(tmp_path / "two"), f"--dataset_file_root={tmp_path}/m", WHOLE_BLEND,
+          "--num_epochs=1", '--valid_dataset_config={"two-AQA/train": 1.0}',
+          '--dataset_blending_config={"two-AQA/train": 1.0}')
     assert entries(tmp_path / "two")[-1]["valid"]["two-AQA/train"] > 0
 
 
 def test_the_blending_record_has_every_epoch_once(tiny_config, tmp_path):
-    folder, options = str(tmp_path / "run"), [f"--dataset_blending_output={tmp_path}/blend.jsonl", NO_VALIDATION]
-    train(tiny_config, folder, *options, "--max_steps=1")
-    train(tiny_config, folder, *options, "--max_steps=3")
-    train(tiny_config, folder, *options)
-    with open(tmp_path / "blend.jsonl") as f:
+    folder, record = str(tmp_path / "run"), tmp_path / "new/blend.jsonl"
+    for options in (["--max_steps=1"], []):
+        train(tiny_config, folder, f"--dataset_blending_output={record}", NO_VALIDATION, *options)
+    with open(record) as f:
         rows = [json.loads(line) for line in f]
     assert [(row["epoch"], row["first"], row["stop"]) for row in rows] == [(0, 0, 4), (1, 4, 8)]
 
@@ -210,7 +211,7 @@ def test_max_steps_stops_and_a_resumed_run_is_the_straight_one(straight, tiny_co
 
 @pytest.mark.slow
 def test_signals_save_and_stop_and_a_resumed_run_is_bit_equal(straight, tiny_config, tmp_path):
-    """Clusters send SIGTERM to all processes of a job, terminals Ctrl-C; a system without memory kills workers."""
+    """Clusters send SIGTERM to all processes of a job, terminals Ctrl-C; systems kill workers."""
     whole, options = straight
     folder = str(tmp_path / "run")
     for number, code in ((signal.SIGKILL, 2), (signal.SIGTERM, 0), (signal.SIGINT, 130)):
@@ -233,34 +234,32 @@ def test_signals_save_and_stop_and_a_resumed_run_is_bit_equal(straight, tiny_con
 
 @pytest.mark.slow
 def test_two_ranks_killed_restart_and_equal_one_rank(tiny_config, tmp_path):
-    """torchrun restarts both ranks when one is killed, to the same weights; a rank's missing clip is logged; one
-    rank with twice the batch, or with half of it twice, is the same run."""
+    """torchrun restarts both ranks when one is killed, to the same weights; a rank's missing clip is logged;
+    one rank with twice the batch, or with half of it twice, is the same run."""
     items = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(7)]
     write_manifest(tmp_path / "m", "toy-AQA/train", [*items, ("gone.wav", "Tone?", "noise")])
-    options = ["--batch_size=1", "--num_epochs=8", NO_VALIDATION, FP32, f"--dataset_file_root={tmp_path}/m"]
+    options = ["--batch_size=1", "--num_epochs=5", NO_VALIDATION, FP32, f"--dataset_file_root={tmp_path}/m"]
     two = [*options, "--shard_optimizer", "--save_minutes=1e-6", "--max_bad_fraction=0.5"]
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     run(*TORCHRUN, *command(tiny_config, whole, *two))
     assert any("gone.wav" in entry.get("skipped", "") for entry in entries(whole))
-    process = start(*TORCHRUN, "--max-restarts=2", "--monitor-interval=0.2", *command(tiny_config, killed, *two))
-    rng = random.Random(0)
+    restarting = (*TORCHRUN, "--max-restarts=1", "--monitor-interval=0.2")
+    process = start(*restarting, *command(tiny_config, killed, *two))
     try:
-        for n in (1, rng.randint(5, 9)):
-            wait_for_steps(killed, n)
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-            os.kill(int(rng.choice(children.stdout.split())), signal.SIGKILL)
-            time.sleep(1)
+        wait_for_steps(killed, 3)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
         _, stderr = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             process.terminate()
     assert process.returncode == 0, stderr[-3000:]
-    assert steps(killed) == steps(whole) and steps(whole, "step") == list(range(1, 17))
-    assert equal(saved(killed, 7), saved(whole, 7))
+    assert steps(killed) == steps(whole) and steps(whole, "step") == list(range(1, 11))
+    assert equal(saved(killed, 4), saved(whole, 4))
     for name, how in (("batch", ["--batch_size=2"]), ("accumulated", ["--gradient_accumulation_steps=2"])):
         train(tiny_config, str(tmp_path / name), *options, "--max_bad_fraction=0.5", *how)
         assert steps(tmp_path / name) == pytest.approx(steps(whole), abs=1e-5)
-        assert close(saved(tmp_path / name, 7), saved(whole, 7)), name
+        assert close(saved(tmp_path / name, 4), saved(whole, 4)), name
 
 
 @pytest.mark.slow
@@ -288,7 +287,7 @@ def test_resumed_with_the_same_items_a_step(straight, tiny_config, resumable):
 
 
 @pytest.mark.parametrize("first, then", [(1, 8), (3, 1)])
-def test_resumed_with_another_batch_every_item_is_trained_once(tiny_config, tmp_path, first, then, monkeypatch):
+def test_resumed_with_another_batch_items_are_trained_once(tiny_config, tmp_path, first, then, monkeypatch):
     folder, options = str(tmp_path / "run"), [WHOLE_BLEND, "--num_epochs=4", NO_VALIDATION]
     paths, train_step = [], script.train_step
 
@@ -323,7 +322,8 @@ def test_what_is_not_the_same_run_is_refused(straight, tiny_config, tiny_setting
     save_file(weights, lm / "model.safetensors", metadata={"format": "pt"})
     for option, name in (("--freeze_lm_embeddings=true", "freeze_lm_embeddings"),
                          ('--dataset_blending_config={"toy-AQA/train": 2.0}', "blend"),
-                         (f"--lang_encoder_path={lm}", "lang_encoder_path"), ("--num_epochs=2", "num_epochs")):
+                         (f"--lang_encoder_path={lm}", "lang_encoder_path"),
+                         ("--num_epochs=2", "num_epochs")):
         with pytest.raises(UserError, match=name) as error:
             train(tiny_config, resumable, *straight[1], option)
         assert "checkpoint_2.pt" in str(error.value)
@@ -366,8 +366,7 @@ def test_a_validation_that_a_kill_prevented_is_done_on_resume(tiny_config, tmp_p
 
 
 def test_steps_that_are_not_finite_change_nothing(tiny_config, tmp_path, monkeypatch):
-    folder, options = str(tmp_path / "run"), [NO_VALIDATION, WHOLE_BLEND, "--batch_size=1", "--logging_steps=4"]
-    inputs = script.model_inputs
+    folder, inputs = str(tmp_path / "run"), script.model_inputs
 
     def with_a_broken_clip(batch, device):
         ids, windows, *rest = inputs(batch, device)
@@ -385,7 +384,7 @@ def test_steps_that_are_not_finite_change_nothing(tiny_config, tmp_path, monkeyp
         return result
 
     monkeypatch.setattr(script, "train_step", compared)
-    train(tiny_config, folder, *options)
+    train(tiny_config, folder, NO_VALIDATION, WHOLE_BLEND, "--batch_size=1", "--logging_steps=4")
     assert unchanged == [True, True]
     named = [path for entry in entries(folder) if "no_update" in entry for path in entry["items"]]
     assert [os.path.basename(path) for path in named] == ["3.wav"] * 2
@@ -396,7 +395,8 @@ def test_steps_that_are_not_finite_change_nothing(tiny_config, tmp_path, monkeyp
 
 @pytest.mark.parametrize("options, name", [
     (["--learning_rate=1e18", "--max_bad_steps=3", "--num_epochs=5"], "learning_rate"),
-    (["--max_tokens=9", "--max_steps=1"], "max_tokens"), (["--max_tokens=9", "--max_bad_steps=1"], "max_tokens")])
+    (["--max_tokens=9", "--max_steps=1"], "max_tokens"),
+    (["--max_tokens=9", "--max_bad_steps=1"], "max_tokens")])
 def test_a_run_that_learns_nothing_ends_without_a_checkpoint(tiny_config, tmp_path, options, name):
     with pytest.raises(UserError, match=name):
         train(tiny_config, str(tmp_path / "run"), NO_VALIDATION, "--save_epochs=9", *options)
@@ -455,7 +455,8 @@ def test_an_unwritable_place_is_found_first(tiny_config, tmp_path):
     (tmp_path / "file").write_text("")
     for setting in ("expdir", "dataset_blending_output"):
         with pytest.raises(OSError, match=f"{tmp_path}/file"):
-            train(tiny_config, str(tmp_path / "x"), f"--{setting}={tmp_path}/file/x/y", "--lang_encoder_path=no")
+            train(tiny_config, str(tmp_path / "x"), f"--{setting}={tmp_path}/file/x/y",
+                  "--lang_encoder_path=no")
 
 
 @pytest.mark.parametrize("options, name", [

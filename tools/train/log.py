@@ -6,8 +6,8 @@ import resource
 import sys
 import time
 from collections import Counter
+from statistics import mean
 
-import numpy as np
 import torch
 
 from data import truncation_warning
@@ -22,14 +22,14 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362,
 # Statistics of steps
 
 def count_labelled(batch):
-    """Number of predicted labels: those of a text's first token are not, as the model predicts the next one."""
+    """Number of labels that are predicted: not that of a text's first token, which nothing comes before."""
     return int((batch["labels"].numpy()[:, 1:] != -100).sum())
 
 
 class StepStats:
-    """Statistics of training steps, over all ranks. Losses and gradient norms stay on the device until `flush`
-    reads them: the loop's only host-device synchronisation. flush keeps state.counts and state.skipped_steps up
-    to date."""
+    """Statistics of training steps, over all ranks. Losses and gradient norms stay on the device until
+    `flush` reads them: the loop's only host-device synchronisation. state.counts and state.skipped_steps are
+    as of the last flush."""
 
     def __init__(self, c, run, state, model):
         self.c, self.run, self.state, self.model = c, run, state, model
@@ -119,12 +119,12 @@ class StepStats:
         new = {name: n - self.first_counts.get(name, 0) for name, n in state.counts.items()}
         peak, gates = self.run.world * peak_flops(self.run.device), gate_values(self.model)
         entry = dict(
-            step=state.step, epoch=epoch, loss=float(np.mean(self.losses)) if self.losses else math.nan, lr=lr,
-            gnorm=self.grad_norm, gate=float(np.mean(np.abs(gates["gates"]))),
-            ms=1000 * seconds / (state.step - self.first_step), tok_s=new["tokens"] / seconds,
-            audio_s=new["audio_seconds"] / seconds, pad=1 - new["tokens"] / new["token_slots"],
-            mfu=new["flops"] / seconds / peak if peak else None, mem_gb=peak_memory(self.run.device),
-            samples=state.samples, skipped_steps=state.skipped_steps, **state.counts, **gates)
+            step=state.step, epoch=epoch, lr=lr, loss=mean(self.losses or [math.nan]), gnorm=self.grad_norm,
+            gate=mean(map(abs, gates["gates"])), ms=1000 * seconds / (state.step - self.first_step),
+            tok_s=new["tokens"] / seconds, audio_s=new["audio_seconds"] / seconds,
+            pad=1 - new["tokens"] / new["token_slots"], mfu=new["flops"] / seconds / peak if peak else None,
+            mem_gb=peak_memory(self.run.device), samples=state.samples, skipped_steps=state.skipped_steps,
+            **state.counts, **gates)
         self.run.say(format_line(entry, total_steps))
         self.run.log(**entry)
         self.start_line()
@@ -132,10 +132,9 @@ class StepStats:
 
 def gate_values(model):
     """tanh of the gates of every gated block: {"gates": of attention, "ff_gates": of the feed-forward}."""
-    blocks = list(model.xattn.values())
-    values = torch.cat([b.attn_gate for b in blocks] + [b.ff_gate for b in blocks]).detach().float().tanh()
-    values = [round(value, 6) for value in values.tolist()]
-    return {"gates": values[:len(blocks)], "ff_gates": values[len(blocks):]}
+    blocks = model.xattn.values()
+    gates = {"gates": [b.attn_gate for b in blocks], "ff_gates": [b.ff_gate for b in blocks]}
+    return {name: torch.cat(values).float().tanh().tolist() for name, values in gates.items()}
 
 
 def format_line(entry, total_steps):

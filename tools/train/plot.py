@@ -1,4 +1,4 @@
-"""Plot training runs over each other: loss, gates per layer, gradient norm, rate, throughput, padding, memory.
+"""Plot training runs over each other: loss, gates per layer, gradient norm, rate, speed, padding, memory.
 
     python tools/train/plot.py exp/pretrain                                    # exp/pretrain/plot.png
     python tools/train/plot.py exp/pretrain exp/other --output=both.png

@@ -1,6 +1,9 @@
 """Resume a run: the training state in a checkpoint, and whether today's settings can go on from it."""
+import json
 import math
+import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +11,7 @@ import numpy as np
 import config as settings
 from data import plan_epoch
 from model import AUDIO_SETTINGS
-from tools.common import UserError
+from tools.common import UserError, atomic_write
 
 PER_RANK_SETTINGS = (*settings.PATHS, "expdir", "cache_dir", "user_set", "files", "device", "num_workers",
                      "cache_audio")
@@ -50,20 +53,30 @@ class TrainState:
 
 
 def count_samples(c, run, manifests, samples_per_step):
-    """Number of items that the run takes; UserError where an epoch takes none."""
-    epochs, total = np.arange(c.num_epochs + 1), 0
+    """Number of items that the run takes; UserError where an epoch takes none. dataset_blending_output
+    records which part of its stream (Manifest.epoch) every manifest gives to every epoch."""
+    epochs, total, record = np.arange(c.num_epochs + 1), 0, []
     for name, manifest in manifests.items():
         passes = c.dataset_blending_global_weight * c.dataset_blending_config[name]
-        items = np.diff((epochs * len(manifest) * passes).astype(np.int64))  # per epoch
+        borders = (epochs * len(manifest) * passes).astype(np.int64)
+        items = np.diff(borders)
+        total = total + items
+        record += [{"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": passes,
+                    "first": first, "stop": stop}
+                   for epoch, (first, stop) in enumerate(pairwise(borders.tolist()))]
         if not items.all():
             run.say(f"note: {np.sum(items == 0)} of {c.num_epochs} epochs take no item of {name}")
-        total = total + items
     if not total.all():
         raise UserError(f"epoch {total.argmin()} takes no item of {', '.join(manifests)}: "
                         f"dataset_blending_global_weight = {c.dataset_blending_global_weight:g} is too small")
+    if c.dataset_blending_output and run.rank == 0:
+        path = settings.resolve_path(c.dataset_blending_output)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with atomic_write(path) as f:
+            f.writelines(json.dumps(entry) + "\n" for entry in record)
     passes = c.num_epochs * c.dataset_blending_global_weight
     if abs(passes - 1) > 1e-6:
-        run.say(f"note: num_epochs x dataset_blending_global_weight = {passes:g} passes over the blend, not 1")
+        run.say(f"note: num_epochs x dataset_blending_global_weight = {passes:g} passes over the blend")
     samples = min(int(total.sum()), c.max_steps * samples_per_step or math.inf)
     if c.warmup_steps * samples_per_step > samples:
         run.say(f"note: {samples} samples end within warmup_steps = {c.warmup_steps}: learning_rate = "
@@ -74,8 +87,8 @@ def count_samples(c, run, manifests, samples_per_step):
 def check_same_run(saved, file, facts, trained):
     """UserError where these settings cannot go on from a checkpoint of the run's folder."""
     if "train_state" not in saved:
-        raise UserError(f"{file}: saved by an older version or another program, training cannot resume from it; "
-                        f"{OTHER_RUN}")
+        raise UserError(f"{file}: saved by an older version or another program, training cannot resume from "
+                        f"it; {OTHER_RUN}")
     changes = changed_settings(saved, facts) or "no setting changed, but files did"
     reason = None
     if saved["frozen_hash"] != facts["frozen_hash"] or set(trained) != set(facts["stored"]):
@@ -96,8 +109,8 @@ def changed_settings(saved, facts):
 
 
 def restore_state(saved, facts, manifests, model, run):
-    """-> the TrainState of a checkpoint. Where steps would take other items than before, the rest of its epoch
-    is divided anew, so that every item is still taken once."""
+    """-> the TrainState of a checkpoint. Where steps would take other items than before, the rest of its
+    epoch is divided anew, so that every item is still taken once."""
     state, old, new = TrainState(**saved["train_state"]), saved["config"], facts["config"]
     changes = changed_settings(saved, facts)
     if changes:
@@ -105,8 +118,8 @@ def restore_state(saved, facts, manifests, model, run):
     if state.step_in_epoch and any(old[name] != new[name] for name in SAMPLE_ORDER_SETTINGS):
         # the items that the saved run has not taken, from its plan, which is made again
         audio_config = model.audio_config | {name: old[name] for name in AUDIO_SETTINGS}
-        _, rows, *_ = plan_epoch(manifests, SimpleNamespace(**old), model.tokenizer, audio_config, state.epoch, 0,
-                                 old["world_size"], only=state.remaining)
+        _, rows, *_ = plan_epoch(manifests, SimpleNamespace(**old), model.tokenizer, audio_config,
+                                 state.epoch, world=old["world_size"], only=state.remaining)
         left = rows[state.step_in_epoch * old["gradient_accumulation_steps"]:]
         state.remaining, state.step_in_epoch = np.sort(np.concatenate(left)).tolist(), 0
         run.say(f"note: the {len(state.remaining)} items left of epoch {state.epoch} are divided anew: not "

@@ -21,7 +21,7 @@ from tools.checkpoint.files import save_atomically
 from tools.checkpoint.run_dir import checkpoints
 from tools.common import UserError, name_disk_errors, parse_json_line
 
-INTERIM = "checkpoint_interim.pt"  # saved inside an epoch; removed when an epoch's is
+INTERIM = "checkpoint_interim.pt"  # saved inside an epoch, removed at its end
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
@@ -65,8 +65,8 @@ def check_same_on_all_ranks(values, control):
 
 @contextmanager
 def catch_signals():
-    """A list that receives SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), so that the loop can save and stop. The second
-    Ctrl-C interrupts."""
+    """A list that receives SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), so that the loop can save and stop. The
+    second Ctrl-C interrupts."""
     received = []
 
     def receive(number, _):
@@ -111,17 +111,6 @@ def read_log(f):
             yield parse_json_line(line) or {}, end
 
 
-def truncate_log(f, key, last):
-    """Drop the lines after the last one whose `key` is at most `last`, and a torn one."""
-    ends = [end for entry, end in read_log(f) if entry.get(key, last) <= last]
-    f.truncate(max(ends, default=0))
-
-
-def append_json(f, entry):
-    with name_disk_errors(f.name):
-        f.write(json.dumps(entry).encode() + b"\n")
-
-
 class Run:
     """Where a run computes (rank, world, device, dtype, control group) and its folder expdir/run_name/:
     log.jsonl, which is also the lock, and checkpoints, which a thread writes beside training. Only rank 0
@@ -139,30 +128,21 @@ class Run:
         self.say(compute)
         self.folder = os.path.join(settings.resolve_path(c.expdir), c.run_name)
         self.keep_last = 1 if c.delete_previous_checkpoint else c.keep_last
-        self.writer, self.pending = ThreadPoolExecutor(1), None
-        self.log_file = self.blend_file = None
+        self.writer, self.pending, self.log_file = ThreadPoolExecutor(1), None, None
         if self.rank == 0:
-            self.open_files(c.dataset_blending_output)
-
-    def open_files(self, blending_output):
-        os.makedirs(self.folder, exist_ok=True)
-        self.log_file = open_locked(os.path.join(self.folder, "log.jsonl"))
-        if blending_output:
-            path = settings.resolve_path(blending_output)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self.blend_file = open(path, "ab+", buffering=0)
+            os.makedirs(self.folder, exist_ok=True)
+            self.log_file = open_locked(os.path.join(self.folder, "log.jsonl"))
 
     def say(self, text, file=None):
         """Print on rank 0, to standard output or a file."""
         if self.rank == 0:
             tqdm.write(text, file)
 
-    def truncate(self, state):
-        """Drop what a resumed run will log again."""
+    def truncate_log(self, step):
+        """Drop the entries after a step, which a resumed run will log again, and a torn last line."""
         if self.log_file:
-            truncate_log(self.log_file, "step", state.step)
-        if self.blend_file:
-            truncate_log(self.blend_file, "epoch", state.epoch - state.between_epochs())
+            ends = [end for entry, end in read_log(self.log_file) if entry.get("step", step) <= step]
+            self.log_file.truncate(max(ends, default=0))
 
     def has_validation(self, step):
         """Whether the log has the validation losses of a step; for rank 0."""
@@ -176,13 +156,8 @@ class Run:
             if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
                 entry[name] = None
         if self.log_file:
-            append_json(self.log_file, entry)
-
-    def log_blend(self, entries):
-        """Append what an epoch selects to dataset_blending_output."""
-        if self.blend_file:
-            for entry in entries:
-                append_json(self.blend_file, entry)
+            with name_disk_errors(self.log_file.name):
+                self.log_file.write(json.dumps(entry).encode() + b"\n")
 
     def save(self, name, content):
         """Write a checkpoint in the background: training waits for the copy to host memory alone."""

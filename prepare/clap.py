@@ -95,9 +95,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p not in self.state:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(mean, group["momentum"])  # Nesterov
                 tall = x.shape[0] > x.shape[1]
                 x = (x.T if tall else x) / (x.norm() + 1e-7)

@@ -27,10 +27,10 @@ def clotho_aqa(source):
         questions[row["part"], row["file_name"], row["QuestionText"].strip()].append(row)
     for (split, name, question), rows in questions.items():
         clip = source.clip(f"audio_files/{name}", name, name.replace("me_tallique", "me.tallique"))
-        answers, votes = [], Counter()
-        for row in rows:
-            answers.append(row["answer"].strip().replace(",", " "))
-            votes[answers[-1].lower()] += CONFIDENCE.get(row["confidence"].strip().lower(), 0.1)
+        answers = [row["answer"].strip().replace(",", " ") for row in rows]
+        votes = Counter()
+        for answer, row in zip(answers, rows):
+            votes[answer.lower()] += CONFIDENCE.get(row["confidence"], 0.1)
         if split != "train":
             answers = [", ".join(answers)]
         elif set(votes) <= {"yes", "no"}:

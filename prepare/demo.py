@@ -84,10 +84,7 @@ def main(c):
     scores["seconds"] = round(time.time() - start, 1)
     with atomic_write(f"{RUN}/scores.json") as f:
         json.dump(scores, f, indent=1)
-    print(f"\n{'task':34} {'accuracy':>9} {'chance':>8} {'n':>5}")
-    for name, row in scores["tasks"].items():
-        print(f"{name:34} {row['accuracy']:9.1%} {row['chance']:8.1%} {row['n']:5}")
-    print(f"\npicture: {RUN}/demo.png | scores: {RUN}/scores.json | {scores['seconds']:.0f} s")
+    print(f"picture: {RUN}/demo.png | scores: {RUN}/scores.json | {scores['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ ones, in other rhythms, lengths and noise; generalisation to unknown instruments
 it has the sixteen programs marked * below, which no other split plays.
 """
 import functools
-import hashlib
 import importlib.util
 import json
 import os
@@ -191,11 +190,6 @@ def caption_item(clip):
     return make_item(clip, "Describe the sound.", text, positives=positives)
 
 
-def choice_item(clip, question, options, answer):
-    listed = [f"({letter}) {option}." for letter, option in zip("ABCD", options)]
-    return make_item(clip, " ".join([question, *listed]), answer)
-
-
 def balanced(clips, field, n, rng):
     """Up to n clips that have the field, in random order, each value as often as the clips allow."""
     groups = {}
@@ -217,28 +211,28 @@ def make_questions(split, clips, n, rng):
     def ask(task, prompt, field, n):
         tasks[task] = [make_item(clip, prompt, clip[field]) for clip in balanced(clips, field, n, rng)]
 
+    def ask_choice(task, prompt, field, n, wrong_options, n_options):
+        asked = balanced(clips, field, n, rng)
+        tasks[task] = []
+        for clip, position in zip(asked, cycle(rng, range(n_options), len(asked))):
+            options = wrong_options(clip)
+            options.insert(position, clip[field])
+            listed = [f"({letter}) {option}." for letter, option in zip("ABCD", options)]
+            tasks[task].append(make_item(clip, " ".join([prompt, *listed]), clip[field]))
+
+    def other_families(clip):
+        return list(rng.choice([name for name in FAMILY_NAMES if name != clip["family"]], 3, replace=False))
+
     ask("GM-Family-AQA", "Which family?", "family", n)
-    tasks["GM-FamilyMC-AQA"] = []
-    asked = balanced(clips, "family", n, rng)
-    for clip, position in zip(asked, cycle(rng, range(4), len(asked))):
-        others = [name for name in FAMILY_NAMES if name != clip["family"]]
-        options = list(rng.choice(others, 3, replace=False))
-        options.insert(position, clip["family"])
-        tasks["GM-FamilyMC-AQA"].append(choice_item(clip, "Which family?", options, clip["family"]))
-    if split == "test_programs":
-        return tasks
-    ask("GM-Instrument-AQA", "Which instrument?", "instrument", n)
-    ask("GM-Register-AQA", "Low, middle or high?", "register", n_easy)
-    ask("GM-Loudness-AQA", "Louder or softer?", "trend", n_easy)
-    ask("GM-Count-AQA", "How many notes?", "count", n_easy)
-    tasks["GM-Order-AQA"] = []
-    asked = balanced(clips, "first", n_easy, rng)
-    for clip, position in zip(asked, cycle(rng, range(2), len(asked))):
-        options = [clip["second"]]
-        options.insert(position, clip["first"])
-        tasks["GM-Order-AQA"].append(choice_item(clip, "Which comes first?", options, clip["first"]))
-    described = [clips[i] for i in rng.permutation(len(clips))[:len(clips) if split == "train" else n]]
-    tasks["GM-Note-AudioCaptioning"] = [caption_item(clip) for clip in described]
+    ask_choice("GM-FamilyMC-AQA", "Which family?", "family", n, other_families, 4)
+    if split != "test_programs":
+        ask("GM-Instrument-AQA", "Which instrument?", "instrument", n)
+        ask("GM-Register-AQA", "Low, middle or high?", "register", n_easy)
+        ask("GM-Loudness-AQA", "Louder or softer?", "trend", n_easy)
+        ask("GM-Count-AQA", "How many notes?", "count", n_easy)
+        ask_choice("GM-Order-AQA", "Which comes first?", "first", n_easy, lambda clip: [clip["second"]], 2)
+        described = rng.permutation(len(clips))[:len(clips) if split == "train" else n]
+        tasks["GM-Note-AudioCaptioning"] = [caption_item(clips[i]) for i in described]
     return tasks
 
 
@@ -247,18 +241,14 @@ def make_questions(split, clips, n, rng):
 
 
 @functools.cache
-def find_soundfont():
+def open_synth():
+    """-> synth, soundfont; one per process."""
+    tinysoundfont = optional_import("tinysoundfont", "the synthesiser", "demo")
     spec = importlib.util.find_spec("pretty_midi")  # importing it takes longer than rendering a hundred clips
     if spec is None:
         raise UserError("package pretty_midi is missing: pip install -r requirements-demo.txt")
-    return os.path.join(os.path.dirname(spec.origin), "TimGM6mb.sf2")
-
-
-@functools.cache
-def open_synth():
-    """-> synth, soundfont; one per process."""
-    synth = optional_import("tinysoundfont", "the synthesiser", "demo").Synth(gain=-6, samplerate=RENDER_RATE)
-    return synth, synth.sfload(find_soundfont())
+    synth = tinysoundfont.Synth(gain=-6, samplerate=RENDER_RATE)
+    return synth, synth.sfload(f"{os.path.dirname(spec.origin)}/TimGM6mb.sf2")
 
 
 def play(notes):
@@ -337,12 +327,10 @@ def write_set(c, folder):
 
 def main(c):
     folder = settings.resolve_path(c.out)
-    with open(find_soundfont(), "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()
     names = (*SPLITS, "train_questions", "questions", "seed")
-    made_with = {name: getattr(c, name) for name in names} | {"recipe": RECIPE, "soundfont_sha256": digest}
+    made_with = {name: getattr(c, name) for name in names} | {"recipe": RECIPE}
     if os.path.exists(f"{folder}/settings.json"):
-        if read_json(f"{folder}/settings.json") == made_with:
+        if made_with.items() <= read_json(f"{folder}/settings.json").items():
             print(f"{c.out} is there already, with these settings: nothing to do")
             return
         raise UserError(f"--out={c.out} holds a set with other settings: choose another folder, or remove it")

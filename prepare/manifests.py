@@ -7,6 +7,7 @@ CSV and JSON are read with the standard library, so that they need nothing insta
 (requirements-prepare.txt).
 """
 import csv
+import functools
 import io
 import json
 import os
@@ -178,6 +179,7 @@ class Folder:
         return list(rows.values())
 
 
+@functools.cache
 def seconds_of(path):
     """Seconds of a sound file, or in words why it is none."""
     from tools.data.audio import count_frames
@@ -196,27 +198,23 @@ def seconds_of(path):
 # Manifests
 
 
-def clip_names(item):
-    return item["name"] if isinstance(item["name"], list) else [item["name"]]
-
-
-def measure_item(item, seconds):
-    """Set the duration of an item that has none: the seconds from audio_start on of all its clips. seconds:
-    {clip: its seconds, or why there are none}. -> why the item can't be used, or None."""
+def measure_item(item, folder):
+    """Set the duration of an item that has none: the seconds from audio_start on of all its clips. -> why the
+    item can't be used, or None."""
     if not item["prompt"].strip():
         return "without a question"
     if not item["output"].strip() and "choices" not in item:  # some benchmarks keep their answers back
         return "without an answer"
     total = 0
-    for clip in clip_names(item):
-        if ".." in clip.split("/"):
+    for name in item["name"] if isinstance(item["name"], list) else [item["name"]]:
+        seconds = seconds_of(os.path.join(folder, name))
+        if isinstance(seconds, str):
+            return seconds
+        if ".." in name.split("/"):
             return "outside of the folder"
-        if isinstance(seconds[clip], str):
-            return seconds[clip]
-        rest = seconds[clip] - item.get("audio_start", 0)
-        if rest <= 0:
+        total += seconds - item.get("audio_start", 0)
+        if seconds <= item.get("audio_start", 0):
             return "shorter than audio_start"
-        total += rest
     item.setdefault("duration", round(total, 3))
     return None
 
@@ -234,18 +232,12 @@ def save_manifest(file, split_path, items):
 def write_manifest(file, items, split_path, data_root):
     """Write the items whose clips can be read, if any, and print what is left out. -> number of items written,
     of those left out."""
-    paths = {clip: os.path.join(data_root, split_path, clip) for item in items for clip in clip_names(item)}
+    measure = functools.partial(measure_item, folder=os.path.join(data_root, split_path))
     with ThreadPoolExecutor(16) as pool:
-        measured = pool.map(seconds_of, paths.values())
-        seconds = dict(zip(paths, tqdm(measured, "clips", len(paths), disable=None)))
-    good, left_out = [], defaultdict(list)  # why: names
-    for item in items:
-        reason = measure_item(item, seconds)
-        if reason:
-            left_out[reason].append(repr(item["name"]))
-        else:
-            good.append(item)
-    for reason, names in left_out.items():
+        reasons = list(tqdm(pool.map(measure, items), "clips", len(items), disable=None))
+    good = [item for item, reason in zip(items, reasons) if reason is None]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        names = [repr(item["name"]) for item, other in zip(items, reasons) if other == reason]
         print(f"{file}: {len(names)} of {len(items)} items are left out, {reason}: {join_names(names, 3)}")
     if good:
         save_manifest(file, split_path, good)

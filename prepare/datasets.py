@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 import config as settings
 from prepare import datasets_qa
 from prepare.manifests import Folder, Row, decode_text, write_manifest
-from tools.common import (UserError, check_folder_writable, join_names, optional_import, read_json,
+from tools.common import (UserError, check_folder_writable, optional_import, read_json,
                           read_json_object)
 
 from_: str = ""  # folder of the source, unpacked

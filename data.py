@@ -48,10 +48,11 @@ def read_clip(path, start=0.0, duration=None, **audio_config):
     return cut_windows(samples, **audio_config), truncated_seconds
 
 
-def read_samples(path, start, duration, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
+def read_samples(path, start, duration, window_length, window_overlap, max_num_window,
+                 sample_rate=SAMPLE_RATE):
     """-> samples that fill at most max_num_window windows, int16 (n,), n > 0; seconds cut off after them."""
     if not 0 <= window_overlap < window_length:
-        raise UserError(f"window_overlap = {window_overlap} s, expected less than window_length = {window_length} s")
+        raise UserError(f"window_overlap = {window_overlap}, expected less than window_length, {window_length}")
     duration = duration or math.inf
     max_seconds = max_num_window * (window_length - window_overlap) + window_overlap
     x, seconds_left = read_audio(path, start, min(max_seconds, duration), sample_rate)
@@ -66,11 +67,13 @@ def read_samples(path, start, duration, window_length, window_overlap, max_num_w
 
 def cut_windows(samples, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
     """(n,) -> windows (W, window_length * sample_rate), zero-padded."""
-    L, overlap = round(window_length * sample_rate), round(window_overlap * sample_rate)
+    L = round(window_length * sample_rate)
+    overlap = round(window_overlap * sample_rate)
     step = L - overlap
     n = min(max_num_window, 1 + max(0, math.ceil((len(samples) - L) / step)))
-    samples = np.pad(samples, (0, n * step + overlap - len(samples)))
-    return np.stack([samples[i * step:i * step + L] for i in range(n)])
+    padded = np.zeros(n * step + overlap, np.int16)
+    padded[:len(samples)] = samples[:len(padded)]
+    return np.stack([padded[i * step:i * step + L] for i in range(n)])
 
 
 def truncation_warning(n_clips, n_truncated, seconds, audio_config):
@@ -87,8 +90,8 @@ def truncation_warning(n_clips, n_truncated, seconds, audio_config):
 
 
 def extend_tokenizer(tokenizer):
-    """Add the special tokens in the published order, <SEP> only if the tokenizer has no sep token. A token that
-    it already holds keeps its id."""
+    """Add the special tokens in the published order, <SEP> only if the tokenizer has no sep token. A token
+    that it already holds keeps its id."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, which ends an answer: see its config")
     tokenizer.add_tokens(list(SPECIAL_TOKENS[:2]), special_tokens=True)
@@ -155,42 +158,41 @@ class Manifest:
         if not os.path.isfile(file):
             raise FileNotFoundError(f"{file}: no such manifest")
         self.items = open_items(file, self._check_content, cache_dir)
-        self.head, self.digest = self.items.header["head"], self.items.header["digest"]
+        self.head = self.items.header["head"]
+        self.digest = self.items.header["digest"]  # of the items
         self.folder = os.path.join(data_root, self.head["split_path"])
 
     def _check_content(self, content):
-        """JSON of the file -> iterator of (seconds, number of clips) of the items, each checked."""
         if not isinstance(content, dict):
             self._fail("JSON", content, f"an object with {', '.join(MANIFEST_KEYS)}")
         for key, kind in MANIFEST_KEYS.items():
             self._expect(content, key, kind)
-        data, folder = content["data"], content["split_path"]
+        data = content["data"]
+        folder = content["split_path"]
         if content["total_num"] != len(data):
             self._fail("total_num", content["total_num"], f"the number of items in data, {len(data)}")
         if leaves_root(folder):
             self._fail("split_path", folder, "a path inside data_root, or an absolute one")
-        return self._check_items(data, folder)
-
-    def _check_items(self, data, folder):
-        """Yield duration (nan: unknown) and number of clips of every item; for millions of them, so in one loop."""
         for i, (key, item) in enumerate(data.items()):
             if key != str(i):
                 self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0', '1', ... in order)")
-            if type(item) is not dict:
-                self._fail("", item, "an object with name, prompt, output", i)
-            names = item.get("name")
-            if type(names) is not list or len(names) < 2:  # a list: several clips of one question
-                names = [names]
-            if {type(item.get("prompt")), type(item.get("output")), *map(type, names)} != {str}:
-                for field in ("prompt", "output", "name"):
-                    self._expect(item, field, str, i)
-            duration = item.get("duration", math.nan)
-            for field, value in (("duration", duration), ("audio_start", item.get("audio_start", 0))):
-                if type(value) not in (int, float) or not 0 <= value < MAX_SECONDS and field in item:
-                    self._fail(field, value, f"seconds, not negative, below {MAX_SECONDS:g}", i)
-            if ".." in "".join(names) and any(leaves_root(folder, name) for name in names):
-                self._fail("name", names, "a path inside data_root", i)
-            yield duration or math.nan, len(names)
+            self._check_item(i, item, folder)
+
+    def _check_item(self, i, item, folder):
+        if type(item) is not dict:
+            self._fail("", item, "an object with name, prompt, output", i)
+        names = item.get("name")
+        if type(names) is not list or len(names) < 2:  # a list: several clips of one question
+            names = [names]
+        if {type(item.get("prompt")), type(item.get("output")), *map(type, names)} != {str}:
+            for field in ("prompt", "output", "name"):
+                self._expect(item, field, str, i)
+        for field in ("duration", "audio_start"):
+            seconds = item.get(field, 0)
+            if type(seconds) not in (int, float) or not 0 <= seconds < MAX_SECONDS:
+                self._fail(field, seconds, f"seconds, not negative, below {MAX_SECONDS:g}", i)
+        if ".." in "".join(names) and any(leaves_root(folder, name) for name in names):
+            self._fail("name", names, "a path inside data_root", i)
 
     def _expect(self, mapping, key, kind, item=None):
         value = mapping.get(key)
@@ -207,16 +209,22 @@ class Manifest:
 
     def __getitem__(self, i):
         item = self.items[i]
-        names = [item["name"]] if type(item["name"]) is str else item["name"]
+        names = item["name"] if type(item["name"]) is list else [item["name"]]
         paths = [os.path.join(self.folder, name) for name in names]
-        return {"prompt": item["prompt"], "output": item["output"], "path": " + ".join(paths), "paths": paths,
-                "start": float(item.get("audio_start", 0)), "duration": item.get("duration")}
+        return {
+            "prompt": item["prompt"],
+            "output": item["output"],
+            "path": " + ".join(paths),
+            "paths": paths,
+            "start": float(item.get("audio_start", 0)),
+            "duration": item.get("duration")}
 
     def epoch(self, e, weight):
         """Items of epoch e, (n,) int64, when an epoch takes w = `weight` passes: positions int(e N w) to
         int((e+1) N w) - 1 of an endless stream whose passes are shuffles of all items: each has each once."""
         N = len(self)
-        first, stop = int(e * N * weight), int((e + 1) * N * weight)
+        first = int(e * N * weight)
+        stop = int((e + 1) * N * weight)
         parts = [np.arange(0)]
         for k in range(first // max(N, 1), -(-stop // max(N, 1))):
             parts.append(pass_order(self.name, N, k)[max(first - k * N, 0):stop - k * N])
@@ -241,8 +249,9 @@ def leaves_root(folder, name=""):
 
 def open_manifests(config, names):
     """{"Name-Task/split": Manifest} for the keys of a blending config."""
-    folder, data_root = settings.resolve_path(config.dataset_file_root), settings.resolve_path(config.data_root)
-    return {name: Manifest(os.path.join(folder, name + ".json"), data_root, config.cache_dir) for name in names}
+    folder = settings.resolve_path(config.dataset_file_root)
+    data_root = settings.resolve_path(config.data_root)
+    return {name: Manifest(f"{folder}/{name}.json", data_root, config.cache_dir) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -250,14 +259,16 @@ def open_manifests(config, names):
 
 
 class Clips(Dataset):
-    """clips[row] or clips[manifest, item] -> {"prompt", "output", "path", "windows" int16 (n, L), "n_windows"
-    of each clip, "truncated_seconds"}; where a file can't be read windows are None and "error" says why."""
+    """clips[row] or clips[manifest, item] -> Manifest[item] with "windows" int16 (n, L), "n_windows" of each
+    clip, "truncated_seconds"; where a file can't be read, windows are None and "error" says why."""
 
     def __init__(self, manifests, rows, audio_config, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; audio_config: that of the model."""
         if rows is None:
             rows = [(m, j) for m, manifest in enumerate(manifests) for j in range(len(manifest))]
-        self.manifests, self.rows, self.audio_config = manifests, np.array(rows).reshape(-1, 2), audio_config
+        self.manifests = manifests
+        self.rows = np.array(rows).reshape(-1, 2)
+        self.audio_config = audio_config
         self.cache = {} if cache else None
 
     def __len__(self):
@@ -271,36 +282,43 @@ class Clips(Dataset):
         item = self.item(i)
         duration = item["duration"] if len(item["paths"]) == 1 else None  # of several clips: their sum
         key = (item["path"], item["start"], duration)
-        sample = {name: item[name] for name in ("prompt", "output", "path")}
         if self.cache is not None and key in self.cache:
-            return sample | self.cache[key]
+            return item | self.cache[key]
+        clips = []
         try:
-            clips = [read_clip(path, start=item["start"], duration=duration, **self.audio_config)
-                     for path in item["paths"]]
+            for path in item["paths"]:
+                clips.append(read_clip(path, start=item["start"], duration=duration, **self.audio_config))
         except (FileNotFoundError, UserError) as error:  # counted and reported by the caller
-            return sample | {"windows": None, "error": str(error)}
+            return item | {"windows": None, "error": str(error)}
         windows, truncated_seconds = zip(*clips)
-        decoded = {"windows": torch.from_numpy(np.concatenate(windows)), "n_windows": list(map(len, windows)),
-                   "truncated_seconds": sum(truncated_seconds)}
+        decoded = {
+            "windows": torch.from_numpy(np.concatenate(windows)),
+            "n_windows": list(map(len, windows)),
+            "truncated_seconds": sum(truncated_seconds)}
         if self.cache is not None:
             self.cache[key] = decoded
-        return sample | decoded
+        return item | decoded
 
     def sizes(self, tokenizer=None):
-        """(n, 2): windows and text tokens of every row. Windows by the manifests' durations, max_num_window where
-        there is none; characters instead of tokens without a tokenizer."""
-        length, overlap, most = (self.audio_config[name] for name in AUDIO_SETTINGS)
-        windows, texts = np.empty(len(self), np.int64), np.empty((len(self), 2), object)
-        for m in np.unique(self.rows[:, 0]):
-            mask, items = self.rows[:, 0] == m, self.manifests[m].items
-            columns = items.columns()[self.rows[mask, 1]]
-            seconds = np.nan_to_num(columns["seconds"].astype(float).round(4), nan=math.inf)
-            more = np.ceil((seconds - columns["clips"] * length) / (length - overlap))
-            windows[mask] = np.minimum(columns["clips"] * most, columns["clips"] + np.maximum(0, more))
-            selected = items.select(self.rows[mask, 1])
-            texts[mask] = [(item["prompt"].strip().lower(), item["output"].strip().lower()) for item in selected]
-        lengths = estimate_tokens(tokenizer, texts.ravel()) if tokenizer else np.vectorize(len, "l")(texts)
-        return np.stack([windows, lengths.reshape(-1, 2).sum(1)], 1)
+        """(n, 2): windows and text tokens of every row. Windows by the manifests' durations; characters instead
+        of tokens without a tokenizer."""
+        windows, texts = [], []
+        for m, j in self.rows.tolist():
+            item = self.manifests[m].items[j]
+            n_clips = len(item["name"]) if type(item["name"]) is list else 1
+            windows.append(count_windows(item.get("duration"), n_clips, self.audio_config))
+            texts += [item["prompt"].strip().lower(), item["output"].strip().lower()]
+        lengths = estimate_tokens(tokenizer, texts) if tokenizer else np.array(list(map(len, texts)))
+        return np.stack([windows, lengths.reshape(-1, 2).sum(1)], 1).astype(np.int64)
+
+
+def count_windows(duration, n_clips, audio_config):
+    """Windows of clips of so many seconds together; max_num_window each if the duration is not known."""
+    length, overlap, most = (audio_config[name] for name in AUDIO_SETTINGS)
+    if not duration:
+        return most * n_clips
+    more = math.ceil(round(duration - n_clips * length, 4) / (length - overlap))  # than one for each clip
+    return min(most * n_clips, n_clips + max(0, more))
 
 
 class Collate:
@@ -309,9 +327,11 @@ class Collate:
     truncated_clips, truncated_seconds (longer than max_num_window) and paths of the clips that were read."""
 
     def __init__(self, tokenizer, max_tokens, window_samples, multiple=1):
-        self.tokenizer, self.max_tokens, self.multiple = tokenizer, max_tokens, multiple
-        self.silent_clip = {"prompt": "", "output": "", "n_windows": [1],
-                            "windows": torch.zeros(1, window_samples, dtype=torch.int16)}
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.multiple = multiple  # of the length of texts
+        silence = torch.zeros(1, window_samples, dtype=torch.int16)
+        self.silent_clip = {"prompt": "", "output": "", "windows": silence, "n_windows": [1]}
 
     def encode(self, pairs, n_clips=None):
         """(prompt, output) pairs -> input_ids, labels (B, T) int64 and how many outputs max_tokens cut."""
@@ -326,30 +346,41 @@ class Collate:
 
     def __call__(self, items):
         good = [item for item in items if item["windows"] is not None]
-        clips = good or [self.silent_clip]  # a rank that can read no clip still takes part, with nothing to learn
+        clips = good or [self.silent_clip]  # a rank without a readable clip takes part, with nothing to learn
         n_windows = [clip["n_windows"] for clip in clips]
         pairs = [(clip["prompt"], clip["output"]) for clip in clips]
         ids, labels, unfinished = self.encode(pairs, list(map(len, n_windows)))
         if not good:
             labels.fill_(-100)
         truncated = [clip["truncated_seconds"] for clip in good if clip["truncated_seconds"]]
-        return {"input_ids": ids, "labels": labels, "windows": torch.cat([clip["windows"] for clip in clips]),
-                "n_windows": window_counts(n_windows), "unfinished": unfinished,
-                "errors": [item["error"] for item in items if item["windows"] is None],
-                "truncated_clips": len(truncated), "truncated_seconds": sum(truncated),
-                "paths": [clip["path"] for clip in good]}
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "windows": torch.cat([clip["windows"] for clip in clips]),
+            "n_windows": window_counts(n_windows),
+            "paths": [clip["path"] for clip in good],
+            "errors": [item["error"] for item in items if item["windows"] is None],
+            "unfinished": unfinished,
+            "truncated_clips": len(truncated),
+            "truncated_seconds": sum(truncated)}
 
 
 def make_loader(clips, batches, tokenizer, config, persistent_workers):
     """DataLoader over a list of batches, each a list of indices of clips."""
-    audio_config, options = clips.audio_config, {}
+    audio_config = clips.audio_config
     window_samples = round(audio_config["window_length"] * audio_config["sample_rate"])
-    collate = Collate(tokenizer, config.max_tokens, window_samples, 64 if config.compile else 1)
-    if config.num_workers:
-        options = {"num_workers": config.num_workers, "prefetch_factor": 4, "worker_init_fn": init_worker,
-                   "persistent_workers": persistent_workers}
-    return DataLoader(clips, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-                      **options)
+    multiple = 64 if config.compile else 1
+    worker_options = {
+        "num_workers": config.num_workers,
+        "prefetch_factor": 4,
+        "worker_init_fn": init_worker,
+        "persistent_workers": persistent_workers}
+    return DataLoader(
+        clips,
+        batch_sampler=batches,
+        collate_fn=Collate(tokenizer, config.max_tokens, window_samples, multiple),
+        pin_memory=torch.cuda.is_available(),
+        **worker_options if config.num_workers else {})
 
 
 def init_worker(_):
@@ -368,8 +399,13 @@ def select_rows(manifests, config, epoch):
         items = manifest.epoch(epoch, weight)
         rows.append(np.stack([np.full(len(items), m), items], 1))
         first = int(epoch * len(manifest) * weight)
-        record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": weight,
-                       "first": first, "stop": first + len(items)})
+        record.append({
+            "epoch": epoch,
+            "dataset": name,
+            "total_num": len(manifest),
+            "weight": weight,
+            "first": first,
+            "stop": first + len(items)})
     return np.concatenate(rows), record
 
 
@@ -382,17 +418,24 @@ def plan_epoch(manifests, config, tokenizer, audio_config, epoch, rank=0, world=
     if not len(rows):
         raise UserError(f"epoch {epoch} selects no item: dataset_blending_global_weight = "
                         f"{config.dataset_blending_global_weight} is too small for these manifests")
-    max_windows, most = config.max_windows_per_batch, audio_config["max_num_window"]
-    if max_windows and max_windows < most:
-        raise UserError(f"max_windows_per_batch = {max_windows}, expected at least max_num_window = {most}: one clip")
+    max_windows = config.max_windows_per_batch
+    if max_windows and max_windows < audio_config["max_num_window"]:
+        raise UserError(f"max_windows_per_batch = {max_windows}, expected at least max_num_window")
     only = np.arange(len(rows)) if only is None else np.array(only, np.int64)
     rows = rows[only]
     sizes = Clips(list(manifests.values()), rows, audio_config).sizes(tokenizer)
-    plan = plan_batches(sizes, config.batch_size, [config.seed, epoch], world, config.bucket_batches,
-                        max_windows, config.gradient_accumulation_steps)
+    plan = plan_batches(
+        sizes,
+        config.batch_size,
+        seed=[config.seed, epoch],
+        world=world,
+        pool=config.bucket_batches,
+        max_windows=max_windows,
+        multiple=config.gradient_accumulation_steps)
     mine = [micro[(rank + k) % world] for k, micro in enumerate(plan)]  # ranks take turns
     mine = [list(map(tuple, rows[batch].tolist())) for batch in mine[start:]]
-    return mine, [only[np.concatenate(micro)] for micro in plan], padding_stats(sizes, plan), record
+    all_ranks = [only[np.concatenate(micro)] for micro in plan]
+    return mine, all_ranks, padding_stats(sizes, plan), record
 
 
 def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, loader=None,
@@ -400,8 +443,8 @@ def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, worl
     """-> DataLoader of this rank's micro-batches of an epoch, what dataset_blending_output records of it.
 
     loader: the one of the epoch before, which goes on: its workers and what they cached stay, its list of
-    batches is replaced. loader.rows: row numbers of each micro-step of all ranks; loader.stats: padding_stats.
-    The next epoch is planned in a thread while this one is read."""
+    batches is replaced. loader.rows: row numbers of each micro-step of all ranks; loader.stats:
+    padding_stats. The next epoch is planned in a thread while this one is read."""
     plan = partial(plan_epoch, manifests, config, tokenizer, audio_config, rank=rank, world=world)
     if loader is None:
         clips = Clips(list(manifests.values()), np.empty((0, 2), int), audio_config, config.cache_audio)
@@ -409,7 +452,10 @@ def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, worl
         loader.planned = {}
         iter(loader)  # forks the workers now: not while the planning thread holds a lock of the tokenizer
     planned = loader.planned.get(epoch) if start == 0 and only is None else None
-    batches, loader.rows, loader.stats, record = planned.result() if planned else plan(epoch, start=start, only=only)
+    if planned:
+        batches, loader.rows, loader.stats, record = planned.result()
+    else:
+        batches, loader.rows, loader.stats, record = plan(epoch, start=start, only=only)
     loader.batch_sampler[:] = batches
     if config.num_workers and epoch + 1 < config.num_epochs:  # else this process uses the tokenizer itself
         loader.planned = {epoch + 1: planning_thread.submit(plan, epoch + 1)}
@@ -420,11 +466,12 @@ def valid_loader(manifest, config, tokenizer, audio_config, rank=0, world=1):
     """This rank's share of one validation manifest, in order."""
     clips = Clips([manifest], None, audio_config, config.cache_audio)
     mine = list(range(rank, len(clips), world))
-    batches = [mine[i:i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
+    starts = range(0, len(mine), config.batch_size)
+    batches = [mine[i:i + config.batch_size] for i in starts]
     return make_loader(clips, batches, tokenizer, config, config.cache_audio)
 
 
 if __name__ == "__main__":
     command = sys.argv[1] if sys.argv[1:] else "check"
-    sys.exit(print(f"error: python data.py {command}: this command is now python prepare/{command}.py",
-                   file=sys.stderr) or 2)
+    print(f"error: this command is now python prepare/{command}.py", file=sys.stderr)
+    sys.exit(2)

@@ -13,7 +13,7 @@ import soxr
 from tools.common import UserError
 
 BLOCK = 2 ** 17  # samples decoded at a time: many channels cost no memory
-UNKNOWN_LENGTH = 2 ** 36  # frames: more than any file holds. libsndfile gives more where a header has no length
+UNKNOWN_LENGTH = 2 ** 36  # frames; libsndfile gives more than this where a header has no length
 SILENT = 1e-4  # peak of a silent channel, -80 dB: lossy codecs leave some noise there
 
 warned = mmap.mmap(-1, 1)  # shared with the workers forked later: one warning for all of them
@@ -97,8 +97,8 @@ def read_first_channel(f, first, n):
         return x
     if not warned[0]:
         warned[0] = 1
-        print(f"Warning: {f.name}: the first channel is silent, channel {loudest + 1} is used instead (further "
-              f"files like this are not listed)", file=sys.stderr)
+        print(f"Warning: {f.name}: the first channel is silent, channel {loudest + 1} is used; further files like "
+              f"this are not named", file=sys.stderr)
     return read_channel(f, first, n, loudest)
 
 
@@ -121,8 +121,8 @@ def missing_seconds(path):
 
 
 def read_audio(path, start, seconds, sample_rate):
-    """-> x (n,) float32 at sample_rate, n > 0: at most `seconds` from `start` on; the seconds that the file has
-    from there on: of a FLAC without a length, those read. FileNotFoundError, UserError: one line each."""
+    """-> x (n,) float32 at sample_rate, n > 0: at most `seconds` from `start` on; the seconds that the file
+    has from there on: of a FLAC without a length, those read. FileNotFoundError, UserError name the file."""
     f, frames = open_audio(path)
     with f:
         rate, first = f.samplerate, int(start * f.samplerate)

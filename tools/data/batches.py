@@ -1,4 +1,4 @@
-"""Batches of like size and equal work: token counts estimated word by word, bucketing, a share for every rank."""
+"""Batches of like size and equal work: estimated token counts, bucketing, a share for every rank."""
 import re
 
 import numpy as np
@@ -8,12 +8,14 @@ WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # about what tokenizers split a text
 
 
 def estimate_tokens(tokenizer, texts):
-    """-> (n,) tokens of each text. Every distinct word is tokenized once: a tenth of the time of all texts."""
-    words = [WORD.findall(text) for text in texts]
-    distinct = list({word for some in words for word in some})
-    ids = tokenizer(distinct, add_special_tokens=False, split_special_tokens=True)["input_ids"] if distinct else []
-    lengths = dict(zip(distinct, map(len, ids)))
-    return np.array([sum(map(lengths.__getitem__, some)) for some in words], np.int64)
+    """-> (n,) tokens of each text. Every distinct word is tokenized once: a tenth of the time of texts."""
+    split_texts = [WORD.findall(text) for text in texts]
+    words = list({word for split in split_texts for word in split})
+    if not words:
+        return np.zeros(len(split_texts), np.int64)
+    ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    n_tokens = dict(zip(words, map(len, ids)))
+    return np.array([sum(map(n_tokens.get, split)) for split in split_texts])
 
 
 def plan_batches(sizes, batch_size, seed, world=1, pool=64, max_windows=None, multiple=1):
@@ -23,17 +25,18 @@ def plan_batches(sizes, batch_size, seed, world=1, pool=64, max_windows=None, mu
     `pool` global batches; inside a pool, items of like size (windows, then text) share a batch, and the ranks
     share each global batch. A rank's batch has at most batch_size items and, padded, at most max_windows
     windows: then its number of items makes its work equal to the other ranks'. `multiple` micro-batches are
-    one optimizer step: the same items, whatever they are divided into. The last step may have fewer items, and
-    empty batches. The order of steps is random.
+    one optimizer step: the same items, whatever they are divided into. The last step may have fewer items,
+    and empty batches. The order of steps is random.
     """
     order = np.random.default_rng(seed).permutation(len(sizes))
     pool_size = pool * batch_size * world * multiple
-    steps, rest = [], order[:0]
+    steps = []
+    rest = order[:0]
     for part in np.split(order, range(pool_size, len(order), pool_size)):
         rest = sort_by_size(np.concatenate([rest, part]), sizes, max_windows)
         while step := take_step(rest, sizes, batch_size, world, max_windows, multiple):
             steps.append(step)
-            rest = rest[sum(map(len, sum(step, []))):]
+            rest = rest[sum(len(batch) for micro in step for batch in micro):]
     last = []
     while len(rest):
         B = batch_size
@@ -74,13 +77,15 @@ def split_by_work(items, sizes, batch_size, world, max_windows):
     def cumulative_work(i):  # of one, two, ... items from the i-th on, as many as fit into a batch
         windows, tokens = sizes[items[i:i + batch_size]].T
         counts = np.arange(1, len(windows) + 1)
-        fits = max(1, (counts * np.maximum.accumulate(windows) <= max_windows).sum())
-        work = TOKENS_PER_WINDOW * windows.cumsum() + counts * np.maximum.accumulate(tokens)
-        return work[:fits]
+        padded_windows = counts * np.maximum.accumulate(windows)
+        padded_tokens = counts * np.maximum.accumulate(tokens)
+        work = TOKENS_PER_WINDOW * windows.cumsum() + padded_tokens
+        return work[:max(1, (padded_windows <= max_windows).sum())]
 
     first = cumulative_work(0)
     target = min(first[-1], cumulative_work((world - 1) * len(first))[-1])
-    batches, i = [], 0
+    batches = []
+    i = 0
     for _ in range(world):
         n = 1 + np.abs(cumulative_work(i) - target).argmin()
         batches.append(items[i:i + n])
@@ -93,13 +98,14 @@ def padding_stats(sizes, plan):
     most work exceeds the mean, summed over steps."""
     if not plan:
         return {}
-    slots, work = np.zeros(2), np.zeros((len(plan), len(plan[0])))
-    for k, micro in enumerate(plan):
-        for r, batch in enumerate(micro):
-            if len(batch):
-                padded = len(batch) * sizes[batch].max(0)
-                slots += padded
-                work[k, r] = TOKENS_PER_WINDOW * sizes[batch, 0].sum() + padded[1]
+    slots = np.zeros(2)
+    work = []
+    for micro in plan:
+        padded = np.array([len(batch) * sizes[batch].max(0, initial=0) for batch in micro])
+        real_windows = np.array([sizes[batch, 0].sum() for batch in micro])
+        slots += padded.sum(0)
+        work.append(TOKENS_PER_WINDOW * real_windows + padded[:, 1])
     windows, tokens = (1 - sizes.sum(0) / np.maximum(slots, 1)).tolist()
-    imbalance = float(work.max(1).sum() / max(work.mean(1).sum(), 1e-9) - 1)
+    most, mean = np.max(work, 1).sum(), np.mean(work, 1).sum()
+    imbalance = float(most / max(mean, 1e-9) - 1)
     return {"window_padding": windows, "token_padding": tokens, "rank_imbalance": imbalance}

@@ -1,10 +1,10 @@
-"""The index of a manifest: its items as JSON lines, and where each line lies.
+"""The index of a manifest: its items as JSON lines, and where each line begins.
 
 A manifest of millions of items is parsed once. `<manifest>.index`, beside it or in cache_dir, then serves
 every later start, rank and worker, while the manifest has the size and modification time that it holds:
 
     {"manifest": [version, size, mtime_ns], "items": n, "digest": ..., "head": the manifest's other keys}
-    n records of COLUMNS, binary
+    n + 1 offsets of lines, int64
     n lines of JSON, an item each
 
 Items are read by pread, not through a memory map, so that a worker's memory does not grow with what it reads.
@@ -26,7 +26,7 @@ from tools.common import atomic_write, parse_json_line, read_json
 
 VERSION = 1
 SMALL = 1000  # fewer items are parsed faster than a file is worth leaving beside them
-COLUMNS = np.dtype([("begin", "i8"), ("end", "i8"), ("seconds", "f4"), ("clips", "i4")])
+BLOCK = 10_000  # items encoded at a time
 
 
 class Items(Sequence):
@@ -37,27 +37,13 @@ class Items(Sequence):
         line = source[:source.index(b"\n") + 1] if isinstance(source, bytes) else source.readline()
         self.header = parse_json_line(line) or {}
         self.n = self.header.get("items", 0)
-        self.records = len(line)  # where they begin
-        self.lines = self.records + self.n * COLUMNS.itemsize
+        self.offsets = len(line)
+        self.lines = self.offsets + 8 * (self.n + 1)
 
     def _read(self, begin, end):
         if isinstance(self.source, bytes):
             return self.source[begin:end]
         return os.pread(self.source.fileno(), end - begin, begin)
-
-    def _parse(self, begin, end):
-        return json.loads(self._read(self.lines + begin, self.lines + end))
-
-    def columns(self):
-        """(n,) records of COLUMNS; mapped at each call: the pages leave this process with the array."""
-        if isinstance(self.source, bytes):
-            return np.frombuffer(self.source, COLUMNS, self.n, self.records)
-        return np.memmap(self.source, COLUMNS, "r", self.records, (self.n,))
-
-    def select(self, indices):
-        """Yield the items of an array of indices."""
-        records = self.columns()[indices]
-        yield from map(self._parse, records["begin"].tolist(), records["end"].tolist())
 
     def __len__(self):
         return self.n
@@ -65,8 +51,9 @@ class Items(Sequence):
     def __getitem__(self, i):
         if not -self.n <= i < self.n:
             raise IndexError(f"item {i} of {self.n}")
-        record = self.records + int(i) % self.n * COLUMNS.itemsize
-        return self._parse(*np.frombuffer(self._read(record, record + 16), np.int64).tolist())
+        offset = self.offsets + 8 * (int(i) % self.n)
+        begin, end = np.frombuffer(self._read(offset, offset + 16), np.int64).tolist()
+        return json.loads(self._read(self.lines + begin, self.lines + end))
 
     def __reduce__(self):  # pickled for a process that is not forked
         if isinstance(self.source, bytes):
@@ -79,32 +66,29 @@ def read_index(path):
 
 
 def to_lines(items):
-    """Dicts -> JSON, a string each. One json.dumps of all takes half the time of one per item: Infinity, which
-    JSON does not have, separates them."""
+    """Dicts -> JSON, a string each. One json.dumps of all takes half the time of one per item; Infinity,
+    which JSON does not have, separates them."""
     separated = [math.inf] * (2 * len(items) - 1)
     separated[::2] = items
     lines = json.dumps(separated)[1:-1].split(", Infinity, ")
     return lines if len(lines) == len(items) else [json.dumps(item) for item in items]
 
 
-def build_index(file, stamp, check):
-    """-> the parts of an index file, bytes. check(JSON of the manifest) -> iterator of (seconds, clips)."""
-    content = read_json(file)
-    numbers = np.fromiter(check(content), [("seconds", "f4"), ("clips", "i4")])
-    items = list(content.pop("data").values())
-    blocks, lengths, digest = [], [], 0
-    for i in range(0, len(items), 10_000):
-        lines = to_lines(items[i:i + 10_000])
-        lengths += map(len, lines)
+def build_index(content, stamp):
+    """JSON of a manifest -> the parts of its index file, bytes."""
+    items = list(content["data"].values())
+    blocks, lengths, digest = [], [0], 0
+    for i in range(0, len(items), BLOCK):
+        lines = to_lines(items[i:i + BLOCK])
+        lengths += [len(line) + 1 for line in lines]
         blocks.append("\n".join([*lines, ""]).encode())
         digest = zlib.crc32(blocks[-1], digest)
-    records = np.empty(len(items), COLUMNS)
-    records["end"] = np.cumsum(np.array(lengths, np.int64) + 1)  # a newline each
-    records["begin"] = records["end"] - lengths - 1
-    records["seconds"] = numbers["seconds"]
-    records["clips"] = numbers["clips"]
-    header = {"manifest": stamp, "items": len(items), "digest": f"{digest:08x}", "head": content}
-    return [json.dumps(header).encode() + b"\n", records.tobytes(), *blocks]
+    header = {
+        "manifest": stamp,
+        "items": len(items),
+        "digest": f"{digest:08x}",  # of all items
+        "head": {key: value for key, value in content.items() if key != "data"}}
+    return [json.dumps(header).encode() + b"\n", np.cumsum(lengths, dtype=np.int64).tobytes(), *blocks]
 
 
 @contextmanager
@@ -121,8 +105,8 @@ def one_builder(file):
 
 
 def open_items(file, check, cache_dir=None):
-    """Items of a manifest, by its index, which is built where there is none. items.header["head"]: its other
-    keys. check(JSON of the manifest) -> (seconds, number of clips) of every item, or UserError."""
+    """Items of a manifest, by its index, which is built where there is none. check(JSON of the manifest) raises
+    UserError. items.header["head"]: the other keys of the manifest."""
     path = file + ".index"
     if cache_dir:
         name = hashlib.sha256(os.path.abspath(file).encode()).hexdigest()[:16]
@@ -134,8 +118,10 @@ def open_items(file, check, cache_dir=None):
             items = read_index(path)
             if items.header.get("manifest") == stamp:
                 return items
-        parts = build_index(file, stamp, check)
-        if len(parts[1]) < SMALL * COLUMNS.itemsize:
+        content = read_json(file)
+        check(content)
+        parts = build_index(content, stamp)
+        if len(content["data"]) < SMALL:
             return Items(b"".join(parts))
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

@@ -52,7 +52,7 @@ def read_samples(path, start, duration, window_length, window_overlap, max_num_w
                  sample_rate=SAMPLE_RATE):
     """-> samples that fill at most max_num_window windows, int16 (n,), n > 0; seconds cut off after them."""
     if not 0 <= window_overlap < window_length:
-        raise UserError(f"window_overlap = {window_overlap}, expected less than window_length, {window_length}")
+        raise UserError(f"window_overlap = {window_overlap}, expected less than {window_length} (window_length)")
     duration = duration or math.inf
     max_seconds = max_num_window * (window_length - window_overlap) + window_overlap
     x, seconds_left = read_audio(path, start, min(max_seconds, duration), sample_rate)
@@ -300,8 +300,8 @@ class Clips(Dataset):
         return item | decoded
 
     def sizes(self, tokenizer=None):
-        """(n, 2): windows and text tokens of every row. Windows by the manifests' durations; characters instead
-        of tokens without a tokenizer."""
+        """(n, 2): windows, by the manifests' durations, and text tokens of every row; characters without a
+        tokenizer."""
         windows, texts = [], []
         for m, j in self.rows.tolist():
             item = self.manifests[m].items[j]

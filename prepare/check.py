@@ -207,7 +207,7 @@ def main(c):
     for found in findings:
         print(" | ".join(f"{name} {value}" for name, value in zip(COLUMNS, summary_row(found))))
     for path, found in zip(paths, findings):
-        save_items(path, found.manifest.head, found.manifest.items.select(found.good()))
+        save_items(path, found.manifest.head, map(found.manifest.items.__getitem__, found.good().tolist()))
         print(f"wrote {path}")
     if page:
         write_page(page, findings, audio_config)

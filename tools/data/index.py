@@ -105,8 +105,8 @@ def one_builder(file):
 
 
 def open_items(file, check, cache_dir=None):
-    """Items of a manifest, by its index, which is built where there is none. check(JSON of the manifest) raises
-    UserError. items.header["head"]: the other keys of the manifest."""
+    """Items of a manifest, by its index, which is built where there is none. items.header["head"]: the other
+    keys of the manifest. check(JSON of the manifest) raises UserError."""
     path = file + ".index"
     if cache_dir:
         name = hashlib.sha256(os.path.abspath(file).encode()).hexdigest()[:16]

@@ -156,10 +156,8 @@ def validate(c, run, model, loaders, signals):
 
 
 def validate_if_due(c, run, model, loaders, state, signals):
-    """-> whether the validation losses of this step were logged, now."""
+    """-> whether this step's validation losses were logged."""
     if not loaders or not state.validation_due(c):
-        return False
-    if any_rank([run.rank == 0 and run.has_validation(state.step)], run.control)[0]:
         return False
     losses, errors = validate(c, run, model, loaders, signals)
     if losses is None:
@@ -218,7 +216,8 @@ def start_or_resume(c, run, manifests):
         load_optimizer(optimizer, facts["optimizer_names"], saved)
         state = restore_state(saved, facts, manifests, model, run)
         run.say(f"resumed {newest}: epoch {state.epoch}, step {state.step}")
-    run.truncate_log(state.step)
+    if run.rank == 0:
+        run.log_file.truncate(min(state.log_size, run.log_size()))
     return model, optimizer, state, manifests, facts
 
 
@@ -234,6 +233,7 @@ def save_checkpoint(c, run, model, optimizer, state, facts):
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"step {state.step}: weights are not finite and not saved; learning_rate = "
                         f"{c.learning_rate:g}, weight_decay = {c.weight_decay:g}")
+    state.log_size = run.log_size()
     epoch = state.epoch - state.between_epochs()  # the last one trained
     content = facts | {"epoch": epoch, "step": state.step, "train_state": vars(state),
                        "model_state_dict": weights, "optimizer_state_dict": optimizer.state_dict()}
@@ -262,40 +262,40 @@ def train(c, run):
     # --- the loop
     stats, saved_at, stop = StepStats(c, run, state, model), time.time(), False
     bar = tqdm(initial=state.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
-    with catch_signals() as signals:
-        validate_if_due(c, run, model, valid, state, signals)  # the run was stopped before its end
-        for micro_batches, samples, next_epoch in optimizer_steps(c, run, manifests, model, state):
-            epoch, factor = state.epoch, lr_factor(c, state, samples_per_step, total_samples)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            seed_step(c, run.rank, state.step)
-            result = train_step(ddp, optimizer, micro_batches, run, c.grad_clip)
-            state.advance(samples, next_epoch)
-            stats.add(result, micro_batches)
-            bar.update()
-            finished = state.finished(c)
+    signals = catch_signals()
+    validated = validate_if_due(c, run, model, valid, state, signals)  # where a stop or kill prevented it
+    for micro_batches, samples, next_epoch in optimizer_steps(c, run, manifests, model, state):
+        epoch, factor = state.epoch, lr_factor(c, state, samples_per_step, total_samples)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        seed_step(c, run.rank, state.step)
+        result = train_step(ddp, optimizer, micro_batches, run, c.grad_clip)
+        state.advance(samples, next_epoch)
+        stats.add(result, micro_batches)
+        bar.update()
+        finished = state.finished(c)
 
-            if state.step % c.logging_steps == 0 or finished:
-                bar.total = math.ceil(total_samples * state.step / state.samples)  # estimated
-                stats.log_line(epoch, c.learning_rate * factor, bar.total)
-            overdue = 0 < 60 * c.save_minutes < time.time() - saved_at
-            stop, overdue = any_rank([bool(signals), overdue], run.control)
-            save_epoch = state.between_epochs() and state.epoch % c.save_epochs == 0
-            if finished or stop or overdue or save_epoch:
-                stats.flush()  # raises after too many steps without an update
-                save_checkpoint(c, run, model, optimizer, state, facts)
-                saved_at = time.time()
-            if validate_if_due(c, run, model, valid, state, signals):
-                stats.start = time.time()
-            if finished or stop:
-                break
+        if state.step % c.logging_steps == 0 or finished:
+            bar.total = math.ceil(total_samples * state.step / state.samples)  # estimated
+            stats.log_line(epoch, c.learning_rate * factor, bar.total)
+        overdue = 0 < 60 * c.save_minutes < time.time() - saved_at
+        stop, overdue = any_rank([bool(signals), overdue], run.control)
+        save_epoch = state.between_epochs() and state.epoch % c.save_epochs == 0
+        if finished or stop or overdue or save_epoch:
+            stats.flush()  # raises after too many steps without an update
+            save_checkpoint(c, run, model, optimizer, state, facts)
+            saved_at = time.time()
+        validated = validate_if_due(c, run, model, valid, state, signals)
+        if validated:
+            stats.start = time.time()
+        if finished or stop:
+            break
     bar.close()
     run.wait()  # for the last checkpoint
     if state.skipped_steps == state.step:
         raise UserError(f"none of the {state.step} steps made an update: {stats.explain()}")
     run.say(f"{run.folder}: {state.step} steps done, {state.skipped_steps} of them without an update")
-    if run.rank == 0:
-        run.say(what_is_left(c, run, state, valid, signals, stop))
+    run.say(what_is_left(c, state, validated, signals, stop))
     return 130 if signal.SIGINT in signals else 0
 
 
@@ -306,11 +306,14 @@ def main(c):
         raise UserError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
     with closing(Run(c)) as run:
         try:
-            return train(c, run)
+            code = train(c, run)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
             raise UserError(f"{error} It was killed, most likely for want of memory") from error
+        if run.world > 1:
+            dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -85,6 +85,15 @@ def close(a, b):
     return all(torch.allclose(a[name].float(), b[name].float(), rtol=1e-4, atol=1e-6) for name in a)
 
 
+@pytest.fixture(autouse=True)
+def restore_signals():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def straight(tiny_config, tmp_path_factory):
     """A run of 10 steps in 5 epochs -> its folder and its options."""

@@ -6,6 +6,8 @@
 import os
 import sys
 
+import numpy as np
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import config as settings
@@ -30,21 +32,12 @@ def read_run(run):
     return folder, steps, [entry for entry in entries if "valid" in entry]
 
 
-def plot_steps(axes, name, steps, color, label):
-    """A line of one value; of gates, a line per layer, light to dark."""
-    x = [entry["step"] for entry in steps]
-    y = [entry[name] for entry in steps]
-    if "gates" not in name:
-        axes.plot(x, [float("nan") if value is None else value for value in y], color=color, label=label)
-        return
-    for layer, values in enumerate(zip(*y), 1):
-        axes.plot(x, values, color=color, alpha=0.25 + 0.75 * layer / len(y[0]))
-
-
 def plot_validations(axes, validations, color):
-    for k, split in enumerate(sorted({split for entry in validations for split in entry["valid"]})):
-        points = [(entry["step"], entry["valid"][split]) for entry in validations if split in entry["valid"]]
-        axes.plot(*zip(*points), "os^vD"[k % 5] + ":", color=color, markersize=4)
+    splits = sorted({split for entry in validations for split in entry["valid"]})
+    for split, marker in zip(splits, "os^vDPX*"):
+        entries = [entry for entry in validations if split in entry["valid"]]
+        losses = [entry["valid"][split] for entry in entries]
+        axes.plot([entry["step"] for entry in entries], losses, marker + ":", color=color, markersize=4)
 
 
 def main(c):
@@ -56,14 +49,16 @@ def main(c):
     path = c.output or os.path.join(runs[0][0], "plot.png")
     check_writable(path)
     figure = Figure(figsize=(18, 8), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 4).flat, PANELS.items()):
-        for i, (folder, steps, validations) in enumerate(runs):
-            plot_steps(axes, name, steps, f"C{i}", folder)
-            if name == "loss":
-                plot_validations(axes, validations, f"C{i}")
-                axes.legend(fontsize="small")
+    all_axes = figure.subplots(2, 4).flat
+    for axes, (name, title) in zip(all_axes, PANELS.items()):
+        for i, (folder, steps, _) in enumerate(runs):
+            values = np.array([entry[name] for entry in steps], float)  # gates: a column per layer
+            axes.plot([entry["step"] for entry in steps], values, color=f"C{i}", label=folder)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
+    for i, (_, _, validations) in enumerate(runs):
+        plot_validations(all_axes[0], validations, f"C{i}")
+    all_axes[0].legend(fontsize="small")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path, "wb") as f:
         figure.savefig(f, format="png", dpi=100)

@@ -31,6 +31,7 @@ class TrainState:
     samples: int = 0  # items of the blend taken
     skipped_steps: int = 0  # steps without an update
     remaining: list | None = None  # rows of the epoch to take, where its rest was divided anew; None: all
+    log_size: int = 0  # bytes of log.jsonl: what follows is logged again
     counts: dict = field(default_factory=dict)  # of StepStats
 
     def advance(self, samples, next_epoch):
@@ -127,12 +128,12 @@ def restore_state(saved, facts, manifests, model, run):
     return state
 
 
-def what_is_left(c, run, state, valid, signals, stopped):
+def what_is_left(c, state, validated, signals, stopped):
     """A line for people: whether the run is finished, or what is left and why."""
-    missing = f"epoch {state.epoch} of {c.num_epochs}"
-    if state.epoch == c.num_epochs:
-        missing = "" if not valid or run.has_validation(state.step) else "the last validation"
-    if not missing:
+    missing = "the last validation"
+    if state.epoch < c.num_epochs:
+        missing = f"epoch {state.epoch} of {c.num_epochs}"
+    elif validated or not c.valid_dataset_config:
         return "all epochs are finished"
     signal = signals[0].name if signals else "a signal to another rank"
     reason = f"stopped by {signal}" if stopped or signals else f"max_steps = {c.max_steps}"

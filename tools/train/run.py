@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ import config as settings
 from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.files import save_atomically
 from tools.checkpoint.run_dir import checkpoints
-from tools.common import UserError, name_disk_errors, parse_json_line
+from tools.common import UserError, name_disk_errors
 
 INTERIM = "checkpoint_interim.pt"  # saved inside an epoch, removed at its end
 
@@ -63,10 +62,9 @@ def check_same_on_all_ranks(values, control):
                                 f"the same settings, data and run folder on all ranks")
 
 
-@contextmanager
 def catch_signals():
-    """A list that receives SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), so that the loop can save and stop. The
-    second Ctrl-C interrupts."""
+    """-> a list that receives SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) from now on, so that the loop can save and
+    stop. The second Ctrl-C interrupts."""
     received = []
 
     def receive(number, _):
@@ -74,13 +72,9 @@ def catch_signals():
             raise KeyboardInterrupt
         received.append(signal.Signals(number))
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = [signal.signal(number, receive) for number in numbers]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(numbers, previous):
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, receive)
+    return received
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -99,16 +93,6 @@ def open_locked(file):
     except OSError as error:  # some cluster file systems have no locks
         tqdm.write(f"note: {file} cannot be locked ({error}): start no second run in its folder", sys.stderr)
     return f
-
-
-def read_log(f):
-    """Yield (object, end of its line) of an open JSON-lines file, up to a torn last line."""
-    f.seek(0)
-    end = 0
-    for line in f.read().splitlines(keepends=True):
-        end += len(line)
-        if line.endswith(b"\n"):
-            yield parse_json_line(line) or {}, end
 
 
 class Run:
@@ -138,15 +122,8 @@ class Run:
         if self.rank == 0:
             tqdm.write(text, file)
 
-    def truncate_log(self, step):
-        """Drop the entries after a step, which a resumed run will log again, and a torn last line."""
-        if self.log_file:
-            ends = [end for entry, end in read_log(self.log_file) if entry.get("step", step) <= step]
-            self.log_file.truncate(max(ends, default=0))
-
-    def has_validation(self, step):
-        """Whether the log has the validation losses of a step; for rank 0."""
-        return any("valid" in entry and entry.get("step") == step for entry, _ in read_log(self.log_file))
+    def log_size(self):
+        return os.fstat(self.log_file.fileno()).st_size
 
     def log(self, **entry):
         """Append an entry to log.jsonl. Raises what the last checkpoint's writing raised."""

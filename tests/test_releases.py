@@ -99,7 +99,8 @@ def routes(tmp_path_factory):
     first = load(GOLDEN, **sizes)
     own = {n: t for n, t in first.state_dict().items() if n.startswith(("xattn.", "audio_", "lm.embed"))}
     os.makedirs(folder / "run")
-    torch.save({"model_state_dict": own, "config": vars(first.config) | parts}, folder / "run/checkpoint_0.pt")
+    config = vars(first.config) | parts
+    torch.save({"model_state_dict": own, "config": config}, folder / "run/checkpoint_0.pt")
     for name, (path, overrides) in list(found.items()):
         export = f"{folder}/export of {name}"
         checkpoint.save_release(load(path, dtype=None, **overrides), export)
@@ -181,16 +182,6 @@ def test_an_export_into_a_folder_with_other_files_is_refused(model, release, tmp
     assert hashes(tmp_path) == before
 
 
-def test_an_export_that_fails_leaves_the_old_one(release, tmp_path):
-    folder = shutil.copytree(release, tmp_path / "r")
-    before, model = hashes(folder), load(str(folder))
-    model.lm.norm.weight.data += 1
-    model.config.lang_encoder_path = "/gone"  # whose config.json an export copies
-    with pytest.raises(FileNotFoundError, match="/gone"):
-        model.save_pretrained(str(folder))
-    assert hashes(folder) == before and os.listdir(tmp_path) == ["r"]
-
-
 @pytest.mark.slow
 def test_an_export_that_is_killed_leaves_a_whole_release(release, tmp_path):
     """At random moments: what stands there is the old one or the new one."""
@@ -243,25 +234,6 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
         assert words in card, card
     load(f"{tmp_path}/a").save_pretrained(f"{tmp_path}/b")
     assert open(tmp_path / "b/README.md").read() == card
-
-
-def test_whose_licences_a_card_names(tmp_path):
-    from tools.checkpoint.model_card import LICENCES, public_name
-    home = tmp_path / "models--Qwen--Qwen2.5-3B/snapshots/0a1"
-    for path in (home, tmp_path / "Qwen2.5-3B", "Qwen/Qwen2.5-3B"):
-        name = public_name(str(path))
-        assert str(tmp_path) not in name and "non-commercial" in LICENCES[name.split("/")[-1]]
-    assert public_name("/gone/mine/lm/") == "lm"
-
-
-def test_the_text_tower_of_clap_goes_along(release, tmp_path):
-    folder = shutil.copytree(release, tmp_path / "r")
-    saved = torch.load(folder / "clap_ckpt/epoch_16.pt", weights_only=True)
-    saved["state_dict"]["module.text_branch.x"] = torch.arange(5)
-    torch.save(saved, folder / "clap_ckpt/epoch_16.pt")
-    load(str(folder)).save_pretrained(str(tmp_path / "again"))
-    again = torch.load(tmp_path / "again/clap_ckpt/epoch_16.pt", weights_only=True)["state_dict"]
-    assert torch.equal(again["module.text_branch.x"], torch.arange(5)) and again.keys() == saved["state_dict"].keys()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def pick_precision(precision, device):
 
 
 def pick_compute(c, device):
-    """-> dtype of products and frozen weights, and a line for the log: device, dtype and attention backend, and
-    why they were chosen."""
+    """-> dtype of products and frozen weights, and a line for the log: device, dtype and attention backend,
+    and why they were chosen."""
     dtype, reason = pick_precision(c.precision, device)
     backend, why = c.attention_backend, "asked for"
     if backend == "auto":

@@ -2,7 +2,6 @@
 replaces the old file or folder whole, or not at all."""
 import os
 import pickle
-import re
 import shutil
 import zipfile
 from contextlib import contextmanager
@@ -13,9 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import config as settings
-from tools.common import UserError, atomic_write, join_names, name_disk_errors, shorten
-
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+from tools.common import UserError, atomic_write, join_names, name_disk_errors, new_folder, shorten
 
 
 def local_or_hub(path, patterns, cache_dir=None, setting="init_from"):
@@ -24,15 +21,13 @@ def local_or_hub(path, patterns, cache_dir=None, setting="init_from"):
     folder, repo = settings.resolve_path(path), path.rstrip("/")
     if os.path.isdir(folder):
         return folder
-    if not HUB_ID.fullmatch(repo):
-        raise FileNotFoundError(f"{setting} = {path!r}: no such folder, and not a hub id (org/name)")
     from huggingface_hub import snapshot_download
     try:
         cache_dir = cache_dir and settings.resolve_path(cache_dir)
         return snapshot_download(repo, cache_dir=cache_dir, allow_patterns=patterns)
     except (OSError, ValueError) as error:  # the base classes of the client's errors
-        raise FileNotFoundError(f"{setting} = {path!r} is not a folder here, and the hub did not give it: "
-                                f"{shorten(error)}") from error
+        raise FileNotFoundError(f"{setting} = {path!r}: no such folder here, and the hub has no such id, or "
+                                f"did not answer ({shorten(error)})") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,27 +114,19 @@ def files_under(folder):
 
 
 @contextmanager
-def atomic_folder(folder):
-    """A new folder that replaces the one at `folder` when the block ends. Killed at any time, the old one is
-    whole: in its place or, between two renamings, beside it as .<name>.old. UserError if the old one holds
-    files that the new one does not: they would be lost."""
+def replace_folder(folder):
+    """A new folder to fill, which replaces the one at `folder` when the block ends. Killed at any time, the
+    old one is whole: in its place or, between two renamings, beside it as .<name>.old. UserError if the old
+    one holds files that the new one does not: they would be lost."""
     parent, name = os.path.split(folder)
     new, old = os.path.join(parent, f".{name}.new"), os.path.join(parent, f".{name}.old")
     shutil.rmtree(new, ignore_errors=True)
-    os.makedirs(new)
-    try:
-        with name_disk_errors(folder, SafetensorError):
-            yield new
-        for file in files_under(new):
-            with open(os.path.join(new, file), "rb") as f:
-                os.fchmod(f.fileno(), os.stat(new).st_mode & 0o666)  # safetensors leaves 0600
-                os.fsync(f.fileno())
-        if others := files_under(folder) - files_under(new):
+    with new_folder(new) as filled:
+        yield filled
+        if others := files_under(folder) - files_under(filled):
             raise UserError(f"{folder} holds other files, which would be lost: {join_names(sorted(others))}")
-        if os.path.isdir(folder):
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    if os.path.isdir(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)

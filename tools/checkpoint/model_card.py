@@ -4,7 +4,6 @@ import os
 import re
 
 import config as settings
-from tools.checkpoint.files import HUB_ID
 from tools.common import read_json_object
 
 SETTINGS_SHOWN = ("learning_rate", "clap_learning_rate", "lr_scheduler", "warmup_steps", "weight_decay",
@@ -23,9 +22,8 @@ def public_name(path):
     """A hub id, or the last part of a path on this machine: cards tell nothing of its folders."""
     if cached := re.search(r"models--(.+?)--(.+?)/snapshots/", path):  # in a cache of the hub
         return "/".join(cached.groups())
-    if HUB_ID.fullmatch(path) and not os.path.exists(settings.resolve_path(path)):
-        return path
-    return os.path.basename(os.path.normpath(path))
+    is_local = path.startswith(("/", "~")) or os.path.exists(settings.resolve_path(path))
+    return os.path.basename(os.path.normpath(path)) if is_local else path
 
 
 def run_facts(saved, folder, base):
@@ -58,9 +56,9 @@ def model_card(config, model):
     parts = [f"---\nbase_model: {json.dumps(lm)}\npipeline_tag: audio-text-to-text\n---\n",
              "# An Audio Flamingo 2 model\n",
              f"Answers questions about sounds of up to {minutes:.3g} minutes. {count:,} parameters: the "
-             f"language model {lm} ({sizes.layers} blocks of width {sizes.width}), a CLAP encoder (HTS-AT) of "
-             f"width {model.clap.width}, {len(model.audio_transformer.layer_stack)} audio-transformer layers and "
-             f"{len(model.xattn)} gated cross-attention blocks. Paper: arXiv 2503.03983.\n",
+             f"language model {lm} ({sizes.layers} blocks of width {sizes.width}), a CLAP encoder (HTS-AT) "
+             f"of width {model.clap.width}, {len(model.audio_transformer.layer_stack)} audio-transformer "
+             f"layers and {len(model.xattn)} gated cross-attention blocks. Paper: arXiv 2503.03983.\n",
              "```\npython sample.py --audio clip.wav --init_from <this folder>\n```\n"]
     for heading, name, columns in SECTIONS:
         if facts.get(name):

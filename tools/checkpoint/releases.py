@@ -9,13 +9,15 @@ import re
 import shutil
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import config as settings
-from tools.checkpoint.files import (atomic_folder, load_pickle, load_tensors, local_or_hub, save_atomically,
+from tools.checkpoint.files import (load_pickle, load_tensors, local_or_hub, replace_folder, save_atomically,
                                     state_dict_of)
 from tools.checkpoint.language_models import drop_tied_head
 from tools.checkpoint.model_card import model_card
-from tools.common import UserError, join_names, read_json_object
+from tools.common import UserError, join_names, name_disk_errors, read_json_object
 
 # ------------------------------------------------------------------------------------------------------------
 # Names: ours, and those of the published checkpoints
@@ -90,16 +92,12 @@ def save_release(model, folder):
     if getattr(model, "int8", False):
         raise UserError("a model with int8 weights is for answering: save the one it was made from")
     folder = os.path.realpath(os.path.expanduser(folder))
-    is_release = os.path.exists(os.path.join(folder, "safe_ckpt/metadata.json"))
-    if os.path.isdir(folder) and os.listdir(folder) and not is_release:
-        raise UserError(f"{folder} is no release and not empty: an export would replace it")
-    with atomic_folder(folder) as new:
+    with replace_folder(folder) as new:
         write_release(model, new)
 
 
 def write_release(model, folder):
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
     c, state = model.config, published_state(model)
     for part in ("safe_ckpt", "clap_ckpt", "lm"):
         os.makedirs(os.path.join(folder, part))
@@ -107,7 +105,9 @@ def write_release(model, folder):
     metadata = {f"weight_{i}": names for i, names in enumerate(shards.values())}
     for shard, names in metadata.items():
         file = os.path.join(folder, f"safe_ckpt/{shard}.safetensors")
-        save_file({name: state[name] for name in names}, file)
+        with name_disk_errors(file, SafetensorError):
+            save_file({name: state[name] for name in names}, file)
+        os.chmod(file, 0o644)  # safetensors leaves 0600
     save_atomically(clap_checkpoint_of(state, c), os.path.join(folder, "clap_ckpt/epoch_16.pt"))
     lm = local_or_hub(c.lang_encoder_path, ["*.json"], c.cache_dir, "lang_encoder_path")
     shutil.copyfile(os.path.join(lm, "config.json"), os.path.join(folder, "lm/config.json"))

@@ -26,8 +26,8 @@ def checksums_hold(file):
 
 
 def newest_checkpoint(run, say=lambda text: print(text, file=sys.stderr), is_whole=zipfile.is_zipfile):
-    """The newest checkpoint of a run that is whole; None without one. is_zipfile finds files that were cut off:
-    the table of a zip file stands at its end."""
+    """The newest checkpoint of a run that is whole; None without one. is_zipfile finds files that were cut
+    off: the table of a zip file stands at its end."""
     for file in checkpoints(run):
         if is_whole(file):
             return file

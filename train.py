@@ -109,7 +109,7 @@ def optimizer_steps(c, run, manifests, model, state):
     while not state.finished(c):
         epoch, first = state.epoch, state.step_in_epoch * accumulation
         loader, _ = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
-                                         run.world, first, loader, state.remaining)
+                                 run.world, first, loader, state.remaining)
         if state.between_epochs():
             run.log(epoch=epoch, step=state.step + 1, **loader.stats)
         batches = iter(loader)
@@ -127,7 +127,7 @@ def validate(c, run, model, loaders, signals):
     model.eval()
     losses, errors = {}, []
     for name, loader in loaders.items():
-        total = torch.zeros((), device=run.device)
+        total = torch.zeros((), dtype=torch.float64, device=run.device)
         labelled, truncated, unreadable = 0, 0, []
         for batch in loader:
             if signals:

@@ -2,8 +2,8 @@
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 import config as settings
 from data import plan_epoch
 from model import AUDIO_SETTINGS
-from tools.common import UserError, atomic_write
+from tools.common import UserError, atomic_write, join_names
 
 PER_RANK_SETTINGS = (*settings.PATHS, "expdir", "cache_dir", "user_set", "files", "device", "num_workers",
                      "cache_audio")
@@ -53,23 +53,31 @@ class TrainState:
         return due and self.step > 0 and self.between_epochs()
 
 
+def blending_record(c, manifests):
+    """The positions that every epoch takes of every manifest's stream, as Manifest.epoch does."""
+    record = []
+    for epoch in range(c.num_epochs):
+        for name, manifest in manifests.items():
+            passes = c.dataset_blending_global_weight * c.dataset_blending_config[name]
+            first, stop = (int(e * len(manifest) * passes) for e in (epoch, epoch + 1))
+            record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": passes,
+                           "first": first, "stop": stop})
+    return record
+
+
 def count_samples(c, run, manifests, samples_per_step):
-    """Number of items that the run takes; UserError where an epoch takes none. dataset_blending_output
-    records which part of its stream (Manifest.epoch) every manifest gives to every epoch."""
-    epochs, total, record = np.arange(c.num_epochs + 1), 0, []
-    for name, manifest in manifests.items():
-        passes = c.dataset_blending_global_weight * c.dataset_blending_config[name]
-        borders = (epochs * len(manifest) * passes).astype(np.int64)
-        items = np.diff(borders)
-        total = total + items
-        record += [{"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": passes,
-                    "first": first, "stop": stop}
-                   for epoch, (first, stop) in enumerate(pairwise(borders.tolist()))]
-        if not items.all():
-            run.say(f"note: {np.sum(items == 0)} of {c.num_epochs} epochs take no item of {name}")
-    if not total.all():
-        raise UserError(f"epoch {total.argmin()} takes no item of {', '.join(manifests)}: "
+    """Number of items that the run takes; UserError where an epoch takes none. Writes
+    dataset_blending_output."""
+    record, items, empty = blending_record(c, manifests), Counter(), Counter()
+    for entry in record:
+        n = entry["stop"] - entry["first"]
+        items[entry["epoch"]] += n
+        empty[entry["dataset"]] += n == 0
+    if not all(items.values()):
+        raise UserError(f"epoch {min(items, key=items.get)} takes no item of {join_names(list(manifests))}: "
                         f"dataset_blending_global_weight = {c.dataset_blending_global_weight:g} is too small")
+    for name in filter(empty.get, empty):
+        run.say(f"note: {empty[name]} of {c.num_epochs} epochs take no item of {name}")
     if c.dataset_blending_output and run.rank == 0:
         path = settings.resolve_path(c.dataset_blending_output)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -78,7 +86,7 @@ def count_samples(c, run, manifests, samples_per_step):
     passes = c.num_epochs * c.dataset_blending_global_weight
     if abs(passes - 1) > 1e-6:
         run.say(f"note: num_epochs x dataset_blending_global_weight = {passes:g} passes over the blend")
-    samples = min(int(total.sum()), c.max_steps * samples_per_step or math.inf)
+    samples = min(items.total(), c.max_steps * samples_per_step or math.inf)
     if c.warmup_steps * samples_per_step > samples:
         run.say(f"note: {samples} samples end within warmup_steps = {c.warmup_steps}: learning_rate = "
                 f"{c.learning_rate:g} is never reached")
@@ -95,7 +103,8 @@ def check_same_run(saved, file, facts, trained):
     if saved["frozen_hash"] != facts["frozen_hash"] or set(trained) != set(facts["stored"]):
         reason = "other frozen weights or trained parts"
     elif saved["blend"] != facts["blend"]:
-        reason = "another blend"
+        changed = [name for name in facts["blend"] if saved["blend"].get(name) != facts["blend"][name]]
+        reason = f"another blend, of {join_names(changed)}"
     elif saved["train_state"]["epoch"] > facts["config"]["num_epochs"]:
         reason = "more epochs, and has passed num_epochs"
     if reason:

@@ -12,16 +12,14 @@ import json
 import os
 import sys
 
-import torch
 from tqdm import tqdm
 
 import config as settings
 from checkpoint import export_release, materialize, open_checkpoint
-from data import window_counts
 from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.run_dir import newest_run
 from tools.common import UserError, check_folder_writable, check_writable, name_disk_errors
-from tools.sample.asking import load_clips, read_questions, sampling_of, truncation_note
+from tools.sample.asking import load_item, read_questions, sampling_of, truncation_note
 from tools.sample.attention_map import attention_timeline, write_timeline
 from tools.sample.decoding import (answer_items, compile_decoding, encode_audio_kv, encode_questions,
                                    force_conclusion, stream_text)
@@ -35,7 +33,7 @@ reasoning: bool = False  # SoundCoT checkpoints: if an answer ends without a con
 answer_prefix: str = ""  # words that the answer begins with
 int8: bool = False  # int8 weights on a CPU: less time per token
 compile: bool = False  # torch.compile for the decoding step: a minute first, then less per token
-timeline: str | None = None  # write <this>.json and .png: cross-attention over time, word by word
+timeline: str | None = None  # write <this>.json and .png: cross-attention over time, token by token
 input: str | None = None  # JSONL of {"path", "prompt"} instead; paths relative to its folder or to here
 serve: bool = False  # a page instead, at http://host:port
 host: str = "127.0.0.1"  # of the page: this machine alone; 0.0.0.0: whoever reaches it
@@ -95,41 +93,39 @@ def print_truncation(seconds, model):
 
 def answer_audio(model, c):
     """--audio: one clip, or several of one prompt; with --chat one question after the other."""
-    windows, n_windows, truncated = load_clips(c.audio, model)
+    (_, windows, counts), truncated = load_item("", c.audio, model)
     print_truncation(truncated, model)
-    with torch.no_grad():
-        audio_kv = encode_audio_kv(model.eval(), windows, window_counts([n_windows]))
+    audio_kv = encode_audio_kv(model, [("", windows, counts)])
     for prompt in itertools.chain([c.prompt], map(str.strip, sys.stdin) if c.chat else []):
         if not prompt:
             continue
-        item = prompt, windows, n_windows
-        text = print_stream(stream_text(model, item, audio_kv, sampling_of(c), c.reasoning))
+        texts = stream_text(model, (prompt, windows, counts), audio_kv, sampling_of(c), c.reasoning)
+        text = print_stream(texts)
         if c.timeline:
             write_timeline(c.timeline, attention_timeline(model, prompt, text, windows, audio_kv), windows)
         if c.output:
             with name_disk_errors(c.output), open(c.output, "a") as f:
-                line = {"path": c.audio, "prompt": prompt, "output": text}
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+                f.write(to_json_line({"path": c.audio, "prompt": prompt, "output": text}))
 
 
 def answer_input(model, questions, c):
-    """--input: print and write a line for every question, in their order, to <output>.part until all are there;
-    -> how many could not be answered."""
-    lines, asked, seconds = {}, [], []  # number of the question: its line
+    """--input: print and write a line for every question, in their order, to <output>.part until all are
+    there -> exit code."""
+    sampling, lines, asked, seconds = sampling_of(c), {}, [], []  # lines: {number of the question: its line}
 
     def items():
         for number, (question, paths) in enumerate(questions):
             try:
-                windows, n_windows, truncated = load_clips(paths, model)
-                encode_questions(model, [question["prompt"]], [len(paths)], c.answer_prefix)
+                item, truncated = load_item(question["prompt"], paths, model)
+                encode_questions(model, [item], c.answer_prefix)
             except (UserError, FileNotFoundError) as error:
                 lines[number] = question | {"output": None, "error": str(error)}
                 continue
             seconds.extend(truncated)
-            asked.append((number, (question["prompt"], windows, n_windows)))
-            yield asked[-1][1]
+            asked.append((number, item))
+            yield item
 
-    answers = answer_items(model, items(), c.batch_size, sampling_of(c))
+    answers = answer_items(model, items(), c.batch_size, sampling)
     with open(c.output + ".part" if c.output else os.devnull, "w") as f:
         for number in tqdm(range(len(questions)), desc="answer", unit="question", disable=None):
             while number not in lines:  # answers end in any order
@@ -137,20 +133,24 @@ def answer_input(model, questions, c):
                     answered, item = asked[index]
                     asked[index] = None  # its windows are not needed any more
                     if c.reasoning:
-                        text = force_conclusion(model, item, text, sampling_of(c))
+                        text = force_conclusion(model, item, text, sampling)
                     lines[answered] = questions[answered][0] | {"output": text}
-            line = json.dumps(lines[number], ensure_ascii=False)
-            tqdm.write(line)
+            line = to_json_line(lines[number])
+            tqdm.write(line, end="")
             with name_disk_errors(c.output):
-                f.write(line + "\n")
+                f.write(line)
                 f.flush()
     if c.output:
         os.replace(c.output + ".part", c.output)
     print_truncation(seconds, model)
-    bad = [line for line in lines.values() if "error" in line]
-    if bad:
-        print(f"{len(bad)} of {len(questions)} could not be answered, e.g. {bad[0]['error']}", file=sys.stderr)
-    return len(bad)
+    errors = [line["error"] for line in lines.values() if "error" in line]
+    if errors:
+        print(f"{len(errors)} of {len(questions)} could not be answered, e.g. {errors[0]}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def to_json_line(answer):
+    return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,10 +159,9 @@ def answer_input(model, questions, c):
 def check_arguments(c):
     """Fail fast, before the model is loaded."""
     if bool(c.audio) + bool(c.input) + c.serve != 1:
-        raise UserError("give one of --audio clip.wav (again for each further clip of the same prompt), "
-                        "--input questions.jsonl and --serve")
+        raise UserError("give one of --audio clip.wav, --input questions.jsonl and --serve")
     if c.timeline and len(c.audio) != 1:
-        raise UserError("--timeline is of one --audio clip")
+        raise UserError("--timeline takes one --audio")
     for path in c.audio:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such audio file")
@@ -185,7 +184,7 @@ def main(c):
         return serve_page(model, c)
     if c.audio:
         return answer_audio(model, c)
-    return 1 if answer_input(model, questions, c) else 0
+    return answer_input(model, questions, c)
 
 
 if __name__ == "__main__":

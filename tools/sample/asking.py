@@ -1,4 +1,4 @@
-"""From paths of clips and questions about them to what tools/sample/decoding.py takes; for sample.py and its page."""
+"""From paths of clips and questions about them to the items of decoding.py; for sample.py and its page."""
 import os
 from dataclasses import fields
 
@@ -14,33 +14,29 @@ def sampling_of(c):
     return Sampling(**{field.name: getattr(c, field.name) for field in fields(Sampling)})
 
 
-def load_clips(paths, model):
-    """The clips of one prompt -> windows (sum W, L) int16, the number of windows of each clip, and the seconds of
-    each that are beyond the model's windows."""
+def load_item(prompt, paths, model):
+    """A prompt and its clips -> an item of decoding.py, windows in int16, and the seconds of each clip that
+    are beyond the model's windows."""
     clips = [read_clip(path, **model.audio_config) for path in paths]
-    windows = torch.cat([torch.from_numpy(clip) for clip, _ in clips])
-    return windows, [len(clip) for clip, _ in clips], [seconds for _, seconds in clips]
+    windows = [torch.from_numpy(windows) for windows, _ in clips]
+    return (prompt, torch.cat(windows), list(map(len, windows))), [seconds for _, seconds in clips]
 
 
 def truncation_note(seconds, model):
-    """One line about the clips that load_clips truncated; '' if none."""
+    """One line about the clips that load_item truncated; '' if none."""
     return truncation_warning(len(seconds), sum(s > 0 for s in seconds), sum(seconds), model.audio_config)
 
 
 def read_questions(path):
-    """JSONL of {"path": str or list, "prompt": str, ...} -> [(question, paths of its clips)]. A relative path means
-    the working directory, or the folder of the file if it is there alone. UserError names the first wrong line."""
+    """JSONL of {"path": str or list, "prompt": str, ...} -> [(question, paths of its clips)]. A path that
+    does not exist is looked for in the folder of the file. UserError names the first wrong line."""
     questions = []
     for number, question in read_json_lines(path):
-        names, prompt = question.get("path"), question.get("prompt")
-        names = [names] if isinstance(names, str) else names
-        if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names + [prompt])):
-            raise UserError(f'{path} line {number}: expected {{"path": clip or list of clips, "prompt": text}}')
-        questions.append((question, [name if os.path.exists(name) else beside(path, name) for name in names]))
+        names = question.get("path")
+        names = names if isinstance(names, list) else [names]
+        if not names or not all(isinstance(text, str) for text in [*names, question.get("prompt")]):
+            raise UserError(f"{path} line {number}: expected path, a clip or list of clips, and prompt, text")
+        folder = os.path.dirname(path)
+        paths = [name if os.path.exists(name) else os.path.join(folder, name) for name in names]
+        questions.append((question, paths))
     return questions
-
-
-def beside(file, name):
-    """The path of a name in the folder of a file, if it is there; else the name as it is."""
-    path = os.path.join(os.path.dirname(file), name)
-    return path if os.path.exists(path) else name

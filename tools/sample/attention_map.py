@@ -1,4 +1,4 @@
-"""Where in a recording the model listens, for every word of an answer (python sample.py --timeline=out/clip).
+"""Cross-attention over time, for every token of an answer (python sample.py --timeline=out/clip).
 
 The weights are the softmax of the queries and keys of every gated block, computed from the hidden states that
 enter it: the same whatever attention backend answered.
@@ -13,21 +13,23 @@ from tools.common import atomic_write
 from tools.html_page import log_mel_figure, plain_label, png_bytes
 from tools.sample.decoding import encode_audio_kv
 
-MAX_WORDS = 60  # rows of the picture
+MAX_TOKENS = 60  # rows of the picture
 
 
 @torch.no_grad()
 def cross_attention_weights(model, ids, windows, audio_kv=None):
     """ids [T] of a text about one clip, windows (W, L) -> (T, time steps of all windows): the mean over gated
     blocks, heads and frequency bins; rows sum to 1. audio_kv: of the clip, if it was encoded before."""
-    kv, n_keys = audio_kv or encode_audio_kv(model, windows, torch.tensor([len(windows)]))
+    kv, n_keys = audio_kv or encode_audio_kv(model, [("", windows, [len(windows)])])
     weights = []
 
     def inspect(i, x):
         gated = model.xattn[str(i)]
-        q = gated.attn.to_q(gated.attn.norm(x[0])).view(-1, gated.heads, gated.d)  # (T, H, d)
-        scores = torch.einsum("thd,nhd->htn", q, kv[i][0, :, 0]).float() / gated.d ** 0.5
-        weights.append(scores.softmax(-1).mean(0))  # (T, N)
+        q = gated.attn.to_q(gated.attn.norm(x[0]))
+        q = q.view(-1, gated.heads, gated.d)  # (T, H, d)
+        k = kv[i][0, :, 0]  # (N, H, d)
+        scores = torch.einsum("thd,nhd->htn", q, k) / gated.d ** 0.5
+        weights.append(scores.float().softmax(-1).mean(0))  # (T, N)
 
     ids = torch.tensor([ids], device=n_keys.device)
     model.forward_hidden(ids, kv, n_keys, inspect=inspect)
@@ -41,41 +43,33 @@ def attention_over_time(model, prompt, windows):
     return cross_attention_weights(model, encode_prompts(model.tokenizer, [prompt])[0], windows)[-1]
 
 
-def split_words(tokenizer, ids):
-    """Token ids -> {"word": ..., "tokens": [first, end)} of each word of their text."""
-    words, text = [], ""
-    for n in range(len(ids)):
-        longer = tokenizer.decode(ids[:n + 1])
-        piece, text = longer[len(text):], longer
-        if not words or piece[:1].isspace():
-            words.append({"word": "", "tokens": [n, n]})
-        words[-1]["word"] += piece.strip()
-        words[-1]["tokens"][1] = n + 1
-    return words
-
-
 def attention_timeline(model, prompt, answer, windows, audio_kv=None):
-    """-> {"words", "tokens" [first, end) of each, "seconds" [start, end) of each time step, "weights" words x
-    steps, ...}: a word's row is the mean over its tokens, each from the position that predicts it."""
+    """-> {"tokens" of the answer, "weights" tokens x time steps, each from the position that predicts the
+    token, "seconds" [start, end) of each step, "prompt", "answer", "sample_rate"}."""
     before = encode_prompts(model.tokenizer, [prompt])[0]
     (ids,) = encode_text(model.tokenizer, [answer])
     weights = cross_attention_weights(model, before + ids, windows, audio_kv)[len(before) - 1:-1]
-    words = split_words(model.tokenizer, ids)
-    length, overlap = model.audio_config["window_length"], model.audio_config["window_overlap"]
     steps = weights.shape[1] // len(windows)  # of a window
-    starts = torch.arange(len(windows))[:, None] * (length - overlap) + torch.arange(steps) * length / steps
+    length, overlap = model.audio_config["window_length"], model.audio_config["window_overlap"]
+    window_starts = torch.arange(len(windows)) * (length - overlap)
+    starts = window_starts[:, None] + torch.arange(steps) * length / steps
+    starts = starts.flatten()
     ends = starts + length / steps
-    return {"prompt": prompt, "answer": answer, "words": [word["word"] for word in words],
-            "tokens": [word["tokens"] for word in words],
-            "seconds": torch.stack([starts.flatten(), ends.flatten()], 1).tolist(),
-            "weights": [weights[slice(*word["tokens"])].mean(0).tolist() for word in words],
-            "sample_rate": model.audio_config["sample_rate"]}
+    return {
+        "prompt": prompt,
+        "answer": answer,
+        "sample_rate": model.audio_config["sample_rate"],
+        "tokens": [model.tokenizer.decode([token]) for token in ids],
+        "seconds": torch.stack([starts, ends], 1).tolist(),
+        "weights": weights.tolist(),
+    }
 
 
 def timeline_figure(timeline, windows):
-    """-> a matplotlib Figure: the log-mel, and under it words x seconds."""
-    weights, words = timeline["weights"][:MAX_WORDS], timeline["words"][:MAX_WORDS]
-    return log_mel_figure(windows, timeline["sample_rate"], weights, words)
+    """-> a matplotlib Figure: the log-mel, and under it tokens x seconds."""
+    weights = timeline["weights"][:MAX_TOKENS]
+    tokens = timeline["tokens"][:MAX_TOKENS]
+    return log_mel_figure(windows, timeline["sample_rate"], weights, tokens)
 
 
 def write_timeline(base, timeline, windows):

@@ -3,8 +3,9 @@
     generate(model, prompts, windows, n_windows)            # AudioFlamingo.generate: one batch
     answer_items(model, items, slots=8, sampling=Sampling())  # any number of items, 8 at a time
 
-An item is (prompt, windows (W, L), [number of windows of each of its clips]). audio_kv is what encode_audio_kv
-returns: the audio's keys and values, computed once per clip and reused by every token and follow-up question.
+An item is (prompt, windows (W, L), [number of windows of each of its clips]). audio_kv is what
+encode_audio_kv returns: the audio's keys and values, computed once per clip and reused by every token and
+follow-up question.
 """
 import itertools
 import math
@@ -68,21 +69,26 @@ def item_generator(item, seed):
 # The batch
 
 
-def encode_audio_kv(model, windows, n_windows):
-    """windows (sum W, L), n_windows (B,) or (B, K) -> keys and values {gated block: (B, S, 2, H, d)}, n_keys
-    (B,) or (B, K) as AudioFlamingo.encode_audio."""
-    audio, n_keys = model.encode_audio(windows.to(model.lm.norm.weight.device), n_windows)
+@torch.no_grad()
+def encode_audio_kv(model, items):
+    """The clips of items -> keys and values {gated block: (B, S, 2, H, d)}, n_keys (B,) or (B, K) of
+    AudioFlamingo.encode_audio."""
+    _, windows, counts = zip(*items)
+    windows = torch.cat(windows).to(model.lm.norm.weight.device)
+    audio, n_keys = model.encode_audio(windows, window_counts(counts))
     return model.keys_values(audio), n_keys
 
 
-def encode_questions(model, prompts, n_clips, answer_prefix=""):
-    """-> lists of token ids, up to where the answer goes on. UserError where one is too long for the model."""
+def encode_questions(model, items, answer_prefix=""):
+    """The prompts of items -> lists of token ids, with the beginning of the answer. UserError where one is
+    too long for the model."""
+    prompts, _, counts = zip(*items)
     (prefix,) = encode_text(model.tokenizer, [answer_prefix])
-    rows = [ids + prefix for ids in encode_prompts(model.tokenizer, prompts, n_clips)]
-    longest, most = max(map(len, rows)), model.lm.config.positions
+    rows = encode_prompts(model.tokenizer, prompts, list(map(len, counts)))
+    longest, most = max(map(len, rows)) + len(prefix), model.lm.config.positions
     if longest > most:
         raise UserError(f"a prompt of {longest} tokens: the language model takes at most {most}")
-    return rows
+    return [row + prefix for row in rows]
 
 
 def pad_to(x, dim, size):
@@ -102,11 +108,9 @@ class DecodingBatch:
 
     def __init__(self, model, items, sampling, audio_kv=None):
         """Prefill: the prompts pass through the model at once and fill the KV cache."""
-        prompts, windows, clips = zip(*items)
-        rows = encode_questions(model, prompts, [len(counts) for counts in clips], sampling.answer_prefix)
-        if audio_kv is None:
-            audio_kv = encode_audio_kv(model, torch.cat(windows), window_counts(clips))
-        self.model, (self.kv, n_keys) = model, audio_kv
+        rows = encode_questions(model, items, sampling.answer_prefix)
+        self.model = model
+        self.kv, n_keys = audio_kv or encode_audio_kv(model, items)
         ids = pad_rows(rows, model.pad_id).to(n_keys.device)  # (B, T)
         B, self.longest = ids.shape
         length = math.ceil((self.longest + 1) / CACHE_STEP) * CACHE_STEP
@@ -128,8 +132,8 @@ class DecodingBatch:
         self.longest += 1
 
     def choose(self, sampling, active, steps):
-        """-> the next `steps` tokens of every row, lists of B ids; active: {row: Answer}. The last ones are not
-        yet appended."""
+        """-> the next `steps` tokens of every row, lists of B ids; active: {row: Answer}. The last ones are
+        not yet appended."""
         generators = {row: answer.generator for row, answer in active.items()}
         chosen, nan = [], 0
         for n in range(steps):
@@ -141,8 +145,8 @@ class DecodingBatch:
             nan = nan + logits.isnan().any(-1).long()
         *chosen, nan = torch.stack([*chosen, nan]).tolist()  # the only host-device synchronisation
         if any(nan[row] for row in active):
-            raise UserError("the model's logits are NaN: weights that are not finite (checkpoint.py PATH names "
-                            "them), or float16, which is too narrow for it")
+            raise UserError("the model's logits are NaN: weights that are not finite (checkpoint.py PATH "
+                            "names them), or float16, which is too narrow for it")
         return chosen
 
     def insert_rows(self, rows, new):
@@ -150,11 +154,16 @@ class DecodingBatch:
         rows = torch.tensor(rows, device=self.x.device)
         S = max(kv.shape[1] for kv in [*self.kv.values(), *new.kv.values()])
         length = max(self.kv_cache.shape[4], new.kv_cache.shape[4])
-        self.kv = {i: pad_to(kv, 1, S).index_copy(0, rows, pad_to(new.kv[i], 1, S)) for i, kv in self.kv.items()}
+        kv = {}
+        for i in self.kv:
+            fresh = pad_to(new.kv[i], 1, S)
+            kv[i] = pad_to(self.kv[i], 1, S).index_copy(0, rows, fresh)
+        self.kv = kv
         fresh = pad_to(new.kv_cache, 4, length)
         self.kv_cache = pad_to(self.kv_cache, 4, length).index_copy(2, rows, fresh)
-        for name in ("n_keys", "lengths", "x"):
-            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(new, name)))
+        self.n_keys = self.n_keys.index_copy(0, rows, new.n_keys)
+        self.lengths = self.lengths.index_copy(0, rows, new.lengths)
+        self.x = self.x.index_copy(0, rows, new.x)
         self.longest = int(self.lengths.max())
         return self
 
@@ -171,20 +180,21 @@ def compile_decoding(model):
 
 @dataclass
 class Answer:
-    """The answer to an item: its tokens so far, without the stop token."""
+    """The answer to an item, while it is generated."""
     index: int  # of the item
     generator: torch.Generator | None  # noise of its tokens; None: greedy
-    ids: list = field(default_factory=list)
+    ids: list = field(default_factory=list)  # tokens so far
+    token: int = -1  # the latest; -1: a stop token
     ended: bool = False
 
 
 @torch.no_grad()
 def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None):
-    """Continuous batching: any number of items in a batch of `slots` rows. The next items are prefilled into the
-    rows of answers that have ended, so that none waits for a long one.
+    """Continuous batching: any number of items in a batch of `slots` rows. The next items are prefilled into
+    the rows of answers that have ended, so that none waits for a long one.
 
-    Yields per step the Answers that had a token; one that has ended is yielded for the last time. audio_kv: of
-    the items, if they were encoded before and are no more than the slots.
+    Yields per step the Answers that had a token; one that has ended is yielded for the last time. audio_kv:
+    of the items, if they were encoded before and are no more than the slots.
     """
     was_training = model.training
     model.eval()
@@ -195,7 +205,7 @@ def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None)
     try:
         while True:
             free_slots = [row for row in range(slots) if row not in active]
-            if more and len(free_slots) >= max(1, slots // 4):  # prefill some at once: a few cost what one does
+            if more and len(free_slots) >= max(1, slots // 4):  # a few prompts take the time of one
                 new = list(itertools.islice(queue, len(free_slots)))
                 more = len(new) == len(free_slots)
                 if new:
@@ -219,9 +229,11 @@ def append_tokens(active, tokens, stop_ids, max_new_tokens):
     """Append a token to each active answer, and remove those that end -> all of them."""
     answers = list(active.values())
     for row, answer in list(active.items()):
-        answer.ended = tokens[row] in stop_ids
-        if not answer.ended:
-            answer.ids.append(tokens[row])
+        if tokens[row] in stop_ids:
+            answer.token, answer.ended = -1, True
+        else:
+            answer.token = tokens[row]
+            answer.ids.append(answer.token)
             answer.ended = len(answer.ids) == max_new_tokens
         if answer.ended:
             del active[row]
@@ -233,7 +245,8 @@ def append_tokens(active, tokens, stop_ids, max_new_tokens):
 
 
 def decode_text(model, answer, sampling):
-    return sampling.answer_prefix.strip().lower() + model.tokenizer.decode(answer.ids, skip_special_tokens=True)
+    text = model.tokenizer.decode(answer.ids, skip_special_tokens=True)
+    return sampling.answer_prefix.strip().lower() + text
 
 
 def answer_items(model, items, slots, sampling, audio_kv=None):
@@ -249,20 +262,17 @@ def split_batch(prompts, windows, n_windows):
     n_windows = n_windows[:, None] if n_windows.ndim == 1 else n_windows
     clips = [[n for n in row if n] for row in n_windows.tolist()]
     if len(prompts) != len(clips) or not all(clips):
-        raise ValueError(f"{len(prompts)} prompts and clips of {clips} windows: expected clips for each prompt")
+        raise ValueError(f"{len(prompts)} prompts and clips of {clips} windows: expected clips for each")
     return list(zip(prompts, windows.split([sum(row) for row in clips]), clips))
 
 
-def stream(model, prompts, windows, n_windows, audio_kv=None, **sampling):
+def stream(model, prompts, windows, n_windows, **sampling):
     """AudioFlamingo.stream: per step (B,) token ids, -1 in rows that have ended."""
     items = split_batch(prompts, windows, n_windows)
-    lengths = [0] * len(items)
-    for answers in decode_stream(model, items, len(items), Sampling(**sampling), audio_kv):
+    for answers in decode_stream(model, items, len(items), Sampling(**sampling)):
         step = torch.full((len(items),), -1)
         for answer in answers:
-            if len(answer.ids) > lengths[answer.index]:
-                step[answer.index] = answer.ids[-1]
-                lengths[answer.index] += 1
+            step[answer.index] = answer.token
         yield step
 
 

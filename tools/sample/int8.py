@@ -42,8 +42,8 @@ class Int8Head(nn.Module):
 
 
 def quantize(model):
-    """Replace, in place, the weights that a decoding step reads by int8: the language model's blocks and head,
-    to_q, to_out and the gated feed-forward. Such a model neither trains nor saves. UserError without a CPU."""
+    """Replace, in place, the weights that a decoding step reads by int8: the language model's blocks and
+    head, to_q, to_out and the gated feed-forward. Such a model neither trains nor saves. On a CPU alone."""
     device = model.lm.norm.weight.device
     if device.type != "cpu":
         raise UserError(f"int8 weights are for a CPU, not {device.type}: leave --int8 off")

@@ -1,18 +1,15 @@
-"""The page of sample.py --serve: drop or record a clip, ask about it, see where the model listened.
+"""The page of sample.py --serve: drop or record a clip, ask about it, see its cross-attention over time.
 
-The audio keys and values of the last few clips are kept for further questions. Questions of all visitors wait in
-one queue and are answered one at a time. Nothing is fetched from elsewhere, and nothing is sent there.
+The audio keys and values of the last few clips are kept for further questions. Questions of all visitors wait
+in one queue and are answered one at a time. Nothing is fetched from elsewhere, and nothing is sent there.
 """
-import functools
 import html
 import os
 import threading
+from functools import lru_cache, partial
 
-import torch
-
-from data import window_counts
 from tools.common import UserError, optional_import
-from tools.sample.asking import load_clips, sampling_of, truncation_note
+from tools.sample.asking import load_item, sampling_of, truncation_note
 from tools.sample.attention_map import attention_timeline, timeline_figure
 from tools.sample.decoding import encode_audio_kv, stream_text
 
@@ -34,30 +31,26 @@ def as_text(text):
     return html.escape(text.strip(), quote=False)
 
 
-class Clip:
-    """A clip of a visitor: its windows, its audio keys and values, a note if it was truncated."""
-
-    def __init__(self, path, model):
-        try:
-            self.windows, self.n_windows, truncated = load_clips([path], model)
-        except (UserError, FileNotFoundError) as error:  # the name as the visitor knows it
-            raise UserError(str(error).replace(os.path.dirname(path) + os.sep, "")) from error
-        with torch.no_grad():
-            self.audio_kv = encode_audio_kv(model.eval(), self.windows, window_counts([self.n_windows]))
-        self.note = truncation_note(truncated, model)
+def load_clip(path, model):
+    """A visitor's clip -> item without a prompt, audio keys and values, a note if it was truncated."""
+    try:
+        item, truncated = load_item("", [path], model)
+    except (UserError, FileNotFoundError) as error:  # the name as the visitor knows it
+        raise UserError(str(error).replace(os.path.dirname(path) + os.sep, "")) from error
+    return item, encode_audio_kv(model, [item]), truncation_note(truncated, model)
 
 
 def build_page(model, c):
     """-> gradio.Blocks."""
     gr = import_gradio()
     lock = threading.Lock()  # held even when a visitor leaves while his answer is generated
-    load_clip = functools.lru_cache(CACHED_CLIPS)(lambda path: Clip(path, model))  # uploads are named by their hash
+    cached_clip = lru_cache(CACHED_CLIPS)(partial(load_clip, model=model))  # paths hold a hash
 
     def ask(path, prompt, chat, about):
         """Yield chat, the path it is about, picture, note and the question's field, again as words come."""
         prompt = (prompt or "").strip()
         if not path or not prompt:
-            yield chat, about, gr.skip(), "Ask a question." if path else "Record a clip or drop a file first.", prompt
+            yield chat, about, gr.skip(), "Record or drop a clip, and ask a question.", prompt
             return
         before = list(chat or []) if path == about else []
         reply = {"role": "assistant", "content": "…"}
@@ -65,13 +58,13 @@ def build_page(model, c):
         yield chat, path, None, "" if before else "listening", ""
         try:
             with lock:
-                clip = load_clip(path)
-                item = prompt, clip.windows, clip.n_windows
-                for text in stream_text(model, item, clip.audio_kv, sampling_of(c), c.reasoning):
+                (_, windows, counts), audio_kv, note = cached_clip(path)
+                item = prompt, windows, counts
+                for text in stream_text(model, item, audio_kv, sampling_of(c), c.reasoning):
                     reply["content"] = as_text(text) or "…"
-                    yield chat, path, gr.skip(), clip.note, gr.skip()  # the next question may be typed by now
-                timeline = attention_timeline(model, prompt, text, clip.windows, clip.audio_kv)
-            yield chat, path, timeline_figure(timeline, clip.windows), clip.note, gr.skip()
+                    yield chat, path, gr.skip(), note, gr.skip()  # the next question may be typed by now
+                timeline = attention_timeline(model, prompt, text, windows, audio_kv)
+            yield chat, path, timeline_figure(timeline, windows), note, gr.skip()
         except (UserError, FileNotFoundError) as error:
             yield before, path, None, str(error), prompt
 
@@ -90,14 +83,15 @@ def build_page(model, c):
                 chat = gr.Chatbot(label="Answers", elem_id="answers", render_markdown=False, height=300,
                                   buttons=[])
                 picture = gr.Plot(show_label=False, elem_id="picture", format="png")
-                gr.Markdown("The sound, and under it where each word of the last answer listened.")
+                gr.Markdown("The sound, and under it the cross-attention of each token of the last answer.")
         prompt.submit(ask, [path, prompt, chat, about], [chat, about, picture, note, prompt],
                       api_name="ask", concurrency_limit=1, show_progress="minimal")
     return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
 
 
 def serve_page(model, c):
-    page, theme = build_page(model, c), import_gradio().themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    page = build_page(model, c)
+    theme = import_gradio().themes.Default(font=["sans-serif"], font_mono=["monospace"])  # else fetched fonts
     _, address, _ = page.launch(
         server_name=c.host, server_port=c.port or None, max_file_size=c.upload_mb * 2 ** 20, share=False,
         theme=theme, css=CSS, footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True)

@@ -52,7 +52,7 @@ def read_samples(path, start, duration, window_length, window_overlap, max_num_w
                  sample_rate=SAMPLE_RATE):
     """-> samples that fill at most max_num_window windows, int16 (n,), n > 0; seconds cut off after them."""
     if not 0 <= window_overlap < window_length:
-        raise UserError(f"window_overlap = {window_overlap}, expected less than {window_length} (window_length)")
+        raise UserError(f"window_overlap = {window_overlap}, expected less than window_length")
     duration = duration or math.inf
     max_seconds = max_num_window * (window_length - window_overlap) + window_overlap
     x, seconds_left = read_audio(path, start, min(max_seconds, duration), sample_rate)
@@ -369,18 +369,16 @@ def make_loader(clips, batches, tokenizer, config, persistent_workers):
     """DataLoader over a list of batches, each a list of indices of clips."""
     audio_config = clips.audio_config
     window_samples = round(audio_config["window_length"] * audio_config["sample_rate"])
-    multiple = 64 if config.compile else 1
-    worker_options = {
-        "num_workers": config.num_workers,
-        "prefetch_factor": 4,
-        "worker_init_fn": init_worker,
-        "persistent_workers": persistent_workers}
+    workers = config.num_workers
     return DataLoader(
         clips,
         batch_sampler=batches,
-        collate_fn=Collate(tokenizer, config.max_tokens, window_samples, multiple),
-        pin_memory=torch.cuda.is_available(),
-        **worker_options if config.num_workers else {})
+        collate_fn=Collate(tokenizer, config.max_tokens, window_samples, multiple=64 if config.compile else 1),
+        num_workers=workers,
+        worker_init_fn=init_worker,
+        persistent_workers=persistent_workers and workers > 0,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available())
 
 
 def init_worker(_):

@@ -1,6 +1,7 @@
 """Audio, manifests, blending, batches: on real files."""
 import io
 import json
+import multiprocessing
 import os
 import struct
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 import config
 import data
 from data import Clips, Collate, Manifest, make_labels, open_manifests, train_loader
-from tests.helpers import GOLDEN_SPEC, fails_with_one_line, run, write_manifest
+from tests.helpers import GOLDEN_SPEC, fails_with_one_line, write_manifest
 from tools.common import UserError
 from tools.data.audio import count_frames
 from tools.data.batches import estimate_tokens, padding_stats, plan_batches
@@ -57,12 +58,24 @@ def test_formats(tmp_path, form, subtype, rate):
     assert np.abs(later[0, :7000]).max() > 0.9 * 32767 and not later[0, 8500:].any()
 
 
-def test_wav_with_a_streamed_header(tmp_path):
-    soundfile.write(tmp_path / "a.wav", tone(3.0, 16000), 16000)
-    whole, raw = load_audio(tmp_path / "a.wav"), bytearray((tmp_path / "a.wav").read_bytes())
-    raw[4:8] = raw[40:44] = struct.pack("<I", 2 ** 32 - 1)
-    (tmp_path / "a.wav").write_bytes(raw)
-    assert np.array_equal(load_audio(tmp_path / "a.wav"), whole)
+@pytest.mark.parametrize("form", ["WAV", "FLAC"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_headers_without_a_length(tmp_path, form, channels):
+    """As encoders write them that stream."""
+    path = str(tmp_path / "a")
+    soundfile.write(path, rng.standard_normal((12 * 44100, channels)) * 0.1, 44100, format=form)
+    whole = {start: load_audio(path, start) for start in (0, 2.5, 11.9)}
+    raw = bytearray(open(path, "rb").read())
+    if form == "WAV":
+        raw[4:8] = raw[40:44] = b"\xff" * 4
+    else:  # 36 bits of its first block
+        raw[21] &= 0xF0
+        raw[22:26] = bytes(4)
+    open(path, "wb").write(raw)
+    for start, windows in whole.items():
+        assert np.array_equal(load_audio(path, start), windows)
+    assert data.read_clip(path, 2.5, 4.0, **AUDIO_CONFIG)[0].shape == (1, 160000)
+    assert count_frames(path) == (12 * 44100, 44100)
 
 
 @pytest.mark.parametrize("seconds, overlap, most, n", [
@@ -93,8 +106,8 @@ def mp3_with_header(loud_first):
     whole = io.BytesIO()
     soundfile.write(whole, np.concatenate(parts[::1 if loud_first else -1]), 44100, format="MP3",
                     bitrate_mode="VARIABLE", compression_level=0.5)
-    raw, kbits = whole.getvalue(), (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-    return raw, 144000 * kbits[raw[2] >> 4] // 44100 + (raw[2] >> 1 & 1)
+    raw = whole.getvalue()
+    return raw, raw.index(raw[:2], 2)  # frames begin alike
 
 
 @pytest.mark.parametrize("loud_first", [True, False])
@@ -109,22 +122,6 @@ def test_mp3s_are_read_whole(tmp_path, loud_first, header, tag):
     assert abs(len(samples) / 16000 - 30) < 0.2 and truncated == 0
     later, _ = data.read_samples(str(path), 2.0, 2.0, **AUDIO_CONFIG)
     assert len(later) == 2 * 16000
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_flac_without_a_length(tmp_path, channels):
-    """As streaming encoders write it: 36 bits of its first block are zero."""
-    path = str(tmp_path / "a.flac")
-    soundfile.write(path, rng.standard_normal((12 * 44100, channels)) * 0.1, 44100)
-    whole = {start: load_audio(path, start) for start in (0, 2.5, 11.9)}
-    raw = bytearray(open(path, "rb").read())
-    raw[21] &= 0xF0
-    raw[22:26] = bytes(4)
-    open(path, "wb").write(raw)
-    for start, windows in whole.items():
-        assert np.array_equal(load_audio(path, start), windows)
-    assert data.read_clip(path, 2.5, 4.0, **AUDIO_CONFIG)[0].shape == (1, 160000)
-    assert count_frames(path) == (12 * 44100, 44100)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
@@ -168,34 +165,32 @@ def test_bad_audio_is_one_named_error(tmp_path, kind):
     assert str(error.value).startswith(path + ": ") and "\n" not in str(error.value)
 
 
+FORMS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None), ("OGG", None), ("MP3", None), ("AIFF", None)]
+
+
 def test_damaged_files_give_windows_or_one_named_error(tmp_path):
-    outcomes = {"windows": 0, "error": 0}
-    forms = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "IMA_ADPCM"), ("FLAC", None), ("OGG", None), ("MP3", None),
-             ("AIFF", None), ("CAF", None)]
-    for i in range(200):
-        form, subtype = forms[i % len(forms)]
-        whole = io.BytesIO()
-        soundfile.write(whole, rng.standard_normal((4000, 1 + i % 2)) * 0.1, 22050, format=form, subtype=subtype)
-        raw = bytearray(whole.getvalue())
-        kind, size = rng.integers(4), len(raw)
-        if kind == 0:
-            raw = raw[:rng.integers(size)]
-        elif kind == 1:
-            for index in rng.integers(size, size=10):
+    errors = 0
+    for i in range(180):
+        form, subtype = FORMS[i % len(FORMS)]
+        path = str(tmp_path / f"{i}.{rng.choice(['wav', 'mp3', 'raw'])}")
+        soundfile.write(path, rng.standard_normal((4000, 1 + i % 2)) * 0.1, 22050, format=form, subtype=subtype)
+        raw = bytearray(open(path, "rb").read())
+        if i % 3 == 0:
+            raw = raw[:rng.integers(len(raw))]
+        elif i % 3 == 1:
+            for index in rng.integers(len(raw), size=10):
                 raw[index] ^= 1 << rng.integers(8)
-        elif kind == 2:  # sizes, rates and channels that are not so
+        else:  # sizes, rates and channels that are not so
             index = int(rng.integers(4, 44))
             raw[index:index + 4] = struct.pack("<I", int(rng.choice([0, 1, 1023, 2 ** 31 - 1, 2 ** 32 - 1])))
-        path = str(tmp_path / f"{i}.{rng.choice(['wav', 'mp3', 'raw'])}")
         open(path, "wb").write(raw)
         try:
             windows = load_audio(path)
             assert windows.shape[1] == 160000 and 1 <= len(windows) <= 12
-            outcomes["windows"] += 1
         except UserError as error:
             assert str(error).startswith(path + ": ") and "\n" not in str(error)
-            outcomes["error"] += 1
-    assert min(outcomes.values()) > 30, outcomes
+            errors += 1
+    assert 30 < errors < 150
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,24 +283,22 @@ def test_labels_against_a_loop():
 
 
 def test_a_batch_reports_what_is_missing(tmp_path, tokenizer):
-    soundfile.write(tmp_path / "x.wav", tone(1, 16000), 16000)
-    soundfile.write(tmp_path / "long.wav", tone(12.5, 16000), 16000)
+    for name, seconds in (("x.wav", 1), ("long.wav", 12.5)):
+        soundfile.write(tmp_path / name, tone(seconds, 16000), 16000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
-    items = [("x.wav", "what?", "a dog " * 50), ("no.wav", "what?", "a"), ("x.wav", "Q", "A"), ("long.wav", "Q", "A"),
-             ("silent.wav", "Q", "A")]
-    path, audio_config = write_manifest(tmp_path, "a-AQA/train", items), AUDIO_CONFIG | {"max_num_window": 1}
-    clips = Clips([Manifest(path, str(tmp_path))], None, audio_config)
+    items = [(name, "Q", "A") for name in ("x.wav", "no.wav", "long.wav", "silent.wav")]
+    path = write_manifest(tmp_path, "a-AQA/train", [("x.wav", "what?", "a dog " * 50), *items])
+    clips = Clips([Manifest(path, str(tmp_path))], None, AUDIO_CONFIG | {"max_num_window": 1})
     batch = Collate(tokenizer, 40, 160000)([clips[i] for i in range(5)])
     assert batch["unfinished"] == 1 and len(batch["errors"]) == 1 and "no.wav" in batch["errors"][0]
     assert batch["truncated_clips"] == 1 and batch["truncated_seconds"] == pytest.approx(2.5)
-    assert batch["n_windows"].tolist() == [1] * 4 and batch["windows"].shape == (4, 160000)
-    assert batch["windows"].dtype == torch.int16 and not batch["windows"][3].any()
+    assert batch["n_windows"].tolist() == [1] * 4 and batch["windows"].dtype == torch.int16
+    assert batch["windows"].shape == (4, 160000) and not batch["windows"][3].any()
     assert (batch["labels"][0] == -100).all() and (batch["labels"][1] != -100).sum() == 3
-    warning = data.truncation_warning(5, 1, 2.5, audio_config)
-    assert "1 of 5" in warning and "max_num_window = 1 " in warning and "2.5 s" in warning
-    assert not data.truncation_warning(5, 0, 0, audio_config)
-    nothing = Collate(tokenizer, 40, 160000)([clips[1]])
+    nothing = Collate(tokenizer, 40, 160000)([clips[2]])
     assert (nothing["labels"] == -100).all() and not nothing["windows"].any()
+    warning = data.truncation_warning(5, 1, 2.5, clips.audio_config)
+    assert "1 of 5" in warning and "max_num_window = 1 " in warning and "2.5 s" in warning
 
 
 def test_planned_windows_are_those_that_are_read(tmp_path):
@@ -314,14 +307,14 @@ def test_planned_windows_are_those_that_are_read(tmp_path):
     soundfile.write(tmp_path / "y.wav", tone(12, 16000), 16000)
     items = [("x.wav", 0, 70), ("x.wav", 30, 40), ("x.wav", 5, 10), ("x.wav", 5, 10.5), ("x.wav", 61.25, 8.75),
              ("y.wav", 0, 12), ("x.wav", 0, 0.5), (["x.wav", "y.wav"], 0, 82)]
-    path = write_manifest(tmp_path, "a-AQA/train", [(name, "p", "o", duration) for name, _, duration in items])
-    content = json.load(open(path))
-    for i, (_, start, _) in enumerate(items):
-        content["data"][str(i)]["audio_start"] = start
-    json.dump(content, open(path, "w"))
+
+    def change(content):
+        for i, (name, start, duration) in enumerate(items):
+            content["data"][str(i)] |= {"name": name, "audio_start": start, "duration": duration}
+
+    manifest = Manifest(edit_manifest(tmp_path, change, len(items)), str(tmp_path))
     for overlap, most in ((0.0, 12), (0.0, 3), (4.0, 30)):
-        clips = Clips([Manifest(path, str(tmp_path))], None,
-                      AUDIO_CONFIG | {"window_overlap": overlap, "max_num_window": most})
+        clips = Clips([manifest], None, AUDIO_CONFIG | {"window_overlap": overlap, "max_num_window": most})
         counts = [clips[i]["n_windows"] for i in range(len(items))]
         assert clips.sizes()[:-1, 0].tolist() == [n for (n,) in counts[:-1]]
         assert clips.sizes()[-1, 0] >= max(counts[-1])
@@ -343,47 +336,34 @@ def test_batches_have_every_item_once(n, world, options):
     for batch in filter(len, sum(plan, [])):
         assert len(batch) <= 16
         assert "max_windows" not in options or len(batch) * sizes[batch, 0].max() <= 48
-    assert flat(plan) == flat(plan_batches(sizes, 16, [1, 0], world, **options))
-    assert n < 1000 or flat(plan) != flat(plan_batches(sizes, 16, [1, 1], world, **options))
+    assert n < 1000 or flat(plan) != flat(plan_batches(sizes, 16, [1, 1], world, **options))  # by the seed
 
 
 def test_a_step_takes_the_same_items_however_they_are_divided():
     sizes = np.stack([rng.integers(1, 13, 1000), rng.integers(5, 300, 1000)], 1)
-    whole = plan_batches(sizes, 8, [1, 0], pool=32)
-    ranks = plan_batches(sizes, 4, [1, 0], world=2, pool=32)
-    assert [sorted(batch) for (batch,) in whole] == [sorted(np.concatenate(micro)) for micro in ranks]
-    micro = plan_batches(sizes, 4, [1, 0], pool=32, multiple=2)
-    assert [sorted(batch) for (batch,) in whole] == [sorted([*a, *b]) for (a,), (b,) in zip(micro[::2], micro[1::2])]
+    whole = [sorted(batch) for batch in flat(plan_batches(sizes, 8, [1, 0], pool=32))]
+    ranks = flat(plan_batches(sizes, 4, [1, 0], world=2, pool=32))
+    micro_steps = flat(plan_batches(sizes, 4, [1, 0], pool=32, multiple=2))
+    for halves in (ranks, micro_steps):
+        assert [sorted(a + b) for a, b in zip(halves[::2], halves[1::2])] == whole
 
 
 def test_the_order_is_the_same_under_every_numpy():
     """Written down under numpy 1.26: runs go on under another."""
     sizes = np.zeros((12, 2), np.int64)
     assert flat(plan_batches(sizes, 2, [42, 3])) == [[5, 4], [2, 8], [0, 6], [1, 10], [9, 3], [7, 11]]
-    sizes = np.arange(24).reshape(12, 2)
-    plan = plan_batches(sizes, 2, [2 ** 40, 3], pool=2)  # a seed of more than 32 bits
-    assert flat(plan) == [[5, 10], [0, 3], [1, 2], [6, 7], [8, 9], [4, 11]]
 
 
 def test_padding_and_the_work_of_ranks():
-    """Clips of 1-30 s and 30-300 s mixed, 8 ranks: loops over the plan, and the promised figures."""
+    """Clips of 1-30 s and 30-300 s mixed, 8 ranks: the promised figures, and one of them by a loop."""
     n = 20_000
     seconds = np.where(rng.random(n) < 0.5, rng.uniform(1, 30, n), rng.uniform(30, 300, n))
     sizes = np.stack([np.ceil(seconds / 10).astype(int), rng.lognormal(3.5, 0.6, n).astype(int) + 5], 1)
     plan = plan_batches(sizes, 16, [1, 0], 8, 256, 48)
-    slots, most, mean = np.zeros(2), 0, 0
-    for micro in plan:
-        work = []
-        for batch in micro:
-            longest = [max((sizes[i, k] for i in batch), default=0) for k in (0, 1)]
-            slots += [len(batch) * longest[0], len(batch) * longest[1]]
-            work.append(10 * sum(sizes[i, 0] for i in batch) + len(batch) * longest[1])
-        most, mean = most + max(work), mean + sum(work) / 8
     stats = padding_stats(sizes, plan)
-    windows, tokens = 1 - sizes.sum(0) / slots
-    assert stats == pytest.approx({"window_padding": windows, "token_padding": tokens,
-                                   "rank_imbalance": most / mean - 1})
-    assert windows <= 0.03 and tokens <= 0.10 and stats["rank_imbalance"] <= 0.05
+    slots = sum(len(batch) * max(sizes[batch, 0]) for micro in plan for batch in micro if len(batch))
+    assert stats["window_padding"] == pytest.approx(1 - sizes[:, 0].sum() / slots)
+    assert stats["window_padding"] <= 0.03 and stats["token_padding"] <= 0.10 and stats["rank_imbalance"] <= 0.05
 
 
 def test_token_estimate(tokenizer):
@@ -416,7 +396,7 @@ def test_a_loader_that_goes_on_equals_a_new_one(tiny_data, tokenizer):
         assert len(batches) == len(expected) == len(loader.rows) - start
         for a, b in zip(batches, expected):
             assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["windows"], b["windows"])
-        workers |= {worker.pid for worker in loader._iterator._workers}
+        workers |= {worker.pid for worker in multiprocessing.active_children()}
     assert len(workers) == 2
 
 
@@ -433,15 +413,6 @@ def test_a_setting_that_leaves_no_batch_is_refused(tiny_data, tokenizer, setting
     c = loader_config(tiny_data, **setting)
     with pytest.raises(UserError, match=next(iter(setting))):
         train_loader(open_manifests(c, c.dataset_blending_config), c, tokenizer, AUDIO_CONFIG, 0)
-
-
-@pytest.mark.slow
-def test_training_by_windows_logs_its_padding(tiny_config, tmp_path):
-    run("train.py", tiny_config, f"--expdir={tmp_path}", "--run_name=w", "--max_windows_per_batch=2",
-        "--batch_size=4", "--num_workers=1", "--dataset_blending_global_weight=1.0")
-    lines = [json.loads(line) for line in open(tmp_path / "w/log.jsonl")]
-    padding = [line["window_padding"] for line in lines if "window_padding" in line]
-    assert len(padding) == 2 and all(0 <= share < 0.5 for share in padding)
 
 
 @pytest.mark.slow

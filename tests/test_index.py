@@ -23,12 +23,10 @@ print(len(manifest), manifest.items[len(manifest) - 1]['output'], manifest.diges
 
 def content(n):
     words = ["dog", "Küche", "音", "😀", 'a "quote"', "back\\slash", "tab\t", "line\n", *"{},", '": ', ", Infinity, "]
-    all_texts, data = [" ".join(rng.choice(words, rng.integers(0, 6))) for _ in range(100)], {}
-    for i in range(n):
-        texts = [all_texts[k] for k in rng.integers(0, 100, 2).tolist()]
-        data[str(i)] = {"name": f"ü/{i}.wav", "prompt": texts[0], "output": texts[1]}
-        data[str(i)] |= {"duration": float(rng.integers(1, 9))} if rng.random() < 0.5 else {}
-        data[str(i)] |= {"extra": [{"deep": [None, True, 1e-7]}, texts[0]]} if rng.random() < 0.3 else {}
+    texts = [" ".join(rng.choice(words, 4)) for _ in range(100)]
+    data = {str(i): {"name": f"ü/{i}.wav", "prompt": texts[i % 100], "output": texts[i % 91]} for i in range(n)}
+    for i in range(0, n, 3):
+        data[str(i)] |= {"duration": i / 7, "extra": [{"deep": [None, True, 1e-7]}, texts[i % 100]]}
     head = {"split": "train", "split_path": "ö", "flamingo_task": "x", "total_num": n}
     return head | {"data": data, "more": [1]}
 

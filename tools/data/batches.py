@@ -42,10 +42,12 @@ def plan_batches(sizes, batch_size, seed, world=1, pool=64, max_windows=None, mu
         B = batch_size
         while B > 1 and max_windows and B * sizes[rest[:B * world][-1], 0] > max_windows:
             B -= 1
-        last.append([rest[:B * world][r::world] for r in range(world)])
+        whole = rest[:B * world]
+        last.append([whole[r::world] for r in range(world)])
         rest = rest[B * world:]
     last += [[rest] * world] * (-len(last) % multiple)  # empty
-    steps += [last[i:i + multiple] for i in range(0, len(last), multiple)]
+    for i in range(0, len(last), multiple):
+        steps.append(last[i:i + multiple])
     order = np.random.default_rng([*seed, 1]).permutation(len(steps))
     return [micro for i in order for micro in steps[i]]
 
@@ -66,7 +68,8 @@ def take_step(items, sizes, batch_size, world, max_windows, multiple):
         if max_windows:
             micro = split_by_work(items, sizes, batch_size, world, max_windows)
         else:
-            micro = [items[:batch_size * world][r::world] for r in range(world)]
+            whole = items[:batch_size * world]
+            micro = [whole[r::world] for r in range(world)]
         step.append(micro)
         items = items[sum(map(len, micro)):]
     return step

@@ -5,16 +5,15 @@
 
     from model import AudioFlamingo
     model = AudioFlamingo.from_pretrained("exp/sft")            # a run, a checkpoint, a release, a hub id
-    model.generate(["What is happening?"], windows, n_windows)  # of data.load_audio(path, **model.audio_config)
+    model.generate(["What is happening?"], windows, n_windows)  # data.load_audio(path, **model.audio_config)
 
 Shapes: B texts, W windows, S audio tokens of a clip (64 per window; (clap_spec_size/32)^2 in general), T text
 tokens, D language-model width, C audio width, V vocabulary, H heads of d channels. Paper: arXiv 2503.03983.
 
-Read from the top; AudioFlamingo.forward_hidden is the idea in ten lines. The Triton kernels, which compute what
-naive_attention spells out, stand last. Nothing here opens a file: checkpoint.py does.
+Read from the top; AudioFlamingo.forward_hidden is the idea in ten lines. The Triton kernels, which compute
+what naive_attention spells out, stand last. Nothing here opens a file: checkpoint.py does.
 """
 import math
-from contextlib import nullcontext
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -77,6 +76,7 @@ def log_mel(windows, sample_rate=SAMPLE_RATE, mel=None):
 #     sample_rate                Hz
 #     forward(windows)           (n, L) float32 -> (n, tokens_per_window, C)
 #     trainable()                the parameters that clap_finetune unfreezes
+#     flops(n)                   operations of a forward pass over n windows, for the MFU
 # Ours is CLAP: HTS-AT of the package laion-clap.
 
 
@@ -86,9 +86,9 @@ class ClapEncoder(nn.Module):
 
     def __init__(self, embed_dim, depths, num_heads, spec_size=256, position=False, augment=True, mel=None,
                  fusion=True):
-        """position: HTS-AT's absolute position embedding (published: none); augment: drop path and SpecAugment;
-        mel: (513, 64) mel bands other than AF-CLAP's, from which the sample rate is inferred; fusion: whether
-        HTS-AT is built with CLAP's feature-fusion branch (needed to load such checkpoints; never run)."""
+        """position: HTS-AT's absolute position embedding (published: none); augment: drop path and
+        SpecAugment; mel: (513, 64) mel bands other than AF-CLAP's, from which the sample rate is inferred;
+        fusion: whether HTS-AT is built with CLAP's feature-fusion branch (needed to load such checkpoints; never run)."""
         super().__init__()
         self.htsat = load_htsat_class()(
             spec_size=spec_size, patch_size=4, patch_stride=(4, 4), embed_dim=embed_dim, depths=depths,
@@ -115,8 +115,8 @@ class ClapEncoder(nn.Module):
         """mel (n, frames, 64), from log_mel -> (n, S, C). UserError if a window is too long for spec_size."""
         h = self.htsat
         if mel.shape[1] > self.max_frames:
-            raise UserError(f"window_length gives {mel.shape[1]} frames of 10 ms, clap_spec_size {h.spec_size} "
-                            f"takes {self.max_frames}")
+            raise UserError(f"window_length: {mel.shape[1]} frames of 10 ms, expected at most "
+                            f"{self.max_frames} with this clap_spec_size")
         x = h.bn0(mel.transpose(1, 2)[..., None]).permute(0, 3, 2, 1)  # per mel band; (n, 1, frames, 64)
         if self.training and self.augment:
             x = h.spec_augmenter(x)
@@ -142,6 +142,16 @@ class ClapEncoder(nn.Module):
         fusion = ("mel_conv2d", "fusion_model")
         return [p for name, p in self.named_parameters() if not any(part in name for part in fusion)]
 
+    def flops(self, n):
+        """Of the matrices alone; the attention inside HTS-AT's windows adds a few percent."""
+        patches = (self.htsat.spec_size // 4) ** 2  # of a window
+        total = 0
+        for stage in self.htsat.layers:
+            total += patches * matrix_sizes(stage.blocks)
+            patches /= 4  # the downsampling matrix reads four patches as one
+            total += patches * matrix_sizes(stage.downsample or nn.Identity())
+        return 2 * n * total
+
 
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(d) + mask) v by SDPA. q (B, H, T, d); k, v (B, H_kv, N, d), where H_kv divides H
@@ -156,29 +166,24 @@ def attention(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
 
 
-@lru_cache
-def window_order(side, w, shift, device):
-    """Cyclic shift and window partition as one gather: the indices of the patches of a (side, side) grid rolled
-    by `shift`, window (w, w) by window, and the indices that undo it."""
-    grid = torch.arange(side * side).view(side, side).roll((-shift, -shift), (0, 1))
-    order = grid.view(side // w, w, side // w, w).transpose(1, 2).flatten()
-    return order.to(device), order.argsort().to(device)
-
-
 def swin_block(block, x):
     """A Swin block of HTS-AT, x (n, L, C), by SDPA: its own forward, which keeps score matrices, takes three
     times as long on a CPU."""
     n, L, C = x.shape
+    side = block.input_resolution[0]
     w = block.window_size
+    shift = block.shift_size
     attn = block.attn
-    order, inverse = window_order(block.input_resolution[0], w, block.shift_size, x.device)
-    qkv = attn.qkv(block.norm1(x)[:, order]).view(-1, w * w, 3, attn.num_heads, C // attn.num_heads)
+    grid = block.norm1(x).view(n, side, side, C).roll((-shift, -shift), (1, 2))
+    tiles = grid.view(n, side // w, w, side // w, w, C).transpose(2, 3)  # windows of w x w patches
+    qkv = attn.qkv(tiles.reshape(-1, w * w, C)).unflatten(-1, (3, attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n windows, heads, patches, d)
     bias = attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)[None]
-    if block.shift_size:  # mask between patches that are adjacent only because of the cyclic shift
+    if shift:  # mask between patches that are adjacent only because of the cyclic shift
         bias = (bias + block.attn_mask[:, None]).repeat(n, 1, 1, 1)
-    y = attention(q, k, v, mask=bias).transpose(1, 2).reshape(n, L, C)
-    x = x + block.drop_path(attn.proj(y)[:, inverse])
+    y = attn.proj(attention(q, k, v, mask=bias).transpose(1, 2).flatten(2))
+    y = y.view(n, side // w, side // w, w, w, C).transpose(2, 3).reshape(n, side, side, C)
+    x = x + block.drop_path(y.roll((shift, shift), (1, 2)).view(n, L, C))
     return x + block.drop_path(block.mlp(block.norm2(x)))
 
 
@@ -195,7 +200,7 @@ gradient_checkpoint = partial(checkpoint, use_reentrant=False)
 
 
 def rope_table(positions, r, base, llama3=None):
-    """positions (..., T) -> cos and signed sin (..., T, r) float32; llama3: arguments of llama3_frequencies."""
+    """positions (..., T) -> cos and signed sin (..., T, r) float32; llama3: see llama3_frequencies."""
     frequency = base ** (-torch.arange(0, r, 2, device=positions.device, dtype=torch.float32) / r)
     if llama3:
         frequency = llama3_frequencies(frequency, **llama3)
@@ -205,7 +210,8 @@ def rope_table(positions, r, base, llama3=None):
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def llama3_frequencies(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+def llama3_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
+                       original_max_position_embeddings):
     """The RoPE scaling of Llama 3.1 (rope_type "llama3", arXiv 2407.21783) for texts longer than it was first
     trained on: frequencies with at least high_freq_factor turns over the original length stay, those with at
     most low_freq_factor turns are divided by `factor`, those between are interpolated."""
@@ -240,8 +246,10 @@ class AudioAttention(nn.Module):
 
     def forward(self, x, rope, mask):
         B, S, C = x.shape
-        q, k, v = (w(x).view(B, S, self.n_head, self.d).transpose(1, 2) for w in (self.w_qs, self.w_ks, self.w_vs))
-        o = attention(rotate(q, *rope), rotate(k, *rope), v, mask)  # (B, H, S, d)
+        q = self.w_qs(x).view(B, S, self.n_head, -1).transpose(1, 2)  # (B, H, S, d)
+        k = self.w_ks(x).view(B, S, self.n_head, -1).transpose(1, 2)
+        v = self.w_vs(x).view(B, S, self.n_head, -1).transpose(1, 2)
+        o = attention(rotate(q, *rope), rotate(k, *rope), v, mask)
         return self.layer_norm(x + self.fc(o.transpose(1, 2).reshape(B, S, C)))
 
 
@@ -342,15 +350,14 @@ def gated_cross_attention(q, k, v, n_keys, gate, backend="auto"):
     B, T, H, d = q.shape
     kv_shape = (B, k.shape[1], H, d)
     if k.shape != kv_shape or v.shape != kv_shape or not q.dtype == k.dtype == v.dtype:
-        got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
-        raise ValueError(f"q, k, v: expected (B, T, H, d), (B, N, H, d), (B, N, H, d) of one dtype, got {got}")
+        raise ValueError(f"expected q (B, T, H, d), k and v (B, N, H, d) of one dtype, got {list(q.shape)} "
+                         f"{q.dtype}, {list(k.shape)} {k.dtype}, {list(v.shape)} {v.dtype}")
     if n_keys.shape not in ((B,), (B, T)) or n_keys.is_floating_point():
-        got = f"{tuple(n_keys.shape)} {n_keys.dtype}"
-        raise ValueError(f"n_keys: expected integers {(B,)} or {(B, T)}, got {got}")
+        raise ValueError(f"n_keys: expected integers (B,) or (B, T), got {list(n_keys.shape)} {n_keys.dtype}")
     if backend == "auto":
         backend, _ = pick_backend(q.device)
     if backend not in BACKENDS:
-        raise UserError(f"attention_backend = {backend!r}: expected 'auto' or one of {', '.join(BACKENDS)}")
+        raise UserError(f"attention_backend = {backend!r}: expected auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, n_keys, gate)
 
 
@@ -382,14 +389,10 @@ class GatedCrossAttention(nn.Module):
             kv = kv.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
         return kv
 
-    def queries(self, x):
-        """x (B, T, D) -> (B, T, H, d)."""
-        return self.attn.to_q(self.attn.norm(x)).unflatten(-1, (self.heads, self.d))
-
     def forward(self, x, kv, n_keys, backend="auto"):
         """x (B, T, D), kv (B, S, 2, H, d) of keys_values, n_keys (B,) or (B, T) -> (B, T, D)."""
-        k, v = kv.unbind(2)
-        y = gated_cross_attention(self.queries(x), k, v, n_keys, self.attn_gate, backend)  # (B, T, H, d)
+        q = self.attn.to_q(self.attn.norm(x)).unflatten(-1, (self.heads, self.d))  # (B, T, 8, 64)
+        y = gated_cross_attention(q, *kv.unbind(2), n_keys, self.attn_gate, backend)
         x = x + self.attn.to_out(y.flatten(2))
         return x + self.ff_gate.tanh().to(x.dtype) * self.ff(x)
 
@@ -444,7 +447,8 @@ class SelfAttention(nn.Module):
             slots = positions.slots[:, None, :, None].expand_as(k)
             k = kv_cache[0].scatter_(2, slots, k)
             v = kv_cache[1].scatter_(2, slots, v)
-            grouped = q.reshape(*k.shape[:2], -1, self.d)  # GQA without copies: the queries of a key head as rows
+            # GQA without copies: the queries of a key head as rows
+            grouped = q.reshape(*k.shape[:2], -1, self.d)
             o = F.scaled_dot_product_attention(grouped, k, v, positions.mask).reshape(q.shape)
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
@@ -474,8 +478,8 @@ class Block(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Token embeddings, or the head's rows. The rows of the added special tokens are a parameter of their own,
-    so that they can train while the pretrained rows stay frozen; releases hold the two as one table."""
+    """Token embeddings, or the head's rows. The rows of the added special tokens are a parameter of their
+    own, so that they can train while the pretrained rows stay frozen; releases hold the two as one table."""
 
     def __init__(self, vocab, added, width):
         super().__init__()
@@ -516,8 +520,8 @@ class LanguageModel(nn.Module):
         """Positions of ids (B, T): from 0 on, or with a KV cache at `positions` (B, T)."""
         c = self.config
         if kv_cache is None:
-            rope = rope_table(torch.arange(ids.shape[1], device=ids.device), c.d, c.rope_theta, c.rope_stretch)
-            return Positions(rope)  # (T, d)
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            return Positions(rope_table(positions, c.d, c.rope_theta, c.rope_stretch))  # (T, d)
         rope = rope_table(positions[:, None], c.d, c.rope_theta, c.rope_stretch)  # (B, 1, T, d)
         slots = torch.arange(kv_cache.shape[4], device=ids.device)
         future = slots > positions.repeat(1, c.heads // c.kv_heads)[:, None, :, None]
@@ -525,8 +529,8 @@ class LanguageModel(nn.Module):
         return Positions(rope, positions, mask)
 
     def forward(self, ids, layers=None):
-        """The language model alone: ids (B, T) right-padded -> (B, T, D) before the head; layers: of its blocks,
-        None for all."""
+        """The language model alone: ids (B, T) right-padded -> (B, T, D) before the head; layers: how many of
+        its blocks, None for all."""
         x = self.embed_tokens(ids)
         positions = self.make_positions(ids)
         for block in self.layers[:layers]:
@@ -555,8 +559,8 @@ def from_host(array, device):
 
 
 def pad_packed(x, n):
-    """Pad packed sequences: (sum n, S, C) -> (P, max n * S, C). Padding repeats a sequence's last rows and must
-    be masked. n (P,) is a numpy array: indices made on the host need no synchronisation with the device."""
+    """Pad packed sequences: (sum n, S, C) -> (P, max n * S, C). Padding repeats a sequence's last rows and
+    must be masked. n (P,) is a numpy array: indices made on the host need no synchronisation with the device."""
     index = np.minimum(np.arange(n.max()), n[:, None] - 1)  # (P, max n), within a sequence
     index += (n.cumsum() - n)[:, None]
     if index.size > len(x):
@@ -567,8 +571,9 @@ def pad_packed(x, n):
 class AudioFlamingo(nn.Module):
     def __init__(self, config, lm, tokenizer, encoder=None):
         """config: the settings of config.MODEL_SETTINGS and attention_backend; lm: a LanguageModel, or its
-        sizes; tokenizer: the language model's with our special tokens (data.extend_tokenizer); encoder: see "The
-        audio encoder", None for CLAP of the config's sizes. Weights are random; checkpoint.py loads them."""
+        sizes; tokenizer: the language model's with our special tokens (data.extend_tokenizer); encoder: see
+        "The audio encoder", None for CLAP of the config's sizes. Weights are random; checkpoint.py loads them.
+        """
         super().__init__()
         c = config
         self.config = config
@@ -578,7 +583,8 @@ class AudioFlamingo(nn.Module):
         self.sep_id = tokenizer.sep_token_id
         self.stop_ids = [self.end_id, tokenizer.eos_token_id]
         self.lm = lm if isinstance(lm, nn.Module) else LanguageModel(lm, added=len(tokenizer) - lm.vocab)
-        self.clap = encoder or ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads, c.clap_spec_size)
+        self.clap = encoder or ClapEncoder(c.clap_embed_dim, c.clap_depths, c.clap_num_heads,
+                                           c.clap_spec_size)
         self.audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS}  # for data.load_audio
         self.audio_config["sample_rate"] = self.clap.sample_rate
         self.audio_transformer = AudioTransformer(
@@ -612,8 +618,8 @@ class AudioFlamingo(nn.Module):
         return pad_packed(audio, counts.sum(1)), n_keys.cumsum(1)
 
     def visible_keys(self, ids, n_keys):
-        """n_keys of encode_audio -> n_keys for each token of ids (B, T), which attends to the clips whose
-        <audio> precedes it (Flamingo's interleaved mask); tokens before the first attend to the first clip."""
+        """n_keys of encode_audio -> n_keys for each token of ids (B, T): it attends to the clips whose <audio>
+        precedes it (Flamingo's interleaved mask), a token before the first one to the first clip."""
         if n_keys.ndim == 1:
             return n_keys
         n_clips = (ids == self.audio_id).cumsum(1).clamp(1, n_keys.shape[1])
@@ -625,8 +631,8 @@ class AudioFlamingo(nn.Module):
 
     def forward_hidden(self, ids, kv, n_keys, positions=None, kv_cache=None, inspect=None):
         """ids (B, T) -> (B, T, D) before the head; kv of keys_values, n_keys of visible_keys. With a kv_cache
-        (LanguageModel.new_kv_cache) the ids are the tokens at `positions` (B, T) of texts whose earlier tokens
-        are in it. inspect(i, x) is called with the residual stream x (B, T, D) before gated block i."""
+        (LanguageModel.new_kv_cache) the ids are the tokens at `positions` (B, T) of texts whose earlier
+        tokens are in it. inspect(i, x) is called with the residual stream x (B, T, D) before gated block i."""
         call = nn.Module.__call__
         if self.training and self.gradient_checkpointing:
             call = gradient_checkpoint
@@ -770,10 +776,11 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr,
                    k_b, k_n, k_h, n_b, n_t, T, N, scale,
                    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
                    STORE_Y: tl.constexpr):
-    """Grid (token blocks, B H, splits). With several splits (flash-decoding) each stores o and lse of its share
-    of the keys, (splits, B, ...)."""
-    b = (tl.program_id(1) // H).to(tl.int64)
+    """Grid (token blocks, splits H, B). With several splits (flash-decoding) each stores o and lse of its
+    share of the keys, (splits, B, ...)."""
     h = tl.program_id(1) % H
+    split = tl.program_id(1) // H
+    b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = load_n_keys(n_ptr, n_b, n_t, b, t, T, N)
     q = load_rows(q_ptr + (b * T * H + h) * D, t, H * D, T, D)  # (t, D)
@@ -782,8 +789,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr,
     l = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, D), tl.float32)
     n_max = tl.max(n)  # of the tokens here: padded keys cost nothing
-    share = tl.cdiv(n_max, tl.num_programs(2) * BLOCK_N) * BLOCK_N
-    first = tl.program_id(2) * share
+    share = tl.cdiv(n_max, tl.num_programs(1) // H * BLOCK_N) * BLOCK_N
+    first = split * share
     for start in range(first, tl.minimum(first + share, n_max), BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr + kv, keys, k_n, n_max, D)
@@ -796,22 +803,22 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr,
         acc = acc * alpha[:, None] + dot(p.to(v.dtype), v)
         l = l * alpha + tl.sum(p, 1)
         m = m_new
-    b += tl.program_id(2) * (tl.num_programs(1) // H)
+    b += split * tl.num_programs(2)
     store_output(acc, m, l, y_ptr, o_ptr, lse_ptr, gate_ptr, b, h, t, T, H, D, STORE_Y)
 
 
 @triton.jit
 def combine_kernel(part_ptr, part_lse_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr, T, splits,
                    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """o and lse of the splits, (splits, B, T, H, D) float32, -> y; grid (token blocks, B H)."""
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    """o and lse of the splits, (splits, B, T, H, D) float32, -> y; grid (token blocks, H, B)."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m = tl.full((BLOCK_T,), -1e30, tl.float32)
     l = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, D), tl.float32)
     for split in range(splits):
-        part = b + split * (tl.num_programs(1) // H)
+        part = b + split * tl.num_programs(2)
         lse = tl.load(part_lse_ptr + (part * H + h) * T + t, mask=t < T, other=float("-inf"))
         o = load_rows(part_ptr + (part * T * H + h) * D, t, H * D, T, D)
         m_new = tl.maximum(m, lse)
@@ -827,9 +834,9 @@ def combine_kernel(part_ptr, part_lse_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr, T, s
 def dq_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, dy_ptr, o_ptr, lse_ptr, delta_ptr, dq_ptr,
               k_b, k_n, k_h, n_b, n_t, T, N, scale,
               H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Grid (token blocks, B H): delta, which dkv_kernel reads next, and dq."""
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    """Grid (token blocks, H, B): delta, which dkv_kernel reads next, and dq."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = load_n_keys(n_ptr, n_b, n_t, b, t, T, N)
     head = (b * T * H + h) * D
@@ -859,9 +866,9 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, dy_ptr, o_ptr, lse_ptr, delt
 def dkv_kernel(q_ptr, k_ptr, v_ptr, n_ptr, n_max_ptr, gate_ptr, dy_ptr, lse_ptr, delta_ptr, dkv_ptr,
                k_b, k_n, k_h, n_b, n_t, T, N, scale,
                H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Grid (key blocks, B H): dk, dv as the halves of (B, N, 2, H, D); zeros for keys that no token sees."""
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    """Grid (key blocks, H, B): dk, dv as the halves of (B, N, 2, H, D); zeros for keys that no token sees."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0) * BLOCK_N
     keys = first + tl.arange(0, BLOCK_N)
     n_max = tl.minimum(tl.load(n_max_ptr + b), N).to(tl.int32)
@@ -923,7 +930,7 @@ def block_sizes(kernel, dtype, d, T):
 
 
 def launch(kernel, grid, *args, **options):
-    with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+    with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **options)
 
 
@@ -937,52 +944,50 @@ def kernel_inputs(q, k, v, n_keys):
     return [q.contiguous(), k, v, n_keys], shapes
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, n_keys: Tensor, tanh_gate: Tensor
-           ) -> tuple[Tensor, Tensor, Tensor]:
+def attend(q, k, v, n_keys, tanh_gate):
     """-> y (B, T, H, d) and, for the backward, o like y and lse (B, H, T) float32 in base 2."""
     B, T, H, d = q.shape
     inputs, shapes = kernel_inputs(q, k, v, n_keys)
-    y, o, lse = empty_outputs(q, k, v, n_keys, tanh_gate)
+    y, o, lse = outputs = empty_outputs(q, k, v, n_keys, tanh_gate)
     sizes = block_sizes("forward", q.dtype, d, T)
-    grid = (triton.cdiv(T, sizes["BLOCK_T"]), B * H)
+    blocks = triton.cdiv(T, sizes["BLOCK_T"])
     splits = 1
     if T <= 16:  # flash-decoding; of a long text the parts would be as large as the scores
-        splits = min(MIN_PROGRAMS // max(1, B * H), triton.cdiv(k.shape[1], sizes["BLOCK_N"]))
+        splits = min(MIN_PROGRAMS // (B * H), triton.cdiv(k.shape[1], sizes["BLOCK_N"]))
     if splits <= 1:
-        launch(forward_kernel, (*grid, 1), *inputs, tanh_gate, y, o, lse, *shapes, H, d, **sizes,
+        launch(forward_kernel, (blocks, H, B), *inputs, tanh_gate, *outputs, *shapes, H, d, **sizes,
                STORE_Y=True)
-        return y, o, lse
+        return outputs
     part = q.new_empty(splits, B, T, H, d, dtype=torch.float32)
     part_lse = q.new_empty(splits, B, H, T, dtype=torch.float32)
-    launch(forward_kernel, (*grid, splits), *inputs, tanh_gate, y, part, part_lse, *shapes, H, d, **sizes,
-           STORE_Y=False)
-    launch(combine_kernel, grid, part, part_lse, tanh_gate, y, o, lse, T, splits, H, d,
+    launch(forward_kernel, (blocks, splits * H, B), *inputs, tanh_gate, y, part, part_lse, *shapes, H, d,
+           **sizes, STORE_Y=False)
+    launch(combine_kernel, (blocks, H, B), part, part_lse, tanh_gate, *outputs, T, splits, H, d,
            **block_sizes("combine", q.dtype, d, T))
-    return y, o, lse
+    return outputs
+
+
+def attend_backward(dy, q, k, v, n_keys, tanh_gate, o, lse):
+    """-> dq, dkv (B, N, 2, H, d), d tanh(gate) (1,). No atomics: the same bits every time."""
+    B, T, H, d = q.shape
+    inputs, shapes = kernel_inputs(q, k, v, n_keys)
+    dq, dkv, _ = empty_gradients(dy, q, k, v, n_keys, tanh_gate, o, lse)
+    delta = torch.empty_like(lse)
+    dy = dy.contiguous()
+    sizes = block_sizes("dq", q.dtype, d, T)
+    blocks = triton.cdiv(T, sizes["BLOCK_T"])
+    launch(dq_kernel, (blocks, H, B), *inputs, tanh_gate, dy, o, lse, delta, dq, *shapes, H, d, **sizes)
+    n_max = n_keys.contiguous() if n_keys.ndim == 1 else n_keys.amax(1)  # (B,)
+    sizes = block_sizes("dkv", q.dtype, d, T)
+    blocks = triton.cdiv(k.shape[1], sizes["BLOCK_N"])
+    launch(dkv_kernel, (blocks, H, B), *inputs, n_max, tanh_gate, dy, lse, delta, dkv, *shapes, H, d, **sizes)
+    return dq, dkv, delta.sum().view(1)
 
 
 def empty_outputs(q, k, v, n_keys, tanh_gate):
     """Of attend."""
     B, T, H, d = q.shape
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-
-
-def attend_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, n_keys: Tensor, tanh_gate: Tensor, o: Tensor,
-                    lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dkv (B, N, 2, H, d), d tanh(gate) (1,). No atomics: the same bits every time."""
-    B, T, H, d = q.shape
-    dq, dkv, _ = empty_gradients(dy, q, k, v, n_keys, tanh_gate, o, lse)
-    delta = torch.empty_like(lse)
-    inputs, shapes = kernel_inputs(q, k, v, n_keys)
-    dy = dy.contiguous()
-    sizes = block_sizes("dq", q.dtype, d, T)
-    launch(dq_kernel, (triton.cdiv(T, sizes["BLOCK_T"]), B * H), *inputs, tanh_gate, dy, o, lse, delta, dq,
-           *shapes, H, d, **sizes)
-    n_max = n_keys.contiguous() if n_keys.ndim == 1 else n_keys.amax(1)  # (B,)
-    sizes = block_sizes("dkv", q.dtype, d, T)
-    launch(dkv_kernel, (triton.cdiv(k.shape[1], sizes["BLOCK_N"]), B * H), *inputs, n_max, tanh_gate, dy, lse,
-           delta, dkv, *shapes, H, d, **sizes)
-    return dq, dkv, delta.sum().view(1)
 
 
 def empty_gradients(dy, q, k, v, n_keys, tanh_gate, o, lse):
@@ -992,9 +997,13 @@ def empty_gradients(dy, q, k, v, n_keys, tanh_gate, o, lse):
 
 
 # As operators, so that torch.compile(fullgraph=True) takes them whole and knows their shapes and gradients.
-attend_op = torch.library.custom_op("audio_flamingo::attend", attend, mutates_args=())
+SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor n_keys, Tensor tanh_gate"
+attend_op = torch.library.custom_op(
+    "audio_flamingo::attend", attend, mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)")
 attend_op.register_fake(empty_outputs)
-attend_backward_op = torch.library.custom_op("audio_flamingo::attend_backward", attend_backward, mutates_args=())
+attend_backward_op = torch.library.custom_op(
+    "audio_flamingo::attend_backward", attend_backward, mutates_args=(),
+    schema=f"(Tensor dy, {SCHEMA}, Tensor o, Tensor lse) -> (Tensor, Tensor, Tensor)")
 attend_backward_op.register_fake(empty_gradients)
 
 
@@ -1004,6 +1013,8 @@ def save_for_attend_backward(ctx, inputs, output):
 
 
 def attend_gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 5
     dq, dkv, dtanh = attend_backward_op(dy, *ctx.saved_tensors)
     return dq, dkv[:, :, 0], dkv[:, :, 1], None, dtanh
 
@@ -1015,9 +1026,8 @@ def triton_attention(q, k, v, n_keys, gate):
     d = q.shape[-1]
     fits = d in (32, 64, 128) and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if not fits or not triton.__version__ or not (q.is_cuda or INTERPRETED):
-        raise UserError(f"attention_backend = 'triton': expected triton, a GPU (or TRITON_INTERPRET=1 at import) "
-                        f"and heads of 32, 64 or 128 channels in float32, float16 or bfloat16; got triton "
-                        f"{triton.__version__}, {q.device} and {d} in {q.dtype}")
+        raise UserError("attention_backend = 'triton' needs triton, a GPU (or TRITON_INTERPRET=1 at import) and "
+                        f"32, 64 or 128 channels in float32, float16 or bfloat16; got {d} in {q.dtype}")
     # decoding without torch.compile skips the dispatcher
     op = attend_op if torch.is_grad_enabled() or torch.compiler.is_compiling() else attend
     # tanh in torch: exact near 0, where the gate starts, and differentiated there

@@ -114,7 +114,7 @@ def attention_keeping(keep):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients(model, golden, backend, checkpointing, monkeypatch):
     arrays, _, windows, n = golden
-    model.backend, model.recompute = backend, checkpointing
+    model.backend, model.gradient_checkpointing = backend, checkpointing
     for layer, keep in zip(model.audio_transformer.layer_stack, published_dropout()):
         forward = types.MethodType(attention_keeping(keep), layer.slf_attn)
         monkeypatch.setattr(layer.slf_attn, "forward", forward)

@@ -138,7 +138,7 @@ def test_gradient_checkpointing_and_finite_differences(tiny_settings):
     ids, windows, n, labels = batch(model)
     gradients = []
     for recompute, encoder in ((True, True), (False, True), (False, False), (True, False)):
-        model.recompute = model.clap.recompute = recompute
+        model.gradient_checkpointing = model.clap.gradient_checkpointing = recompute
         model.train()
         model.clap.train(encoder)
         model.zero_grad()
@@ -365,8 +365,8 @@ def test_sampling_that_makes_no_sense_is_refused(tiny_settings, wrong):
 
 
 def test_gradients_reach_the_sound_after_an_answer(tiny_settings):
-    from model import hann_and_mel
-    hann_and_mel.cache_clear()
+    from model import mel_bands
+    mel_bands.cache_clear()
     model = build(tiny_settings, gates=0.5)
     ids, windows, n, labels = batch(model)
     model.generate(["a", "b", "c"], windows, n, max_new_tokens=2)

@@ -83,8 +83,8 @@ def build_sized_model(c):
         text = sizes_and_tokenizer(c)
         model = checkpoint.build_meta_model(c, encoder, text, c.clap_checkpoint, overrides, fresh=False)
     model.set_trainable(c)
-    model.recompute = c.gradient_checkpointing
-    model.clap.recompute = c.clap_gradient_checkpointing
+    model.gradient_checkpointing = c.gradient_checkpointing
+    model.clap.gradient_checkpointing = c.clap_gradient_checkpointing
     return model
 
 
@@ -126,12 +126,12 @@ def encoder_activations(clap, p):
             if block.shift_size:
                 products += heads * patches  # its bias differs from window to window
             inside = block_activations(p, L, C, products, heads, C // heads)
-            total += 4 * L * C if clap.recompute else inside
+            total += 4 * L * C if clap.gradient_checkpointing else inside
             largest = max(largest, inside + 4 * p * L * C)  # with the gradient of its widest tensor
         if stage.downsample is not None:
             total += L * C * (4 + p)
             L, C = L // 4, 2 * C
-    return total, largest if clap.recompute else 0
+    return total, largest if clap.gradient_checkpointing else 0
 
 
 def audio_activations(model, p, S):
@@ -156,11 +156,11 @@ def text_activations(model, p, T, S):
     products = 11 * c.width + inner  # to_q, ff.1, GELU (4), ff.3 (4), the gates
     gated_block = block_activations(p, T, c.width, products, gated[0].heads, gated[0].d, keys=0)
     largest = max(block, gated_block)
-    if model.recompute:
+    if model.gradient_checkpointing:
         block = gated_block = 4 * T * c.width
     audio = S * p * (casts(p, len(gated)) * model.clap.width + 2 * inner * len(gated))  # keys and values
     blocks = c.layers if trains or table_trains else c.layers - first
-    return blocks * block, len(gated) * gated_block + audio, largest if model.recompute else 0
+    return blocks * block, len(gated) * gated_block + audio, largest if model.gradient_checkpointing else 0
 
 
 # ------------------------------------------------------------------------------------------------------------

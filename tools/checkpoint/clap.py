@@ -2,7 +2,7 @@
 import torch
 
 import config as settings
-from model import SAMPLE_RATE, hann_and_mel
+from model import SAMPLE_RATE, mel_bands
 from tools.checkpoint.files import load_pickle, state_dict_of
 from tools.checkpoint.htsat import sample_rate_of_mel
 from tools.checkpoint.releases import UNUSED
@@ -41,4 +41,4 @@ def clap_mel(saved, file):
                         f"no module.{BANDS} in the file")
     if not has_fusion:
         return saved[BANDS].float()
-    return None if rate == SAMPLE_RATE else hann_and_mel(torch.device("cpu"), rate, 14000)[1]
+    return None if rate == SAMPLE_RATE else mel_bands(torch.device("cpu"), rate, 14000)

@@ -1,4 +1,4 @@
-"""HTS-AT of the package laion-clap, out of its one file; and the sizes that weights of one tell."""
+"""HTS-AT of the package laion-clap, imported from its one file, and the sizes inferred from its weights."""
 import importlib.util
 import math
 import os
@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from tools.common import UserError
 
-# of the waveform front end that HTS-AT would make and we do not use: ours is model.log_mel
+# HTS-AT's waveform front end, which we do not use: ours is model.log_mel
 FRONT_END = types.SimpleNamespace(sample_rate=16000, window_size=1024, hop_size=160, mel_bins=64, fmin=50,
                                   fmax=8000)
 
@@ -37,41 +37,41 @@ def load_htsat_class():
     sys.modules.update(modules)
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)  # of an older torch
     htsat = importlib.import_module(f"{name}.htsat")
-    # whoever imports torchlibrosa later gets the real one; ours go by the stand-in's name, for pickle
-    sys.modules[f"{name}.augmentation"] = augmentation = sys.modules["torchlibrosa.augmentation"]
-    augmentation.SpecAugmentation.__module__ = augmentation.DropStripes.__module__ = f"{name}.augmentation"
     for n in ("torchlibrosa", "torchlibrosa.stft", "torchlibrosa.augmentation"):
-        del sys.modules[n]
+        del sys.modules[n]  # who imports torchlibrosa later gets the real one
     return htsat.HTSAT_Swin_Transformer
 
 
 def sample_rate_of_mel(mel):
-    """The sample rate (Hz) of mel bands (513, 64), by the last bin that counts: AF-CLAP's, which are meant by
-    None, end at 8 of 8 kHz, those of LAION's checkpoints at 14 of 24."""
+    """The sample rate (Hz) of mel bands (513, 64), from the last bin with a weight: 511 for AF-CLAP (None),
+    whose bands end at 8 of 8 kHz; 298 for LAION's checkpoints, whose bands end at 14 of 24 kHz."""
     if mel is None:
         return FRONT_END.sample_rate
-    counts = (mel > 1e-5 * mel.max()).any(1).nonzero() if mel.shape == (513, 64) else ()
-    top, rates = int(counts.max()) if len(counts) else 0, {511: 16000, 298: 48000}
-    if top not in rates:
-        raise UserError(f"mel bands {tuple(mel.shape)} whose last bin is {top}: expected (513, 64), and bin "
-                         f"511 (16 kHz, up to 8 kHz) or 298 (48 kHz, up to 14 kHz)")
-    return rates[top]
+    rates = {511: 16000, 298: 48000}
+    bins = (mel > 1e-5 * mel.max()).any(1).nonzero().flatten().tolist()
+    if mel.shape != (513, 64) or not bins or bins[-1] not in rates:
+        raise UserError(f"mel bands {list(mel.shape)}, last bin {bins[-1:]}: expected (513, 64), and bin 511 "
+                        f"(16 kHz, up to 8 kHz) or 298 (48 kHz, up to 14 kHz)")
+    return rates[bins[-1]]
 
 
 def infer_htsat_config(state):
-    """What HTS-AT's weights, {name: tensor}, tell by their names and shapes: settings, and arguments of
-    ClapEncoder."""
+    """Settings and arguments of ClapEncoder, from the names and shapes of HTS-AT's weights {name: tensor}."""
     if "patch_embed.proj.weight" not in state:
         return {}
-    heads = [[], [], [], []]  # of every block of every stage
+    heads = [[], [], [], []]  # of the blocks of each stage
     for name, tensor in state.items():
         if name.endswith("relative_position_bias_table"):
-            heads[int(name.split(".")[1])].append(tensor.shape[1])
-    told = {"clap_embed_dim": len(state["patch_embed.proj.weight"]), "clap_depths": list(map(len, heads)),
-            "clap_num_heads": [stage[0] if stage else 1 for stage in heads],  # 1: of no block, no harm
-            "fusion": any("fusion_model" in name for name in state)}
+            stage = int(name.split(".")[1])
+            heads[stage].append(tensor.shape[1])
+    inferred = {
+        "clap_embed_dim": len(state["patch_embed.proj.weight"]),
+        "clap_depths": [len(stage) for stage in heads],
+        "clap_num_heads": [stage[0] if stage else 1 for stage in heads],  # 1: no blocks
+        "fusion": any("fusion_model" in name for name in state)}
     if "absolute_pos_embed" in state:  # of patches of 4 x 4
-        told |= {"position": True, "clap_spec_size": 4 * math.isqrt(state["absolute_pos_embed"].shape[1])}
+        inferred["position"] = True
+        inferred["clap_spec_size"] = 4 * math.isqrt(state["absolute_pos_embed"].shape[1])
     elif "layers.0.blocks.1.attn_mask" in state:  # one for each window of 8 x 8 patches
-        told["clap_spec_size"] = 32 * math.isqrt(len(state["layers.0.blocks.1.attn_mask"]))
-    return told
+        inferred["clap_spec_size"] = 32 * math.isqrt(len(state["layers.0.blocks.1.attn_mask"]))
+    return inferred

@@ -28,7 +28,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Head(nn.Module):
-    """A TokenTable whose logits are int8 products; embeddings are as they were."""
+    """A TokenEmbedding whose logits are int8 products; embeddings are as they were."""
 
     def __init__(self, table):
         super().__init__()

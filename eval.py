@@ -26,8 +26,8 @@ from tools.common import UserError, check_folder_writable, check_writable, commi
 from tools.eval import records
 from tools.eval.captions import captioning
 from tools.eval.clap_text import pick_text_encoder
-from tools.eval.parsing import (answer_text, item_options, labels_of, marks_in, normalise, option_named, options_of,
-                                reference_option, split_mark)
+from tools.eval.parsing import (answer_text, item_options, labels_of, marks_in, normalise, option_named,
+                                options_of, reference_option, split_mark)
 from tools.eval.report import result_lines, results_row, write_report
 from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
@@ -41,7 +41,7 @@ metric: str | None = None  # name of a rule below instead of the one chosen by t
 task: str | None = None  # Name-Task or Name-Task/split of the answers to score
 labels: str | None = None  # file of a closed label set, one a line; None: the labels of the split
 matching: str = "auto"  # closed sets: retrieval (CLAP's text encoder), exact; auto: what there is
-text_tokenizer: str = "google/flan-t5-large"  # directory or hub id of that encoder's tokenizer
+text_encoder: str = "google/flan-t5-large"  # directory or hub id of that encoder's config and tokenizer
 results: str | None = None  # folder of the answers; None: eval/ in the run, or out/eval/<model> for a release
 report: bool = True  # write <results>/report.html: the table, and the worst items to listen to
 scores: str | None = None  # JSON file to add {"tasks": {split: {"accuracy", "chance", "n", "intervals"}}} to
@@ -52,23 +52,28 @@ compile: bool = False  # torch.compile for the decoding step: a minute first, th
 READS = (*settings.LOADING, "expdir", "dataset_file_root", "data_root", "num_workers", "device", "precision")
 
 # ------------------------------------------------------------------------------------------------------------
-# Rules: items {"prompt", "output" (the reference answer), "answer"} -> {figure: value}, the headline first. A list
-# holds a value per item (None: the item does not count in this figure) and gets a mean and an interval; numbers and
-# words are printed as they are. An empty answer is wrong under every rule. Rules that need no other items than the
-# one they score are per_item: item -> {figure: its value}.
+# Rules: items {"prompt", "output" (the reference answer), "answer"} -> {figure: value}, the headline first. A
+# list holds a value per item (None: the item does not count in this figure) and gets a mean and an interval;
+# numbers and words are printed as they are. An empty answer is wrong under every rule. Rules that need no
+# other items than the one they score are per_item: item -> {figure: its value}.
 
 
 def official_mmau(reference, answer, options):
     """MMAU's token rule: all tokens of the right option, and none that only another option has."""
-    right, answer, *others = (set(re.findall(r"\b\w+\b", text.lower())) for text in (reference, answer, *options))
-    return bool(answer) and right <= answer and not answer & (set().union(*others) - right)
+
+    def tokens(text):
+        return set(re.findall(r"\b\w+\b", text.lower()))
+
+    right, answer = tokens(reference), tokens(answer)
+    wrong = set().union(*map(tokens, options)) - right
+    return bool(answer) and right <= answer and not answer & wrong
 
 
 @per_item
 def multiple_choice(item):
-    """MMAU's official rule on the options' texts: "accuracy" with the answer as it is. Beside it without a leading
-    mark: "(A) woman and child" is wrong officially where another option holds "a". And "as read": the option that
-    the answer names to a reader, by letter, text or both."""
+    """MMAU's official rule on the options' texts: "accuracy" with the answer as it is. Beside it without a
+    leading mark: "(A) woman and child" is wrong officially where another option holds "a". And "as read": the
+    option that the answer names to a reader, by letter, text or both."""
     options, answer = item_options(item), answer_text(item)
     right = reference_option(item["output"], options)
     named = option_named(answer, options) if answer else None
@@ -82,24 +87,26 @@ def multiple_choice(item):
 
 @per_item
 def muchomusic(item):
-    """MuChoMusic: the one option letter that stands alone, else the first option whose text is contained, else
-    unanswered. An answer that is an option's text names it: the A of "A female voice" is an article."""
+    """MuChoMusic: the one option letter that stands alone, else the first option whose text is contained,
+    else unanswered. An answer that is an option's text names it: the A of "A female voice" is an article."""
     options, answer = item_options(item), answer_text(item)
-    equal = [i for i, option in enumerate(options) if normalise(option) == normalise(answer)]
-    chosen = equal[:1] or list(marks_in(answer, len(options), capitals=True))
+    chosen = [option for option in options if normalise(option) == normalise(answer)][:1]
+    if not chosen:
+        chosen = [options[mark] for mark in marks_in(answer, len(options), capitals=True)]
     if len(chosen) != 1:
-        chosen = [i for i, option in enumerate(options) if option.lower() in answer.lower()]
-    item["predicted"] = options[chosen[0]] if chosen else None
-    right = normalise(reference_option(item["output"], options))
-    return {"accuracy": bool(chosen) and normalise(item["predicted"]) == right, "unanswered": not chosen,
-            "chance": 0.25}
+        chosen = [option for option in options if option.lower() in answer.lower()]
+    item["predicted"] = chosen[0] if chosen else None
+    right = bool(chosen) and normalise(chosen[0]) == normalise(reference_option(item["output"], options))
+    return {"accuracy": right, "unanswered": not chosen, "chance": 0.25}
 
 
 @per_item
 def clotho_aqa(item):
-    """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike; non-binary:
-    those that none answered with yes or no, right if the answer equals any of the three. Others do not count."""
-    three, answer = [normalise(text) for text in item["output"].split(",")], answer_text(item)
+    """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike;
+    non-binary: those that none answered with yes or no, right if the answer equals any of the three. Others
+    do not count."""
+    answer = answer_text(item)
+    three = [normalise(text) for text in item["output"].split(",")]
     binary = [text in ("yes", "no") for text in three]
     right = bool(answer) and normalise(answer) in three
     unanimous = right if all(binary) and len(set(three)) == 1 else None
@@ -112,12 +119,14 @@ def exact_match(items):
     """The same labels in any order, after lower-casing and dropping punctuation and articles."""
     right = []
     for item in items:
-        item["predicted"] = answer_text(item)
-        right.append(bool(item["predicted"]) and labels_of(item["predicted"]) == labels_of(item["output"]))
-    return {"accuracy": right, "chance": 1 / len({normalise(item["output"]) for item in items})}
+        answer = item["predicted"] = answer_text(item)
+        right.append(bool(answer) and labels_of(answer) == labels_of(item["output"]))
+    labels = {normalise(item["output"]) for item in items}
+    return {"accuracy": right, "chance": 1 / len(labels)}
 
 
-# The first pattern found in Name-Task decides; instead of the last two, prompts with options take multiple_choice.
+# The first pattern found in Name-Task decides; instead of the last two, prompts with options take
+# multiple_choice.
 METRICS = [(r"MuChoMusic", muchomusic), (r"MMAU", multiple_choice), (r"Clotho-AQA", clotho_aqa),
            (r"Entailment", entailment), (r"CMM", cmm), (r"FSD50k", multi_label), (r"NSynth", nsynth),
            (r"AudioCaptioning|AudioDescription|Tagging", captioning),
@@ -138,12 +147,15 @@ def choose_rule(task, items, metric=None):
 
 
 def score_split(name, items, c, clap_checkpoint=None):
-    """Set "score" on the items by their task's rule, print the results row and return it. Items without a reference
-    (MMAU's test split) are not scored. clap_checkpoint: its text encoder is used for closed sets."""
+    """Set "score" on the items by their task's rule, print the results row and return it. Items without a
+    reference (MMAU's test split) are not scored. clap_checkpoint: its text encoder is used for closed
+    sets."""
     rule = choose_rule(name.split("/")[0], items, c.metric)
-    counted, context = [item for item in items if item["output"].strip() or rule is captioning], {}
+    counted, context = [], {}
     for item in items:
         item["score"] = None
+        if item["output"].strip() or rule is captioning:
+            counted.append(item)
     if rule in (closed_set, multi_label, nsynth):
         context = {"labels": records.read_labels(c.labels), "embed": pick_text_encoder(clap_checkpoint, c)}
     figures = rule(counted, **context) if counted else {"accuracy": None}
@@ -168,12 +180,14 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
     cached = records.read_cache(stem)
     uncached = [i for i, key in enumerate(keys) if key not in cached]
     if rank == 0 and cached and uncached:
-        print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions, those without a cached answer of "
-              f"these weights, dtype, token limit, audio settings, clip and prompt", file=sys.stderr, flush=True)
+        print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions, those without a cached answer",
+              "of these weights, dtype, token limit, audio settings, clip and prompt", file=sys.stderr)
     wait_for_ranks()  # all ranks have read the cache before one writes: the same shares
-    clips, share = Clips([manifest], None, model.audio_config), uncached[rank::world]
+    clips = Clips([manifest], None, model.audio_config)
+    share = uncached[rank::world]
     loader = DataLoader(clips, batch_size=None, sampler=share, num_workers=min(c.num_workers, len(share)))
-    path, pending = f"{stem}.cache{rank}.jsonl", []  # pending: (key, truncated seconds) in the order of asking
+    pending = []  # (key, truncated seconds) in the order of asking
+    path = f"{stem}.cache{rank}.jsonl"
     with name_disk_errors(path), open(path, "a") as f:
 
         def questions():
@@ -190,8 +204,10 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
             key, truncated = pending[index]
             records.append_answer(f, key, {"answer": text, "truncated_seconds": truncated})
     wait_for_ranks()
-    cached = records.read_cache(stem) if rank == 0 else {}
-    return [records.item_of(manifest, i, cached[key]) for i, key in enumerate(keys) if rank == 0]
+    if rank:
+        return []
+    cached = records.read_cache(stem)
+    return [records.item_of(manifest, i, cached[key]) for i, key in enumerate(keys)]
 
 
 def start_ranks(c):
@@ -291,7 +307,8 @@ def score_file(c):
     """Score the answers of any system."""
     if not c.task or len(c.files) != 1:
         raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
-    items, folder = records.read_answers(c.files[0]), c.results and settings.resolve_path(c.results)
+    items = records.read_answers(c.files[0])
+    folder = c.results and settings.resolve_path(c.results)
     check_files(c, folder)
     row = score_split(c.task, items, c, c.clap_checkpoint)
     if folder:

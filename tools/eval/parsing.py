@@ -5,15 +5,19 @@ Plain functions on strings; the scoring rules are built from them.
 import re
 import unicodedata
 from functools import lru_cache
+from string import ascii_lowercase
 
-# A number with sign, decimals, per cent; a word, with sharps or pluses at its end (c#, f#m, c++); a lone symbol.
+# A number with sign, decimals, per cent; a word, with sharps or pluses at its end (c#, f#m, c++); a lone
+# symbol.
 WORDS = re.compile(r"(?:(?<!\w)[-+±])?\d*\.?\d+%?|[^\W_]+(?:[#+]+[^\W_]*)?|[<>=±°%$€£]")
+SPELLINGS = str.maketrans({"♯": "#", "♭": "b", "−": "-", "&": " and "})
 ARTICLE = re.compile(r"\b(?:an?|the) (?!(?:(?:flat|sharp) )?(?:minor|major)$)")  # A minor keeps its A
 # Audio Flamingo 2 Sound-CoT answers: <SUMMARY> <CAPTION> <REASONING> <CONCLUSION>
 TAG = r"<\s*/?\s*(?:summary|caption|reasoning|conclusion)\s*>"
 CONCLUSION = re.compile(rf"<\s*conclusion\s*>(.*?)(?={TAG}|$)", re.I | re.S)
 
-# What ends the last option: a new sentence (not after an initial or a title), or an instruction in the same one.
+# What ends the last option: a new sentence (not after an initial or a title), or an instruction in the same
+# one.
 SENTENCE = re.compile(r"(?<!\b[a-z])(?<!\b[dmjs]r)(?<!\bm[rs]s)(?<!\b[dmjs]s)(?<!\bst)(?<!\bvs)(?<!\bft)"
                       r"[.?!]\s+(?=\D)", re.I)
 INSTRUCTION = re.compile(r"[.,;:!?]*\s+(?:(?:please|now|then)\s+)*"
@@ -25,8 +29,8 @@ INSTRUCTION = re.compile(r"[.,;:!?]*\s+(?:(?:please|now|then)\s+)*"
 def normalise(text):
     """Lower case, no punctuation, no articles, single spaces. Signs that carry meaning stay (c#, -3, c++,
     50%), and a text that is not empty never becomes empty: "A", "the" and "?" are labels too."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("♯", "#").replace("♭", "b").replace("−", "-")
-    text = re.sub(r"(?<=\d)\s+%", "%", text.replace("&", " and "))
+    text = unicodedata.normalize("NFKC", text).lower().translate(SPELLINGS)
+    text = re.sub(r"(?<=\d)\s+%", "%", text)
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)  # 1,000
     plain = " ".join(WORDS.findall(text))
     return ARTICLE.sub("", plain) or " ".join(text.split())
@@ -47,8 +51,8 @@ def labels_of(text, with_comma=()):
 
 
 def conclusion(answer):
-    """The scored part of an answer: all of it, or of a chain-of-thought answer its last conclusion that is not
-    empty; "" if it has none."""
+    """The scored part of an answer: all of it, or of a chain-of-thought answer its last conclusion that is
+    not empty; "" if it has none."""
     if not re.search(TAG, answer, re.I):
         return answer.strip()
     found = [text.strip() for text in CONCLUSION.findall(answer)]
@@ -63,35 +67,41 @@ def answer_text(item):
 # ------------------------------------------------------------------------------------------------------------
 # Options. A mark is the letter or number in front of an option.
 
-LETTERS, DIGITS = list("abcdefghijklmnopqrstuvwxyz"), [str(n) for n in range(1, 27)]
+LETTERS = list(ascii_lowercase)
+DIGITS = [str(n) for n in range(1, 27)]
 MARK_STYLES = (r"\(({})\)", r"\[({})\]", r"(?<![\w(])({})\)", r"(?<![\w.'])({})\.(?=\s)",
                r"(?<![\w.'])({}):(?=\s)", r"(?m:^[ \t]*)({})[ \t]+[-–]\s")  # (A) [A] A) A. A: A -
 
 
 @lru_cache(1 << 16)
 def options_of(prompt):
-    """The texts of the options that a prompt lists, in order, with marks of one style and case; () if there are
-    not two. Options may hold brackets and full stops; the prompt's text after the last one is cut off."""
+    """The texts of the options that a prompt lists, in order, with marks of one style and case; () if there
+    are not two. Options may hold brackets and full stops; the prompt's text after the last one is cut off."""
     best = []
     for style in MARK_STYLES:
         for marks, pattern in ((LETTERS, "[A-Za-z]"), (DIGITS, r"\d{1,2}")):
             found = list(re.finditer(style.format(pattern), prompt))
             starts = [i for i, mark in enumerate(found) if mark[1].lower() == marks[0]]
             for start in starts[:20]:
-                best = max(best, _option_texts(prompt, found[start:], marks), key=len)  # the first longest
+                texts = _option_texts(prompt, found[start:], marks)
+                best = max(best, texts, key=len)  # the first longest
     return tuple(best) if len(best) > 1 else ()
 
 
 def _option_texts(prompt, found, marks):
     """Texts between the marks a, b, c … that follow each other in `found`; [] if one of them is empty."""
     run = found[:1]
+    upper = run[0][1].isupper()
     for mark in found[1:]:
-        same_case = mark[1].isupper() == run[0][1].isupper()
-        if len(run) < len(marks) and mark[1].lower() == marks[len(run)] and same_case:
+        letter = mark[1]
+        if marks[len(run):len(run) + 1] == [letter.lower()] and letter.isupper() == upper:
             run.append(mark)
-    texts = [prompt[mark.end():following.start()] for mark, following in zip(run, run[1:])]
-    texts = [re.sub(r"[\s,;]+(?:or|and)\s*$", "", text, flags=re.I) for text in texts]
-    last = INSTRUCTION.sub("", prompt[run[-1].end():].strip().split("\n")[0])
+    texts = []
+    for mark, following in zip(run, run[1:]):
+        text = prompt[mark.end():following.start()]
+        texts.append(re.sub(r"[\s,;]+(?:or|and)\s*$", "", text, flags=re.I))
+    last, _, _ = prompt[run[-1].end():].strip().partition("\n")
+    last = INSTRUCTION.sub("", last)
     if not any(SENTENCE.search(text.strip()) for text in texts):  # the options are no paragraphs
         last = SENTENCE.split(last)[0]
     texts.append(last.strip().rstrip("?"))
@@ -122,9 +132,10 @@ def reference_option(reference, options):
             if same(option) == same(reference):
                 return option
     index, rest = split_mark(reference, len(options))
-    if index is not None and (not rest.strip() or normalise(rest) == normalise(options[index])):
+    rest_words = normalise(rest)
+    if index is not None and rest_words in ("", normalise(options[index])):
         return options[index]
-    return next((option for option in options if normalise(option) == normalise(rest)), rest)
+    return next((option for option in options if normalise(option) == rest_words), rest)
 
 
 def marks_in(answer, n, capitals=False):
@@ -136,8 +147,9 @@ def marks_in(answer, n, capitals=False):
     if capitals:
         patterns += [r"\b([B-HJ-Z])\b(?![#'+])", r"\b([AI])\b(?!\s+\w|[#'+])",
                      r"\b(A)\b(?=\s+(?:is|was|because|since|as|and|or|fits|seems)\b)"]
-    letters = [letter for pattern in patterns for letter in re.findall(pattern, answer)]
-    marks = {LETTERS.index(letter.lower()) for letter in letters} | ({first} - {None})
+    marks = {first} - {None}
+    for pattern in patterns:
+        marks |= {LETTERS.index(letter.lower()) for letter in re.findall(pattern, answer)}
     return {mark for mark in marks if mark < n}
 
 
@@ -151,7 +163,9 @@ def option_named(answer, options):
     longest = max(contained, key=len, default="")
     if not all(f" {text} " in f" {longest} " for text in contained):  # two, neither part of the other
         return None
-    marks = marks_in(answer, len(options)) or (not contained and marks_in(answer, len(options), capitals=True))
+    marks = marks_in(answer, len(options))
+    if not marks and not contained:
+        marks = marks_in(answer, len(options), capitals=True)
     if not marks:
         return texts.index(longest) if longest else None
     mark = min(marks)

@@ -10,7 +10,8 @@ from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 
 from data import Manifest
-from tools.common import UserError, atomic_write, parse_json_line, read_json, read_json_object, read_json_lines
+from tools.common import (UserError, atomic_write, parse_json_line, read_json, read_json_lines,
+                          read_json_object)
 from tools.eval.parsing import answer_text
 
 FIELDS = {"prompt": ("text",), "answer": ("text",),
@@ -57,10 +58,12 @@ def read_answers(path):
     results."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file of answers")
-    if is_official(path):
-        return [check_item(question | {"id": i, "audio": question["name"], "answer": question["model_output"]},
-                           f"{path}: item {i}") for i, question in enumerate(read_questions(path))]
     items = []
+    if is_official(path):
+        for i, question in enumerate(read_questions(path)):
+            answer = {"id": i, "audio": question["name"], "answer": question["model_output"]}
+            items.append(check_item(question | answer, f"{path}: item {i}"))
+        return items
     for number, line in read_json_lines(path):
         if number > 1 or {"prompt", "answer"} & set(line):  # else the header of results
             items.append(check_item({"id": len(items)} | line, f"{path} line {number}"))
@@ -84,11 +87,8 @@ def read_labels(path):
 
 
 def read_scores(path):
-    """{"tasks": {split: row}} of a JSON file that rows can be added to."""
-    scores = {"tasks": {}} | (read_json_object(path) if os.path.exists(path) else {})
-    if not isinstance(scores["tasks"], dict):
-        raise UserError(f"{path}: tasks is a {type(scores['tasks']).__name__}, expected {{split: row}}")
-    return scores
+    """{"tasks": {split: row}, ...} of a JSON file that rows can be added to."""
+    return {"tasks": {}} | (read_json_object(path) if os.path.exists(path) else {})
 
 
 def add_scores(path, rows):
@@ -149,13 +149,13 @@ def write_official(path, questions, items):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The cache of answers: <stem>.cache<rank>.jsonl, only ever appended to, so that a kill leaves whole lines and at
-# most a torn one. An answer's key is a hash of all that it depends on.
+# The cache of answers: <stem>.cache<rank>.jsonl, only ever appended to, so that a kill leaves whole lines and
+# at most a torn one. An answer's key is a hash of all that it depends on.
 
 
 def answer_key(identity, item):
-    """identity: weights, dtype, token limit and audio settings; item: of a Manifest. The prompt, the audio files
-    with size and time, and the part of them count."""
+    """identity: weights, dtype, token limit and audio settings; item: of a Manifest. The prompt, the audio
+    files with size and time, and the part of them count."""
     try:
         stats = [os.stat(path) for path in item["paths"]]
         files = [(stat.st_size, int(stat.st_mtime)) for stat in stats]

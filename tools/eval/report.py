@@ -12,11 +12,12 @@ from tools.common import atomic_write
 from tools.eval.parsing import answer_text, normalise, split_mark
 from tools.eval.records import GROUPS
 from tools.eval.stats import clips_of, interval
-from tools.html_page import audio_player, html_page, html_table, image, log_mel_figure, new_figure, plain_label
+from tools.html_page import (audio_player, html_page, html_table, image, log_mel_figure, new_figure,
+                             plain_label)
 
 NOT_PERCENT = ("CIDEr-D", "SPIDEr", "SPICE", "BLEU-4", "ROUGE-L", "METEOR")
-# Scores of the published 3B model, reported by its authors, not measured here; MMAU's are of its first release.
-# A pattern of Name-Task/split, then figures.
+# Scores of the published 3B model, reported by its authors, not measured here; MMAU's are of its first
+# release. A pattern of Name-Task/split, then figures.
 PUBLISHED_3B = """
     Clotho-AQA | unanimous 86.9 | non-binary 52.6
     Music-AVQA | accuracy 72.3
@@ -53,8 +54,9 @@ def published_score(name, figure):
 
 
 def results_row(figures, items, rule):
-    """{figure: value, ..., "n", "rule", "intervals": {figure: [low, high]}, "groups": {...}, "missing": [figures
-    without a scored item]} of a rule's figures: each a list of values per item, a value, or value and interval."""
+    """{figure: value, ..., "n", "rule", "intervals": {figure: [low, high]}, "groups": {...}} of a rule's
+    figures: each a list of values per item, a value, or value and interval. A figure without a scored item is
+    None."""
     clips = clips_of(items)
     row, intervals = {}, {}
     for figure, value in figures.items():
@@ -63,9 +65,8 @@ def results_row(figures, items, rule):
         if isinstance(value, tuple):
             value, intervals[figure] = value
         row[figure] = value
-    missing = [figure for figure, value in row.items() if value is None]
     groups = sub_categories(items, clips, None if next(iter(row)) in NOT_PERCENT else (0, 1))
-    row |= {"n": len(items), "rule": rule, "intervals": intervals, "groups": groups, "missing": missing}
+    row |= {"n": len(items), "rule": rule, "intervals": intervals, "groups": groups}
     return row | Counter(filter(None, map(failure_of, items)))
 
 
@@ -107,20 +108,20 @@ def format_figure(name, figure, value, spread, percent):
 
 def result_lines(name, row):
     """The row as lines to print: the figures, then a line for each sub-category."""
-    parts = []
+    parts, lines = [], []
     for figure, value in row.items():
         if isinstance(value, float):
             spread = row["intervals"].get(figure)
             parts.append(format_figure(name, figure, value, spread, figure not in NOT_PERCENT))
+        elif value is None:
+            lines.append(f"    {figure}: no item to score")
         elif isinstance(value, (str, int)):
             parts.append(f"{figure} {value}")
-    lines = [f"{name}: " + ", ".join(parts)]
-    lines += [f"    {figure}: no item to score" for figure in row["missing"]]
     percent = next(iter(row)) not in NOT_PERCENT
     for group, found in row["groups"].items():
         text = format_figure(name, group, found["value"], found["interval"], percent)
         lines.append(f"    {text}, n {found['n']}")
-    return lines
+    return [f"{name}: " + ", ".join(parts), *lines]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -160,8 +161,8 @@ def item_html(name, item, load, sample_rate):
 
 
 def write_report(path, rows, items, load=None, sample_rate=16000):
-    """rows and items by split; load(split, item) -> windows (n, L) at sample_rate, and attention weights (steps,)
-    or None. Of a split the 4 worst items, 40 in all: 26 MB of sound at most."""
+    """rows and items by split; load(split, item) -> windows (n, L) at sample_rate, and attention weights
+    (steps,) or None. Of a split the 4 worst items, 40 in all: 26 MB of sound at most."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no report.html: pip install -r requirements-eval.txt (matplotlib)", file=sys.stderr)
         return

@@ -1,7 +1,7 @@
 """Rules for closed sets of labels (the nearest label, or the equal one), and for fixed answer words.
 
-A rule takes items and returns figures, see eval.py. labels: those of a label file; None: those of the references.
-embed(texts) -> (n, d): "retrieval", as in the paper; None: "exact", the normalised answer.
+A rule takes items and returns figures, see eval.py. labels: those of a label file; None: those of the
+references. embed(texts) -> (n, d): "retrieval", as in the paper; None: "exact", the normalised answer.
 """
 import functools
 import re
@@ -58,8 +58,10 @@ def closed_set(items, labels=None, embed=None):
     right = []
     for item, answer in zip(items, answers):
         item["predicted"] = find(answer)
-        right.append(float(item["predicted"] is not None and item["predicted"] == find(item["output"])))
-    return {"accuracy": right, "chance": 1 / len(known), "labels": len(known)} | matching(embed)
+        reference = find(item["output"])
+        right.append(reference is not None and item["predicted"] == reference)
+    figures = {"accuracy": right, "chance": 1 / len(known), "labels": len(known)}
+    return figures | matching(embed)
 
 
 def nsynth(items, labels=None, embed=None):
@@ -71,12 +73,14 @@ def nsynth(items, labels=None, embed=None):
             continue
         rows = []
         for reference, item in zip(references, items):
-            answer = re.search(pattern, answer_text(item), re.I)
-            rows.append({"output": reference[1], "answer": answer[1] if answer else answer_text(item)})
+            answer = answer_text(item)
+            found = re.search(pattern, answer, re.I)
+            rows.append({"output": reference[1], "answer": found[1] if found else answer})
         fields[name] = closed_set(rows, None, embed)["accuracy"]
     if not fields:
         return closed_set(items, labels, embed)
-    return {"accuracy": np.mean(list(fields.values()), 0).tolist()} | fields | matching(embed)
+    accuracy = np.mean(list(fields.values()), 0).tolist()
+    return {"accuracy": accuracy} | fields | matching(embed)
 
 
 def multi_label(items, labels=None, embed=None):
@@ -84,7 +88,7 @@ def multi_label(items, labels=None, embed=None):
     for the labels that it lists. An item's own score: the share of its labels that rank above all others."""
     with_comma = {normalise(label) for label in labels or () if "," in label}
     references = [labels_of(item["output"], with_comma) for item in items]
-    names = sorted(set(map(normalise, labels)) if labels else frozenset().union(*references))
+    names = sorted(frozenset(map(normalise, labels or ())) or frozenset().union(*references))
     truth = indicators(references, names)
     answers = [answer_text(item) for item in items]
     if embed is None:
@@ -106,11 +110,16 @@ def indicators(label_sets, names):
 @per_item
 def entailment(item):
     """The first of entailment, neutral, contradiction that the answer names and does not deny."""
-    name = re.compile(r"(?<!not )(?<!not an )(?<!not a )(?<!no )(?:entail|neutral|contradict)")
-    answer, reference = (name.search(text.lower()) for text in (answer_text(item), item["output"]))
-    whole = {"entail": "entailment", "contradict": "contradiction"}
-    item["predicted"] = whole.get(answer[0], answer[0]) if answer else None
-    return {"accuracy": bool(answer and reference) and answer[0] == reference[0], "chance": 1 / 3}
+
+    def named(text):
+        not_denied = r"(?<!not )(?<!not an )(?<!not a )(?<!no )"
+        found = re.search(not_denied + "(?:entail|neutral|contradict)", text.lower())
+        names = ("entailment", "neutral", "contradiction")
+        return next(name for name in names if name.startswith(found[0])) if found else None
+
+    item["predicted"] = named(answer_text(item))
+    right = named(item["output"])
+    return {"accuracy": right is not None and item["predicted"] == right, "chance": 1 / 3}
 
 
 @per_item

@@ -2,8 +2,8 @@
 
 Questions about one clip are right or wrong together, so clips are resampled, not questions. The resampling is
 the Bayesian bootstrap (Rubin 1981): a draw weighs the clips by a Dirichlet instead of by whole counts. Scores
-with bounds get two pseudo-clips, one at each bound, so that 20 right answers of 20 give [86 %, 100 %]: there the
-plain percentile bootstrap gives [100 %, 100 %], and near the bounds it covers the truth far too seldom.
+with bounds get two pseudo-clips, one at each bound, so that 20 right answers of 20 give [86 %, 100 %]: there
+the plain percentile bootstrap gives [100 %, 100 %], and near the bounds it covers the truth far too seldom.
 """
 import math
 from collections import defaultdict
@@ -19,14 +19,19 @@ PRIOR = 0.75  # of a clip at each bound; with Jeffreys' 0.5, coverage near the b
 
 def clips_of(items):
     """The clip of every item, its file and start; an item without a file is a clip of its own."""
-    return [(str(item["audio"]), item.get("audio_start", 0)) if item.get("audio") else number
-            for number, item in enumerate(items)]
+    clips = []
+    for number, item in enumerate(items):
+        path = item.get("audio")
+        clips.append((str(path), item.get("audio_start", 0)) if path else number)
+    return clips
 
 
 def dirichlet_weights(counts, draws=None):
-    """(draws, K) weights of K kinds of clips that occur `counts` times each: 10,000 draws, of many kinds fewer."""
+    """(draws, K) weights of K kinds of clips that occur `counts` times each: 10,000 draws, of many kinds
+    fewer."""
     draws = draws or int(np.clip(4_000_000 // len(counts), 2_000, 10_000))
-    gammas = np.random.default_rng(SEED).standard_gamma(counts, (draws, len(counts)))
+    rng = np.random.default_rng(SEED)
+    gammas = rng.standard_gamma(counts, (draws, len(counts)))
     return gammas / gammas.sum(1, keepdims=True)
 
 
@@ -59,10 +64,12 @@ def interval(values, clips, bounds=(0, 1)):
 
 
 def mean_average_precision(truth, scores, clips, draws=50):
-    """(mAP, [low, high]) of truth and scores (n, labels): scikit-learn's average precision, mean over the labels
-    that occur. The interval is that of a normal distribution, because a draw takes up to 2 s (10,000 clips)."""
+    """(mAP, [low, high]) of truth and scores (n, labels): scikit-learn's average precision, mean over the
+    labels that occur. The interval is that of a normal distribution, because a draw takes up to 2 s (10,000
+    clips)."""
     average_precision = optional_import("sklearn.metrics", "mAP", "eval").average_precision_score
-    truth, scores = truth[:, truth.any(0)], scores[:, truth.any(0)]
+    occurs = truth.any(0)
+    truth, scores = truth[:, occurs], scores[:, occurs]
     index = clip_index(clips)
     drawn = []
     for weights in dirichlet_weights(np.ones(index.max() + 1), draws):
@@ -83,8 +90,8 @@ def mcnemar(gained, lost):
 
 
 def pair_items(first, second):
-    """[(item of the first, item of the second)] of the same clip, prompt and, where both files have it, start;
-    items that recur are paired in their order."""
+    """[(item of the first, item of the second)] of the same clip, prompt and, where both files have it,
+    start; items that recur are paired in their order."""
     with_start = all("start" in item for item in [*first, *second])
     groups = defaultdict(lambda: ([], []))
     for side, items in enumerate((first, second)):

@@ -54,7 +54,7 @@ def test_a_config_names_its_hardware_and_a_release_its_language_model(tmp_path, 
     c = settings("--max_num_window=1", "--items=1000", "--cross_attn_every_n_layers=[28]")
     f = fit.fit(c)
     assert (f["gpus"], f["gpu_gb"], f["epoch_items"]) == (2, 48.0, 5)
-    peak = lambda B: sum(fit.step_memory(fit.build_sized_model(c), B, 1, 64, 20, 4, ranks=2).values()) / 1e9
+    peak = lambda B: sum(fit.step_memory(fit.build_sized_model(c), B, 1, 64, 20, 4, accumulates=True).values()) / 1e9
     assert peak(f["largest_batch"]) <= f["room_gb"] < peak(f["largest_batch"] + 1)
     for release, width in (("-0.5B", 896), ("-1.5B", 1536), ("", 2048), ("-SoundCoT", 2048)):
         c = config.load([f"--pretrained_path=nvidia/audio-flamingo-2{release}"], "tools/bench/fit.py")
@@ -71,7 +71,7 @@ def test_impossible_settings_are_refused_by_name(wrong):
 
 def test_sizes_of_a_local_release_are_its_own(tiny_settings, tmp_path, monkeypatch):
     """Not those of the settings' defaults, a 3B model."""
-    model = checkpoint.new(SimpleNamespace(**(config.defaults() | tiny_settings)))
+    model = checkpoint.new_model(SimpleNamespace(**(config.defaults() | tiny_settings)))
     model.save_pretrained(str(tmp_path / "r"))
     monkeypatch.setattr(sys, "argv", ["fit"])
     f = fit.fit(config.load([f"--pretrained_path={tmp_path}/r"], "tools/bench/fit.py"))
@@ -94,7 +94,7 @@ def measure_steps(B, W, T, A, micro_batches, *argv):
     """-> bytes that two real training steps take at the most, and bytes that fit counts for them."""
     c = settings(*argv)
     model = fit.build_sized_model(c).train()
-    counted = sum(fit.step_memory(model, B, W, T, A, 4, micro_batches).values())
+    counted = sum(fit.step_memory(model, B, W, T, A, 4, micro_batches > 1).values())
     with open("/proc/self/statm") as f:
         before = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     state = {name: torch.full(t.shape, 0.01 if t.is_floating_point() else 0, dtype=t.dtype)

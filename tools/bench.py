@@ -15,7 +15,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import torch
+
 import config
+from tools.bench.common import print_figures
 
 MODES = ("kernel", "decode", "train", "data", "fit")  # functions of tools/bench/<mode>.py
 
@@ -28,9 +31,14 @@ def main():
     if mode not in MODES:
         print(f"bench.py: expected one of {', '.join(MODES)}, got {mode!r}", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(f"tools.bench.{mode}")
-    bench = getattr(module, mode)
-    config.run(lambda c: print(json.dumps(bench(c))), f"tools/bench/{mode}.py")
+    bench = getattr(importlib.import_module(f"tools.bench.{mode}"), mode)
+
+    def run_bench(c):
+        figures = {"mode": mode, "torch": torch.__version__} | bench(c)
+        print_figures(figures)
+        print(json.dumps(figures))
+
+    config.run(run_bench, f"tools/bench/{mode}.py")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ decode side by side, a token each in turns; figures are medians.
 import torch
 import torch.nn.functional as F
 
-from data import encode_prompts, pad_rows
+from data import encode_prompts
 from tools.bench import reference
-from tools.bench.common import medians_in_turns, noise, print_figures, print_table, small_model
+from tools.bench.common import medians_in_turns, noise, print_table, small_model
 from tools.checkpoint.devices import pick_device
 from tools.sample.decoding import Sampling, decode_stream
 from tools.sample.int8 import quantize
@@ -24,8 +24,10 @@ def stream(model, W, B=1):
 
 def plain_stream(model, W):
     device = model.lm.norm.weight.device
-    ids = pad_rows(encode_prompts(model.tokenizer, [PROMPT]), model.pad_id).to(device)
-    windows, mask = reference.padded(noise(W).to(device), torch.tensor([W]))
+    ids = encode_prompts(model.tokenizer, [PROMPT])
+    ids = torch.tensor(ids, device=device)
+    windows, mask = reference.padded(noise(W), torch.tensor([W]))
+    windows, mask = windows.to(device), mask.to(device)
     return reference.greedy_tokens(model, ids, windows, mask)
 
 
@@ -42,16 +44,17 @@ def step_weights(model):
 
 def read_once(model, W):
     """-> a function that reads those, and keys and values of W windows, once: at the rate of a large sum."""
-    keys = W * model.clap.tokens_per_window * 2 * 8 * 64 * len(model.xattn)
-    size = keys + sum(p.numel() for p in step_weights(model))
-    return torch.zeros(size, device=model.lm.norm.weight.device).sum
+    weights = step_weights(model)
+    keys_and_values = 2 * 8 * 64 * len(model.xattn) * 64 * W
+    size = keys_and_values + sum(p.numel() for p in weights)
+    return weights[0].new_zeros(size).sum
 
 
 def products_alone(model):
     """-> a function that multiplies one row with each of them."""
     weights = step_weights(model)
-    rows = {p.shape[1]: torch.randn(1, p.shape[1]).to(p) for p in weights}
-    return lambda: [F.linear(rows[p.shape[1]], p) for p in weights]
+    rows = [p.new_ones(1, p.shape[1]) for p in weights]
+    return lambda: list(map(F.linear, rows, weights))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -75,8 +78,7 @@ def end_answers(model, share=1 / 32):
 def continuous_speedup(model, device, questions=64, slots=8):
     """Time of batch after batch over that of continuous batching."""
     end_answers(model)
-    windows = noise(questions)
-    items = [(f"question {i}", windows[i:i + 1], [1]) for i in range(questions)]
+    items = [("question", window[None], [1]) for window in noise(questions)]
 
     def answer(some):
         for _ in decode_stream(model, some, slots, Sampling(max_new_tokens=64)):
@@ -94,31 +96,32 @@ def continuous_speedup(model, device, questions=64, slots=8):
 @torch.no_grad()
 def decode(c):
     device = pick_device(c.device)
-    float32, bf16 = small_model(device, torch.float32), small_model(device, torch.bfloat16)
+    float32 = small_model(device, torch.float32)
+    bf16 = small_model(device, torch.bfloat16)
     models = {"ms_per_token": float32, "bf16_ms": bf16}
     if device.type == "cpu":
         models["int8_ms"] = quantize(small_model(device, torch.bfloat16))
-    first = {"float32": lambda: next(stream(float32, 12)), "bf16": lambda: next(stream(bf16, 12))}
-    first = medians_in_turns(first, device, rounds=3, warmup=1)
+    first = medians_in_turns({
+        "float32": lambda: next(stream(float32, 12)),
+        "bf16": lambda: next(stream(bf16, 12))}, device, rounds=3, warmup=1)
 
-    runs = {"read": read_once(float32, 12), "products": products_alone(bf16),
-            "batch": stream(bf16, 12, B=8).__next__}
+    runs = {"read": read_once(float32, 12), "products": products_alone(bf16)}
+    runs["batch"] = stream(bf16, 12, B=8).__next__
     for W in WINDOWS:
         runs["plain_ms_per_token", W] = plain_stream(float32, W).__next__
         for name, model in models.items():
             runs[name, W] = stream(model, W).__next__
-    ms = medians_in_turns(runs, device, rounds=16)  # warm-up: the audio and the prompt, and a token
-    ms = {name: 1e3 * seconds for name, seconds in ms.items()}
+    seconds = medians_in_turns(runs, device, rounds=16)  # warm-up: the audio and the prompt, and a token
+    ms = {name: 1e3 * median for name, median in seconds.items()}
 
-    figures = {"mode": "decode", "device": str(device), "torch": torch.__version__, "int8_ms": None}
+    figures = {"device": str(device), "int8_ms": None, "first_token_s": first}
     for name in ("plain_ms_per_token", *models):
         figures[name] = {str(W): ms[name, W] for W in WINDOWS}
-    print_table(["ms a token, of windows", *map(str, WINDOWS)],
-                [[name, *figures[name].values()] for name in ("plain_ms_per_token", *models)])
-    figures |= {
-        "first_token_s": first, "read_ms": ms["read"], "products_ms": ms["products"],
+        print_table([name, "ms"], figures[name].items())
+    return figures | {
+        "read_ms": ms["read"],
+        "products_ms": ms["products"],
         "float32_over_read": ms["ms_per_token", 12] / ms["read"],
-        "bf16_over_products": ms["bf16_ms", 12] / ms["products"], "batch8_ms_per_token": ms["batch"] / 8,
+        "bf16_over_products": ms["bf16_ms", 12] / ms["products"],
+        "batch8_ms_per_token": ms["batch"] / 8,
         "continuous_speedup": continuous_speedup(bf16, device)}
-    print_figures(figures)
-    return figures

@@ -9,20 +9,20 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from model import log_mel
 
 
 def padded(windows, n_windows):
     """windows (sum W, L) int16 or float32 -> (B, max W, L) float32, and a mask (B, max W) of the real ones."""
-    longest = torch.arange(int(n_windows.max()))
-    mask = longest < n_windows[:, None]
-    mask = mask.to(windows.device)
     if windows.dtype == torch.int16:
         windows = windows.float() / 32767
-    x = windows.new_zeros(*mask.shape, windows.shape[1])
-    x[mask] = windows
-    return x, mask
+    clips = windows.split(n_windows.tolist())
+    x = pad_sequence(clips, batch_first=True)
+    index = torch.arange(x.shape[1])
+    mask = index < n_windows[:, None]
+    return x, mask.to(x.device)
 
 
 def split_heads(x, d):
@@ -32,10 +32,11 @@ def split_heads(x, d):
 
 def attend(q, k, v, mask):
     """q (B, H, T, d), k and v (B, H, S, d), mask True where a query sees a key -> (B, T, H d)."""
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
     lowest = torch.finfo(scores.dtype).min
-    weights = scores.masked_fill(~mask, lowest).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    scores = scores.masked_fill(~mask, lowest)
+    o = scores.softmax(-1) @ v
+    return o.transpose(1, 2).flatten(2)
 
 
 def rotate(x, r, base, first=0):
@@ -58,11 +59,11 @@ def rotate(x, r, base, first=0):
 def encode(clap, windows):
     """One clip's windows (W, L) -> its tokens (W, 64, C), by laion-clap's own blocks."""
     h = clap.htsat
-    x = log_mel(windows).transpose(1, 2)
-    x = h.bn0(x[..., None]).permute(0, 3, 2, 1)
-    x = h.patch_embed.proj(h.reshape_wav2img(x))
-    x = x.flatten(2).transpose(1, 2)
-    x = h.patch_embed.norm(x)
+    x = log_mel(windows).mT[..., None]
+    x = h.bn0(x).permute(0, 3, 2, 1)
+    x = h.reshape_wav2img(x)
+    x = h.patch_embed.proj(x).flatten(2)
+    x = h.patch_embed.norm(x.mT)
     for stage in h.layers:
         x, _ = stage(x)
     x = h.norm(x)
@@ -78,23 +79,26 @@ def audio_transformer(transformer, x, mask):
     for layer in transformer.layer_stack:
         a, ff = layer.slf_attn, layer.pos_ffn
         d = x.shape[-1] // a.n_head
-        q = rotate(split_heads(a.w_qs(x), d), r, 4096)
-        k = rotate(split_heads(a.w_ks(x), d), r, 4096)
+        q = split_heads(a.w_qs(x), d)
+        k = split_heads(a.w_ks(x), d)
         v = split_heads(a.w_vs(x), d)
-        x = a.layer_norm(x + a.fc(attend(q, k, v, mask)))
-        y = ff.w_2(F.relu(ff.w_1(x)))
-        x = ff.layer_norm(x + y)
+        q = rotate(q, r, 4096)
+        k = rotate(k, r, 4096)
+        y = a.fc(attend(q, k, v, mask))
+        x = a.layer_norm(x + y)
+        y = F.relu(ff.w_1(x))
+        x = ff.layer_norm(x + ff.w_2(y))
     return x
 
 
 def audio_tokens(model, windows, mask):
     """windows (B, W, L) and mask (B, W) of `padded` -> audio (B, S, C) and its mask (B, 1, 1, S)."""
-    tokens = [encode(model.clap, clip) for clip in windows]
-    tokens = torch.stack(tokens)  # (B, W, 64, C)
+    tokens = torch.stack([encode(model.clap, clip) for clip in windows])  # (B, W, 64, C)
     mask = mask.repeat_interleave(tokens.shape[2], 1)
     mask = mask[:, None, None]
     x = tokens.flatten(1, 2)
-    return audio_transformer(model.audio_transformer, x, mask), mask
+    x = audio_transformer(model.audio_transformer, x, mask)
+    return x, mask
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -110,10 +114,12 @@ def rms_norm(module, x):
 
 def gated_block(block, x, audio, mask):
     a, d = block.attn, block.d
-    q = split_heads(a.to_q(a.norm(x)), d)
-    k, v = a.to_kv(audio).chunk(2, -1)
-    o = attend(q, split_heads(k, d), split_heads(v, d), mask)
-    x = x + a.to_out(o) * block.attn_gate.tanh()
+    y = a.norm(x)
+    q = split_heads(a.to_q(y), d)
+    kv = split_heads(a.to_kv(audio), d)
+    k, v = kv.chunk(2, 1)
+    y = a.to_out(attend(q, k, v, mask))
+    x = x + y * block.attn_gate.tanh()
     return x + block.ff(x) * block.ff_gate.tanh()
 
 
@@ -122,9 +128,11 @@ def language_block(block, x, c, kv_cache):
     a, d = block.self_attn, c.d
     first = kv_cache[0].shape[2] if kv_cache else 0
     y = rms_norm(block.input_layernorm, x)
-    q = rotate(split_heads(a.q_proj(y), d), d, c.rope_theta, first)
-    k = rotate(split_heads(a.k_proj(y), d), d, c.rope_theta, first)
+    q = split_heads(a.q_proj(y), d)
+    k = split_heads(a.k_proj(y), d)
     v = split_heads(a.v_proj(y), d)
+    q = rotate(q, d, c.rope_theta, first)
+    k = rotate(k, d, c.rope_theta, first)
     if kv_cache:
         k = torch.cat([kv_cache[0], k], 2)
         v = torch.cat([kv_cache[1], v], 2)
@@ -132,10 +140,11 @@ def language_block(block, x, c, kv_cache):
     groups = c.heads // c.kv_heads
     k = k.repeat_interleave(groups, 1)
     v = v.repeat_interleave(groups, 1)
-    causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-    causal = causal.tril(first).to(x.device)
-    x = x + a.o_proj(attend(q, k, v, causal))
-    return x + block.mlp(rms_norm(block.post_attention_layernorm, x))
+    causal = x.new_ones(q.shape[2], k.shape[2]).bool()
+    y = attend(q, k, v, causal.tril(first))
+    x = x + a.o_proj(y)
+    y = rms_norm(block.post_attention_layernorm, x)
+    return x + block.mlp(y)
 
 
 def text_states(model, ids, audio, mask, caches=None):
@@ -145,7 +154,8 @@ def text_states(model, ids, audio, mask, caches=None):
     for i, block in enumerate(lm.layers):
         if str(i) in model.xattn:
             x = gated_block(model.xattn[str(i)], x, audio, mask)
-        x = language_block(block, x, lm.config, caches[i] if caches else [])
+        cache = caches[i] if caches else []
+        x = language_block(block, x, lm.config, cache)
     return rms_norm(lm.norm, x)
 
 
@@ -154,8 +164,9 @@ def loss(model, ids, windows, mask, labels):
     audio, mask = audio_tokens(model, windows, mask)
     x = text_states(model, ids, audio, mask)
     logits = model.lm.logits(x).float()  # (B, T, V)
-    logits, targets = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    logits = logits[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    return F.cross_entropy(logits, targets, ignore_index=-100)
 
 
 @torch.no_grad()

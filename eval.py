@@ -159,6 +159,8 @@ def score_split(name, items, c, clap_checkpoint=None):
     if rule in (closed_set, multi_label, nsynth):
         context = {"labels": records.read_labels(c.labels), "embed": pick_text_encoder(clap_checkpoint, c)}
     figures = rule(counted, **context) if counted else {"accuracy": None}
+    if context:
+        figures["matching"] = "retrieval" if context["embed"] else "exact"
     headline = next(iter(figures.values()))
     if isinstance(headline, list):
         for item, score in zip(counted, headline):
@@ -180,7 +182,7 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
     cached = records.read_cache(stem)
     uncached = [i for i, key in enumerate(keys) if key not in cached]
     if rank == 0 and cached and uncached:
-        print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions, those without a cached answer",
+        print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions that have no cached answer",
               "of these weights, dtype, token limit, audio settings, clip and prompt", file=sys.stderr)
     wait_for_ranks()  # all ranks have read the cache before one writes: the same shares
     clips = Clips([manifest], None, model.audio_config)

@@ -145,7 +145,7 @@ def test_figures_of_clotho_cmm_and_muchomusic():
     assert (row["accuracy"], row["unanimous"], row["non-binary"]) == (0.5, 0.5, 0.5)
     row = score(CMM, rows(("yes", "Yes, it is"), ("no", "there is no"), ("no", "No.")))
     assert (row["perception"], row["hallucination resistance"]) == (1.0, 0.5)
-    row = score(MUCHO, [{"prompt": MC, "output": "(C) cat", "answer": answer} for answer in ("C", "who knows")])
+    row = score(MUCHO, [{"prompt": MC, "output": "(C) cat", "answer": answer} for answer in ("C", "none")])
     assert row["unanswered"] == 0.5
 
 
@@ -160,14 +160,14 @@ def test_closed_sets_labels_and_retrieval():
     items = rows(("Male speech, man speaking", "male speech, man speaking"), ("Dog", "rain"),
                  ("Rain", "a dog"))
     figures = rules.closed_set(items, labels)
-    assert figures == {"accuracy": [1, 0, 0], "chance": 1 / 3, "labels": 3, "matching": "exact"}
+    assert figures == {"accuracy": [1, 0, 0], "chance": 1 / 3}
     assert items[2]["predicted"] == "Dog"
     space = {"Dog": [1, 0, 0], "Rain": [0, 1, 0], "Male speech, man speaking": [0, 0, 1],
              "a hound barks": [0.8, 0.6, 0]}
     embed = lambda texts: np.array([space.get(text, [1, 1, 1]) for text in texts], float)
     items = rows(("Dog", "a hound barks"), ("Rain", "a hound barks"), ("Dog", ""))
     figures = rules.closed_set(items, labels, embed)
-    assert figures["accuracy"] == [1, 0, 0] and figures["matching"] == "retrieval"
+    assert figures["accuracy"] == [1, 0, 0]
     figures = rules.nsynth(rows(("produced by guitar, pitch 60, velocity 50, source acoustic, and bright",
                                  "produced by a guitar, source electronic.")))
     assert (figures["source"], figures["instrument"], figures["accuracy"]) == ([0], [1], [0.5])

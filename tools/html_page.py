@@ -23,19 +23,14 @@ def html_page(title, body, style=""):
     return f"{head}<h1>{escape(title)}</h1>\n{body}\n"
 
 
-def html_table(rows):
-    """A table of texts, which are escaped; the first column is a header."""
-    lines = []
-    for header, *cells in rows:
-        cells = [f"<td><pre>{escape(cell)}</pre>" for cell in cells]
-        lines.append(f"<tr><th>{escape(header)}" + "".join(cells))
+def html_table(rows, header=()):
+    """A table of values, whose texts are escaped; without a header, the first column is one."""
+    lines = ["<tr>" + "".join(f"<th>{escape(name)}" for name in header)]
+    tag = "td" if header else "th"
+    for first, *others in rows:
+        cells = [f"<td><pre>{escape(str(value))}</pre>" for value in others]
+        lines.append(f"<tr><{tag}><pre>{escape(str(first))}</pre>" + "".join(cells))
     return "<table>" + "\n".join(lines) + "</table>"
-
-
-def md_table(header, rows):
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
 def data_uri(data, kind):

@@ -6,9 +6,7 @@ import sys
 from collections import Counter, defaultdict
 from html import escape
 
-import numpy as np
-
-from tools.common import atomic_write
+from tools.common import atomic_write, optional_import
 from tools.eval.parsing import answer_text, normalise, split_mark
 from tools.eval.records import GROUPS
 from tools.eval.stats import clips_of, interval
@@ -128,22 +126,22 @@ def result_lines(name, row):
 # report.html
 
 
-def confusion_matrix(items, most=20):
-    """Predicted against right labels, the `most` frequent ones; "" for open answers, which have no matrix."""
-    bare = lambda text: normalise(split_mark(text or "", 26)[1] or text or "")  # without an option's mark
-    pairs = Counter((bare(item["output"]), bare(item["predicted"])) for item in items if "predicted" in item)
-    totals = Counter(label for label, _ in pairs.elements())
-    if not 2 <= len(totals) <= 5 * most:
+def confusion_matrix(items, most=100):
+    """Predicted against right labels; "" for open answers, which have too many."""
+
+    def labels_under(key):
+        texts = [item[key] or "" for item in items if "predicted" in item]
+        return [plain_label(normalise(split_mark(text, 26)[1] or text), 32) for text in texts]
+
+    right, predicted = labels_under("output"), labels_under("predicted")
+    labels = set(right)
+    if not 2 <= len(labels) <= most:
         return ""
-    labels = [label for label, _ in totals.most_common(most)]
-    shares = np.array([[pairs[right, predicted] / totals[right] for predicted in labels] for right in labels])
-    figure = new_figure(3 + 0.32 * len(labels), 3 + 0.32 * len(labels))
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [plain_label(label, 32) for label in labels]
-    axes.set_xticks(range(len(labels)), names, rotation=90)
-    axes.set_yticks(range(len(labels)), names)
-    axes.set(ylabel="right", xlabel="predicted")
+    metrics = optional_import("sklearn.metrics", "a confusion matrix", "eval")
+    figure = new_figure(3 + 0.3 * len(labels), 3 + 0.3 * len(labels))
+    metrics.ConfusionMatrixDisplay.from_predictions(
+        right, [label if label in labels else "(other)" for label in predicted], ax=figure.subplots(),
+        normalize="true", include_values=False, colorbar=False, cmap="Blues", xticks_rotation="vertical")
     return image(figure)
 
 
@@ -163,8 +161,8 @@ def item_html(name, item, load, sample_rate):
 def write_report(path, rows, items, load=None, sample_rate=16000):
     """rows and items by split; load(split, item) -> windows (n, L) at sample_rate, and attention weights
     (steps,) or None. Of a split the 4 worst items, 40 in all: 26 MB of sound at most."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no report.html: pip install -r requirements-eval.txt (matplotlib)", file=sys.stderr)
+    if not all(map(importlib.util.find_spec, ("matplotlib", "sklearn"))):
+        print("no report.html: pip install -r requirements-eval.txt", file=sys.stderr)
         return
     body, worst = [], min(4, math.ceil(40 / len(rows)))
     for name, row in rows.items():

@@ -38,10 +38,6 @@ def similarities(embed, texts, labels):
     return cosines[index]
 
 
-def matching(embed):
-    return {"matching": "exact" if embed is None else "retrieval"}
-
-
 def closed_set(items, labels=None, embed=None):
     """One label, or the same several in any order."""
     names = sorted(set(labels or [item["output"] for item in items]))
@@ -60,8 +56,7 @@ def closed_set(items, labels=None, embed=None):
         item["predicted"] = find(answer)
         reference = find(item["output"])
         right.append(reference is not None and item["predicted"] == reference)
-    figures = {"accuracy": right, "chance": 1 / len(known), "labels": len(known)}
-    return figures | matching(embed)
+    return {"accuracy": right, "chance": 1 / len(known)}
 
 
 def nsynth(items, labels=None, embed=None):
@@ -80,7 +75,7 @@ def nsynth(items, labels=None, embed=None):
     if not fields:
         return closed_set(items, labels, embed)
     accuracy = np.mean(list(fields.values()), 0).tolist()
-    return {"accuracy": accuracy} | fields | matching(embed)
+    return {"accuracy": accuracy} | fields
 
 
 def multi_label(items, labels=None, embed=None):
@@ -98,8 +93,7 @@ def multi_label(items, labels=None, embed=None):
     for item, answer, row, mask in zip(items, answers, scores, truth > 0):
         ranks = (row >= row[mask][:, None]).sum(1)  # of its labels; equal scores rank last
         item["score"] = float((ranks <= len(ranks)).mean()) if answer and len(ranks) else 0.0
-    mean_ap = mean_average_precision(truth > 0, scores, clips_of(items))
-    return {"mAP": mean_ap, "labels": len(names)} | matching(embed)
+    return {"mAP": mean_average_precision(truth > 0, scores, clips_of(items))}
 
 
 def indicators(label_sets, names):

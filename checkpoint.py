@@ -99,14 +99,20 @@ def build_meta_model(c, state, text, source, overrides=(), fresh=False):
     return model
 
 
-def init_from_parts(c, overrides=(), fresh=True, trained=(), source=None):
+def init_from_parts(c, overrides=(), saved=None, source=None):
     """-> a new model of the settings c, and the state of its pretrained parts: language model and CLAP.
-    trained: the tensors of a training checkpoint, `source`, which determine sizes as well."""
+    saved: the content of a training checkpoint, `source`, whose tensors determine sizes as well: what is
+    neither there nor pretrained is missing, not drawn at random."""
     text = load_lm_config_and_tokenizer(c)
     state = {"lm." + name: tensor for name, tensor in lm_state(*text).items()}
     if c.clap_checkpoint:
         state |= clap_state(c.clap_checkpoint)
-    return build_meta_model(c, state | dict(trained), text, source, overrides, fresh), state
+    if saved is None:
+        return build_meta_model(c, state, text, source, overrides, fresh=True), state
+    trained = trained_tensors(saved, text[1], source)
+    # rows of added tokens were drawn at random just now
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".added")}
+    return build_meta_model(c, state | trained, text, source, overrides), state
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,9 +134,8 @@ def open_checkpoint(path, overrides, setting="init_from"):
 
 def open_pretrained(c, overrides):
     """open_checkpoint of pretrained_path; of a run, of the file pretrained_ckpt in it."""
-    path = c.pretrained_path
-    is_release = os.path.exists(settings.resolve_path(os.path.join(path, "safe_ckpt")))
-    if c.pretrained_ckpt and os.path.isdir(settings.resolve_path(path)) and not is_release:
+    path, folder = c.pretrained_path, settings.resolve_path(c.pretrained_path)
+    if c.pretrained_ckpt and os.path.isdir(folder) and "safe_ckpt" not in os.listdir(folder):
         path = os.path.join(path, c.pretrained_ckpt)
     overrides = {name: value for name, value in overrides.items() if name != "pretrained_path"}
     return open_checkpoint(path, overrides, "pretrained_path")
@@ -151,7 +156,7 @@ def read_checkpoint(file, overrides):
     """A checkpoint stores trained and randomly initialised tensors only; frozen weights are reloaded from
     where the run got them."""
     saved = load_pickle(file)
-    trained, _ = rename_published(state_dict_of(saved, "model_state_dict", file))
+    state_dict_of(saved, "model_state_dict", file)  # before a language model is downloaded
     config, folder = saved.get("config", {}), os.path.dirname(file)  # none in those of the published code
     own = model_settings(config, file)
     parts = {name: config[name] for name in settings.ORIGINS if name in config}
@@ -161,12 +166,10 @@ def read_checkpoint(file, overrides):
         if c.pretrained_path:  # the parent loads its parts from its own paths; sizes are this checkpoint's
             model, state = open_pretrained(c, sizes | overrides)
         else:
-            model, state = init_from_parts(c, sizes | overrides, False, trained, file)
-            # rows of added tokens were drawn at random just now: the checkpoint has them, or they are missing
-            state = {name: tensor for name, tensor in state.items() if not name.endswith(".added")}
+            model, state = init_from_parts(c, sizes | overrides, saved, file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: a part of this run is not where it was. {error}") from error
-    split_embeddings(trained, model.lm.config, file)
+    trained = trained_tensors(saved, model.lm.config, file)
     frozen = fingerprint({name: tensor for name, tensor in state.items() if name not in trained})
     if saved.get("frozen_hash", frozen) != frozen:
         raise UserError(f"{file}: the frozen weights it was trained with are not those found now under "

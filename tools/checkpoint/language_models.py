@@ -14,7 +14,7 @@ from tools.common import UserError, join_names, read_json_object, shorten
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["model*.safetensors"]
 SUPPORTED = {"model_type": ("qwen2", "qwen3", "llama", "mistral"), "hidden_act": ("silu",),
-             "sliding_window": (None, False), "rope_type": ("default", "llama3"),
+             "sliding_window": (None,), "rope_type": ("default", "llama3"),
              "quantization_config": (None,)}
 # of the published releases
 LM_OF_WIDTH = {896: "Qwen/Qwen2.5-0.5B", 1536: "Qwen/Qwen2.5-1.5B", 2048: "Qwen/Qwen2.5-3B"}
@@ -72,7 +72,7 @@ def lm_config_of(hf, folder):
     get = lambda name, default=None: getattr(hf, name, None) or default
     rope = get("rope_parameters") or get("rope_scaling", {})
     found = {"model_type": hf.model_type, "hidden_act": get("hidden_act"),
-             "sliding_window": get("sliding_window") if getattr(hf, "use_sliding_window", True) else None,
+             "sliding_window": get("sliding_window"),
              "rope_type": rope.get("rope_type", rope.get("type", "default")),
              "quantization_config": get("quantization_config")}
     for name, value in found.items():

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -92,35 +93,32 @@ def save_release(model, folder):
     if getattr(model, "int8", False):
         raise UserError("a model with int8 weights is for answering: save the one it was made from")
     folder = os.path.realpath(os.path.expanduser(folder))
-    with replace_folder(folder) as new:
+    with replace_folder(folder) as new, name_disk_errors(folder, SafetensorError):
         write_release(model, new)
 
 
 def write_release(model, folder):
     from huggingface_hub import split_torch_state_dict_into_shards
-    c, state = model.config, published_state(model)
+    c, state, folder = model.config, published_state(model), Path(folder)
     for part in ("safe_ckpt", "clap_ckpt", "lm"):
-        os.makedirs(os.path.join(folder, part))
+        (folder / part).mkdir()
     shards = split_torch_state_dict_into_shards(state, max_shard_size="4GB").filename_to_tensors
     metadata = {f"weight_{i}": names for i, names in enumerate(shards.values())}
     for shard, names in metadata.items():
-        file = os.path.join(folder, f"safe_ckpt/{shard}.safetensors")
-        with name_disk_errors(file, SafetensorError):
-            save_file({name: state[name] for name in names}, file)
-        os.chmod(file, 0o644)  # safetensors leaves 0600
-    save_atomically(clap_checkpoint_of(state, c), os.path.join(folder, "clap_ckpt/epoch_16.pt"))
+        file = folder / f"safe_ckpt/{shard}.safetensors"
+        save_file({name: state[name] for name in names}, file)
+        file.chmod(0o644)  # safetensors leaves 0600
+    save_atomically(clap_checkpoint_of(state, c), str(folder / "clap_ckpt/epoch_16.pt"))
     lm = local_or_hub(c.lang_encoder_path, ["*.json"], c.cache_dir, "lang_encoder_path")
-    shutil.copyfile(os.path.join(lm, "config.json"), os.path.join(folder, "lm/config.json"))
-    model.tokenizer.save_pretrained(os.path.join(folder, "lm"))
+    shutil.copyfile(os.path.join(lm, "config.json"), folder / "lm/config.json")
+    model.tokenizer.save_pretrained(folder / "lm")
     about = dict(model.about)
     content = {name: getattr(c, name) for name in settings.MODEL_SETTINGS}
     content |= {"lang_encoder_path": about.pop("language_model"), "tokenizer_path": None, "about": about,
                 "cross_attn_every_n_layers": [int(i) for i in model.xattn]}
-    texts = {"config.json": json.dumps(content, indent=1), "README.md": model_card(content, model),
-             "safe_ckpt/metadata.json": json.dumps(metadata, indent=1)}
-    for name, text in texts.items():
-        with open(os.path.join(folder, name), "w") as f:
-            f.write(text)
+    (folder / "config.json").write_text(json.dumps(content, indent=1))
+    (folder / "safe_ckpt/metadata.json").write_text(json.dumps(metadata, indent=1))
+    (folder / "README.md").write_text(model_card(content, model))
 
 
 def published_state(model):

@@ -15,7 +15,7 @@ import checkpoint
 import config
 from checkpoint import load
 from data import load_audio
-from model import ClapEncoder, hann_and_mel, log_mel, to_float
+from model import ClapEncoder, log_mel, mel_bands, to_float
 from tests.helpers import fails_with_one_line, run
 from tools.checkpoint.clap import clap_state
 from tools.checkpoint.files import load_pickle
@@ -217,7 +217,7 @@ def test_laions_own_clap(tiny_settings, tmp_path, monkeypatch, fusion, protocol)
         config=front_end, enable_fusion=fusion, fusion_type="aff_2d" if fusion else "None").eval()
     theirs.bn0.running_mean.uniform_(-40, 0)
     monkeypatch.setattr(sys.modules[type(theirs).__module__], "interpolate", lambda x, _: x)
-    mel = hann_and_mel(torch.device("cpu"), 48000, 14000)[1]
+    mel = mel_bands(torch.device("cpu"), 48000, 14000)
     own = mel * torch.linspace(1, 3, 64)  # in the file: used without a fusion branch, never with one
     state = {f"module.audio_branch.{n}": t for n, t in theirs.state_dict().items()}
     state |= {"module.audio_branch.logmel_extractor.melW": own,
@@ -257,7 +257,7 @@ def test_mel_bands_that_determine_no_rate_are_refused(tmp_path):
     audio = {"module.audio_branch.norm.weight": torch.ones(8)}
     file = str(tmp_path / "clap.pt")
     for rate, top, fits in ((None, None, False), (16000, 8000, True), (32000, 14000, False)):
-        mel = hann_and_mel(torch.device("cpu"), rate, top)[1] if rate else None
+        mel = mel_bands(torch.device("cpu"), rate, top) if rate else None
         more = {"module.audio_branch.logmel_extractor.melW": mel} if rate else {}
         torch.save({"state_dict": audio | more}, file)
         if fits:

@@ -162,9 +162,6 @@ def check_arguments(c):
         raise UserError("give one of --audio clip.wav, --input questions.jsonl and --serve")
     if c.timeline and len(c.audio) != 1:
         raise UserError("--timeline takes one --audio")
-    for path in c.audio:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such audio file")
     for file in filter(None, (c.output, c.timeline and c.timeline + ".json")):
         check_writable(file)
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)

@@ -1,19 +1,23 @@
 """An answer depends on its clip, prompt and settings alone: continuous batching, several clips, follow-ups."""
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 
+from data import encode_prompts, encode_text
 from tests.test_model import batch, build
 from tools.common import UserError
-from tools.sample.decoding import (Sampling, answer_items, compile_decoding, decode_stream, decode_text,
-                                   encode_audio_kv, force_conclusion, sample_tokens, stream, stream_text)
+from tools.sample.attention_map import attention_over_time, attention_timeline, write_timeline
+from tools.sample.decoding import (Sampling, answer_items, compile_decoding, decode_stream, encode_audio_kv,
+                                   force_conclusion, sample_tokens, stream_text)
+from tools.sample.int8 import Int8Linear, quantize
 
 
 @pytest.fixture(scope="module")
 def model(tiny_settings):
     model = build(tiny_settings, gates=0.9)
-    for p in model.lm.parameters():  # its weights are so small that it would say one token for ever
+    for p in model.lm.parameters():  # so small otherwise that every token of an answer is the same
         p.mul_(12 if p.ndim == 2 else 1)
     return model
 
@@ -27,40 +31,30 @@ def questions(model, n, seed=0):
     return [(text(5 + 3 * (i % 4)), sound(k), [k]) for i, k in enumerate(count)]
 
 
-@pytest.fixture
-def ending(model, monkeypatch):
-    """The model stops at a token that ends the answers to these 13 items after different numbers of tokens."""
-    items = questions(model, 13)
-
-    def stop_at_different_steps(**sampling):
-        monkeypatch.setattr(model, "stop_ids", [])
-        rows = []
-        for prompt, windows, counts in items:
-            steps = stream(model, [prompt], windows, torch.tensor(counts), max_new_tokens=12, **sampling)
-            rows.append([int(step) for step in steps])
-        lengths = {token: {row.index(token) for row in rows if token in row} for row in rows for token in row}
-        stop = max(lengths, key=lambda token: len(lengths[token]))
-        assert len(lengths[stop]) > 2
-        monkeypatch.setattr(model, "stop_ids", [stop])
-
-    return items, stop_at_different_steps
-
-
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 30, "seed": 3}])
-@pytest.mark.parametrize("slots, sync_every", [(1, 1), (3, 1), (8, 8), (50, 1)])
-def test_continuous_batches_answer_as_one_by_one(model, ending, sampling, slots, sync_every):
-    """sync_every: a GPU decodes several steps before it is asked which answers have ended."""
-    items, stop_at_different_steps = ending
-    stop_at_different_steps(**sampling)
-    alone = [model.generate([p], w, torch.tensor(k), max_new_tokens=12, **sampling)[0] for p, w, k in items]
-    sampling, texts = Sampling(max_new_tokens=12, **sampling), {}
+def decode_ids(model, items, slots, sampling, sync_every=None):
+    ids = {}
     for answers in decode_stream(model, iter(items), slots, sampling, sync_every=sync_every):
-        texts.update({answer.index: decode_text(model, answer, sampling) for answer in answers if answer.ended})
-    assert texts == dict(enumerate(alone))
+        ids.update({answer.index: answer.ids for answer in answers})
+    return [ids[index] for index in range(len(items))]
 
 
-def test_a_text_hears_the_clips_before_it(model):
-    """Two clips of a text: keys of both, each mixed alone; the first mark hears the first clip only."""
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 30, "seed": 3}])
+@pytest.mark.parametrize("slots, sync_every", [(1, 1), (3, 1), (8, 8), (50, 1)])
+def test_continuous_batches_answer_as_one_by_one(model, monkeypatch, settings, slots, sync_every):
+    """Answers of different lengths. sync_every: a GPU decodes several steps between two looks at its tokens."""
+    items, sampling = questions(model, 11), Sampling(max_new_tokens=12, **settings)
+    monkeypatch.setattr(model, "stop_ids", [])
+    rows = [decode_ids(model, [item], 1, sampling)[0] for item in items]
+    ends = lambda token: {row.index(token) for row in rows if token in row}
+    stop = max(sum(rows, []), key=lambda token: len(ends(token)))
+    assert len(ends(stop)) > 2
+    monkeypatch.setattr(model, "stop_ids", [stop])
+    expected = [row[:row.index(stop)] if stop in row else row for row in rows]
+    assert decode_ids(model, items, slots, sampling, sync_every) == expected
+
+
+def test_a_token_attends_to_the_clips_before_it(model):
+    """Two clips of a text, each encoded alone: the first <audio> token attends to the first clip only."""
     ids, windows, _, _ = batch(model, n=(3,), T=(9,))
     ids[0, :2] = model.audio_id
     n_windows = torch.tensor([[1, 2]])
@@ -68,11 +62,11 @@ def test_a_text_hears_the_clips_before_it(model):
     first, n_first = model.encode_audio(windows[:1], torch.tensor([1]))
     second, n_second = model.encode_audio(windows[1:], torch.tensor([2]))
     kv = model.keys_values(torch.cat([first, second], 1))
-    heard = torch.full((1, 9), int(n_first + n_second))
-    heard[0, 0] = n_first
-    assert (model.lm.logits(model.forward_hidden(ids, kv, heard)) - logits).abs().max() < 1e-4
+    n_keys = torch.full((1, 9), int(n_first + n_second))
+    n_keys[0, 0] = n_first
+    assert (model.lm.logits(model.forward_hidden(ids, kv, n_keys)) - logits).abs().max() < 1e-4
     swapped, _ = model(ids, windows[[1, 2, 0]], torch.tensor([[2, 1]]))
-    assert (swapped[0, 0] - logits[0, 0]).abs().max() > 1e-3  # the order of clips tells at the first mark
+    assert (swapped[0, 0] - logits[0, 0]).abs().max() > 1e-3  # another clip is the first
 
 
 def test_texts_about_one_clip_and_several_in_one_batch(model):
@@ -81,10 +75,7 @@ def test_texts_about_one_clip_and_several_in_one_batch(model):
     together, _ = model(ids, windows, torch.tensor([[2, 0], [1, 2]]))
     first, _ = model(ids[:1], windows[:2], torch.tensor([2]))
     second, _ = model(ids[1:], windows[2:], torch.tensor([[1, 2]]))
-    for alone, row in zip((first, second), together):
-        assert (alone[0] - row).abs().max() < 1e-4
-    _, loss = model(ids, windows, torch.tensor([[2, 0], [1, 2]]), labels=ids)
-    assert torch.isfinite(loss)
+    assert (torch.cat([first, second]) - together).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("counts", [[3], [1, 2]])
@@ -98,7 +89,6 @@ def test_follow_up_questions_reuse_the_audio_kv(model, counts):
 
 def test_an_answer_goes_on_from_its_prefix(model):
     """As if the words had been generated: the same tokens as after a prompt that holds them, uncached."""
-    from data import encode_prompts, encode_text
     _, windows, _, _ = batch(model, n=(2,), T=(4,))
     n = torch.tensor([2])
     answer = model.generate(["What?"], windows, n, max_new_tokens=5, answer_prefix="It is a")[0]
@@ -133,12 +123,6 @@ def test_what_cannot_be_asked_is_refused_and_changes_nothing(model, prompts, n, 
     model.eval()
 
 
-def test_a_million_tokens_do_not_ask_for_their_memory(model):
-    _, windows, _, _ = batch(model, n=(1,), T=(4,))
-    for _ in zip(range(3), stream(model, ["a"], windows, torch.tensor([1]), max_new_tokens=10 ** 6)):
-        pass
-
-
 def test_sampled_tokens_follow_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     generators = {row: torch.Generator().manual_seed(row) for row in range(4000)}
@@ -166,37 +150,38 @@ def test_sampled_answers_of_different_items_are_independent(model, monkeypatch):
     assert not set(other.values()) & set(texts.values())
 
 
-def test_the_weights_of_every_token_are_those_of_naive_attention(model, tmp_path):
-    from data import encode_prompts, encode_text
-    from tools.sample.attention_map import attention_over_time, attention_timeline, write_timeline
+def test_the_weights_of_every_token_are_those_of_naive_attention(model, monkeypatch, tmp_path):
+    import model as model_file
     _, windows, _, _ = batch(model, n=(2,), T=(4,))
     windows = (windows * 32767).to(torch.int16)
     timeline = attention_timeline(model, "What is it?", "a red dog", windows)
     assert "".join(timeline["tokens"]) == "a red dog"
-    weights = torch.tensor(timeline["weights"])
-    assert weights.shape == (len(timeline["tokens"]), len(timeline["seconds"]))
-    assert torch.allclose(weights.sum(1), torch.ones(len(weights)), atol=1e-5)
     assert timeline["seconds"][0][0] == 0 and timeline["seconds"][-1][1] == 5.0
     expected = []
 
     def attention(q, k, v, n_keys, gate):
-        scores = torch.einsum("bthd,bnhd->bhtn", q, k) / q.shape[-1] ** 0.5
-        expected.append(scores.softmax(-1)[0].mean(0))
-        return gate.tanh() * torch.einsum("bhtn,bnhd->bthd", scores.softmax(-1), v)
+        weights = (torch.einsum("bthd,bnhd->bhtn", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        expected.append(weights[0].mean(0))
+        return gate.tanh() * torch.einsum("bhtn,bnhd->bthd", weights, v)
 
-    import model as model_file
+    monkeypatch.setitem(model_file.BACKENDS, "sdpa", attention)
     before = encode_prompts(model.tokenizer, ["What is it?"])[0]
     ids = before + encode_text(model.tokenizer, ["a red dog"])[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_file.BACKENDS, "sdpa", attention)
-        model(torch.tensor([ids]), windows, torch.tensor([2]))
-    mean = torch.stack(expected).mean(0).view(len(ids), 2, 2, -1).sum(2).flatten(1)
+    model(torch.tensor([ids]), windows, torch.tensor([2]))
+    mean = torch.stack(expected).mean(0).view(len(ids), 2, 2, -1).sum(2).flatten(1)  # of two frequency bins
+    weights = torch.tensor(timeline["weights"])
     assert torch.allclose(weights, mean[len(before) - 1:-1], atol=1e-5)
-    last = attention_over_time(model, "What is it?", windows)
-    assert torch.allclose(last, mean[len(before) - 1], atol=1e-5)
-    pytest.importorskip("matplotlib")
+    assert torch.allclose(attention_over_time(model, "What is it?", windows), weights[0], atol=1e-5)
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install -r requirements-eval.txt")
     write_timeline(str(tmp_path / "deep/clip"), timeline, windows)
     assert sorted(f.name for f in (tmp_path / "deep").iterdir()) == ["clip.json", "clip.png"]
+
+
+def test_two_threads_answer_as_one(model):
+    items = questions(model, 3)
+    answer = lambda item: model.generate([item[0]], item[1], torch.tensor(item[2]), max_new_tokens=6)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(answer, items * 2)) == list(map(answer, items)) * 2
 
 
 def test_compiled_decoding_answers_the_same(model, monkeypatch):
@@ -212,7 +197,6 @@ def test_compiled_decoding_answers_the_same(model, monkeypatch):
 
 def test_int8_weights(tiny_settings, tmp_path):
     """Each product within the rounding of its weights; the whole model answers, and is not saved."""
-    from tools.sample.int8 import Int8Linear, quantize
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 96)
     few, many = torch.randn(3, 64), torch.randn(40, 64)
@@ -226,5 +210,5 @@ def test_int8_weights(tiny_settings, tmp_path):
     kinds = {type(module).__name__ for module in quantize(model).lm.layers.modules()}
     assert "Int8Linear" in kinds and "Linear" not in kinds
     assert len(model.generate(["a", "b", "c"], windows, n, max_new_tokens=3)) == 3
-    with pytest.raises(ValueError, match="int8 weights"):
+    with pytest.raises(ValueError):
         model.save_pretrained(str(tmp_path))

@@ -130,7 +130,7 @@ def test_a_wrong_question_is_named_with_its_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("options, name", [
-    ([], "--audio"), (["--audio=gone.wav"], "gone.wav"), (["--audio={clip}", "--serve"], "--serve"),
+    ([], "--audio"), (["--audio={clip}", "--serve"], "--serve"),
     (["--audio={clip}", "--output={tmp}"], "{tmp}"), (["--audio={clip}", "--output=/dev/null/x.jsonl"], "/dev/null"),
     (["--audio={clip}", "--timeline=/dev/null/x"], "/dev/null"), (["--export=/dev/null/x"], "/dev/null/x"),
     (["--audio={clip}", "--top_p=2"], "top_p"), (["--audio={clip}", "--temperature=-1"], "temperature"),

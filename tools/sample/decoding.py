@@ -34,7 +34,8 @@ class Sampling:
 
     def __post_init__(self):
         top_p = 1 if self.top_p is None else self.top_p
-        if min(self.max_new_tokens, self.temperature, self.top_k or 0) < 0 or not 0 < top_p <= 1:
+        not_negative = (self.max_new_tokens, self.temperature, self.top_k or 0)
+        if not all(value >= 0 for value in not_negative) or not 0 < top_p <= 1:  # also where one is NaN
             raise UserError(f"{self}: expected nothing below 0 but the seed, and 0 < top_p <= 1")
 
 

@@ -15,8 +15,6 @@ from tools.sample.decoding import encode_audio_kv, stream_text
 
 MAX_QUEUE = 64  # questions that may wait
 CACHED_CLIPS = 4  # half a gigabyte each, of a 3B model and 5 minutes
-QUESTIONS = ["What happens in this clip?", "Which sounds can be heard, and in which order?",
-             "Describe the mood of this recording.", "Is anyone speaking?"]
 CSS = "footer {display: none} #note textarea {color: #b45309}"
 
 
@@ -76,8 +74,7 @@ def build_page(model, c):
                 path = gr.Audio(type="filepath", sources=["upload", "microphone"], label="Clip",
                                 elem_id="clip", editable=False, buttons=["download"])
                 prompt = gr.Textbox(label="Question", elem_id="question", lines=2, max_lines=6,
-                                    submit_btn=True, placeholder="What do you want to know about it?")
-                gr.Examples(QUESTIONS, prompt, label="Questions, for example")
+                                    submit_btn=True, placeholder="What happens in this clip?")
                 note = gr.Textbox(label="Note", elem_id="note", interactive=False, lines=1)
             with gr.Column(scale=3):
                 chat = gr.Chatbot(label="Answers", elem_id="answers", render_markdown=False, height=300,

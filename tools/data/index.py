@@ -11,6 +11,7 @@ Items are read by pread, not through a memory map, so that a worker's memory doe
 """
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import numpy as np
 
 from tools.common import atomic_write, parse_json_line, read_json
 
-VERSION = 1
+VERSION = 2
 SMALL = 1000  # fewer items are parsed faster than a file is worth leaving beside them
 BLOCK = 10_000  # items encoded at a time
 
@@ -74,21 +75,32 @@ def to_lines(items):
     return lines if len(lines) == len(items) else [json.dumps(item) for item in items]
 
 
-def build_index(content, stamp):
-    """JSON of a manifest -> the parts of its index file, bytes."""
+def write_index(f, content, stamp):
+    """Write the index of a manifest, given as JSON, to an open file."""
     items = list(content["data"].values())
-    blocks, lengths, digest = [], [0], 0
+    head = {key: value for key, value in content.items() if key != "data"}
+
+    def header(digest):
+        fields = {"manifest": stamp, "items": len(items), "digest": f"{digest:08x}", "head": head}
+        return json.dumps(fields).encode() + b"\n"
+
+    f.seek(len(header(0)) + 8 * (len(items) + 1))
+    lengths, digest = [0], 0
     for i in range(0, len(items), BLOCK):
         lines = to_lines(items[i:i + BLOCK])
         lengths += [len(line) + 1 for line in lines]
-        blocks.append("\n".join([*lines, ""]).encode())
-        digest = zlib.crc32(blocks[-1], digest)
-    header = {
-        "manifest": stamp,
-        "items": len(items),
-        "digest": f"{digest:08x}",  # of all items
-        "head": {key: value for key, value in content.items() if key != "data"}}
-    return [json.dumps(header).encode() + b"\n", np.cumsum(lengths, dtype=np.int64).tobytes(), *blocks]
+        block = "\n".join([*lines, ""]).encode()
+        digest = zlib.crc32(block, digest)
+        f.write(block)
+    f.seek(0)
+    f.write(header(digest))
+    f.write(np.cumsum(lengths, dtype=np.int64))
+
+
+def index_in_memory(content, stamp):
+    f = io.BytesIO()
+    write_index(f, content, stamp)
+    return Items(f.getvalue())
 
 
 @contextmanager
@@ -120,16 +132,15 @@ def open_items(file, check, cache_dir=None):
                 return items
         content = read_json(file)
         check(content)
-        parts = build_index(content, stamp)
         if len(content["data"]) < SMALL:
-            return Items(b"".join(parts))
+            return index_in_memory(content, stamp)
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             with atomic_write(path + suffix, "wb") as f:
-                f.writelines(parts)
+                write_index(f, content, stamp)
             os.replace(path + suffix, path)
             return read_index(path)
         except OSError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"Warning: {file}: its index is kept in memory ({error})", file=sys.stderr)
-            return Items(b"".join(parts))
+            return index_in_memory(content, stamp)

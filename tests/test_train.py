@@ -45,6 +45,11 @@ def start(*arguments, **options):
                             stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
 
 
+def children(process):
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
 def entries(folder):
     with open(f"{folder}/log.jsonl") as f:
         return [json.loads(line) for line in f if line.endswith("\n")]
@@ -77,6 +82,11 @@ def equal(a, b):
         flat.append(tensors)
     assert flat[0].keys() == flat[1].keys()
     return all(torch.equal(tensor, flat[1][name]) for name, tensor in flat[0].items())
+
+
+def clips(n):
+    """Items of a manifest on the tiny clips."""
+    return [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(n)]
 
 
 def close(a, b):
@@ -142,17 +152,23 @@ def test_epochs_take_every_item_and_old_checkpoints_go(tiny_config, tmp_path):
     assert set(steps(folder, "epoch")) == set(range(8))
 
 
+@pytest.mark.slow
 def test_each_stage_of_the_recipe_trains_its_parts(tiny_config, tiny_settings, tiny_data, tmp_path):
     """The real config files at tiny sizes: what trains moves and is saved, everything else is as it was."""
-    heard = {"audio_transformer", "xattn"}
-    stages = {"pretrain": heard | {"lm.embed_tokens"}, "sft": heard | {"lm.embed_tokens", "clap"},
-              "long": heard | {"lm.embed_tokens"}, "sft_24gb": heard | {"lm.embed_tokens.added", "clap"},
-              "reason": heard | {"lm.embed_tokens", "lm.layers", "lm.norm"}}
+    connectors = {"audio_transformer", "xattn"}
+    stages = {
+        "pretrain": connectors | {"lm.embed_tokens"},
+        "sft": connectors | {"lm.embed_tokens", "clap"},
+        "long": connectors | {"lm.embed_tokens"},
+        "sft_24gb": connectors | {"lm.embed_tokens.added", "clap"},
+        "reason": connectors | {"lm.embed_tokens", "lm.layers", "lm.norm"}}
     small = tiny_settings | {
         "num_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 1,
-        "learning_rate": 1e-2, "gate_learning_rate": 1e-2, "clap_checkpoint": None, "pretrained_ckpt": None,
-        "data_root": tiny_data, "dataset_file_root": tiny_data, "num_workers": 0, "valid_dataset_config": {},
-        "dataset_blending_config": {"toy-AQA/train": 1.0}, "dataset_blending_global_weight": 1.0}
+        "learning_rate": 1e-2, "gate_learning_rate": 1e-2,
+        "clap_checkpoint": None, "pretrained_ckpt": None,
+        "data_root": tiny_data, "dataset_file_root": tiny_data, "num_workers": 0,
+        "dataset_blending_config": {"toy-AQA/train": 1.0}, "dataset_blending_global_weight": 1.0,
+        "valid_dataset_config": {}}
     train(tiny_config, str(tmp_path / "first"), WHOLE_BLEND, "--num_epochs=1", NO_VALIDATION)
     before = AudioFlamingo.from_pretrained(str(tmp_path / "first")).state_dict()
     small |= {"pretrained_path": str(tmp_path / "first")}
@@ -170,9 +186,8 @@ def test_each_stage_of_the_recipe_trains_its_parts(tiny_config, tiny_settings, t
 
 
 def test_manifests_of_several_clips_train_and_validate(tiny_config, tmp_path):
-    two = [([f"{i}.wav", f"{i + 1}.wav"], "Which is the tone?", ["second", "first"][i % 2]) for i in range(4)]
-    one = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(4)]
-    write_manifest(tmp_path / "m", "two-AQA/train", two + one)
+    two = [([f"{i}.wav", f"{i + 1}.wav"], "Which is the tone?", "the second") for i in range(4)]
+    write_manifest(tmp_path / "m", "two-AQA/train", two + clips(4))
     train(tiny_config, str(tmp_path / "two"), f"--dataset_file_root={tmp_path}/m", WHOLE_BLEND,
           "--num_epochs=1", '--valid_dataset_config={"two-AQA/train": 1.0}',
           '--dataset_blending_config={"two-AQA/train": 1.0}')
@@ -185,9 +200,11 @@ def test_the_blending_record_has_every_epoch_once(tiny_config, tmp_path):
         train(tiny_config, folder, f"--dataset_blending_output={record}", NO_VALIDATION, *options)
     with open(record) as f:
         rows = [json.loads(line) for line in f]
-    assert [(row["epoch"], row["first"], row["stop"]) for row in rows] == [(0, 0, 4), (1, 4, 8)]
+    taken = [(row["epoch"], row["first"], row["stop"]) for row in rows]
+    assert taken == [(0, 0, 4), (1, 4, 8)]
 
 
+@pytest.mark.slow
 def test_plot(straight, tmp_path):
     pytest.importorskip("matplotlib")
     c = config.load([straight[0], f"--output={tmp_path}/new/plot.png"], "tools/train/plot.py", files=True)
@@ -228,8 +245,7 @@ def test_signals_save_and_stop_and_a_resumed_run_is_bit_equal(straight, tiny_con
         process = start(*command(tiny_config, folder, *options, "--num_workers=1"))
         wait_for_steps(folder, done + 1)
         if number == signal.SIGKILL:
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-            os.kill(int(children.stdout.split()[0]), number)
+            os.kill(children(process)[0], number)
         else:
             os.killpg(process.pid, number)
         stdout, stderr = process.communicate(timeout=120)
@@ -245,8 +261,7 @@ def test_signals_save_and_stop_and_a_resumed_run_is_bit_equal(straight, tiny_con
 def test_two_ranks_killed_restart_and_equal_one_rank(tiny_config, tmp_path):
     """torchrun restarts both ranks when one is killed, to the same weights; a rank's missing clip is logged;
     one rank with twice the batch, or with half of it twice, is the same run."""
-    items = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(7)]
-    write_manifest(tmp_path / "m", "toy-AQA/train", [*items, ("gone.wav", "Tone?", "noise")])
+    write_manifest(tmp_path / "m", "toy-AQA/train", [*clips(7), ("gone.wav", "Tone?", "noise")])
     options = ["--batch_size=1", "--num_epochs=5", NO_VALIDATION, FP32, f"--dataset_file_root={tmp_path}/m"]
     two = [*options, "--shard_optimizer", "--save_minutes=1e-6", "--max_bad_fraction=0.5"]
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
@@ -256,8 +271,7 @@ def test_two_ranks_killed_restart_and_equal_one_rank(tiny_config, tmp_path):
     process = start(*restarting, *command(tiny_config, killed, *two))
     try:
         wait_for_steps(killed, 3)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+        os.kill(children(process)[-1], signal.SIGKILL)
         _, stderr = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
@@ -279,10 +293,11 @@ def test_ranks_started_with_other_settings_are_refused(tiny_config, tmp_path):
         port = str(s.getsockname()[1])
     ranks = []
     for rank in (0, 1):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": port}
-        ranks.append(start(*command(tiny_config, str(tmp_path / "run"), f"--seed={rank}"),
-                           env=os.environ | environment))
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = command(tiny_config, str(tmp_path / "run"), f"--seed={rank}")
+        ranks.append(start(*arguments, env=environment))
     for process in ranks:
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 2 and "error: seed = " in stderr and "Traceback" not in stderr, stderr
@@ -310,7 +325,8 @@ def test_resumed_with_another_batch_items_are_trained_once(tiny_config, tmp_path
     train(tiny_config, folder, *options, f"--batch_size={first}", f"--max_steps={stop}")
     train(tiny_config, folder, *options, "--batch_size=2", f"--max_steps={stop + 1}")
     train(tiny_config, folder, *options, f"--batch_size={then}")
-    assert set(Counter(paths).values()) == {4} and len(set(paths[8:16])) == len(set(paths)) == 8
+    assert set(Counter(paths).values()) == {4}
+    assert len(set(paths[8:16])) == len(set(paths)) == 8
     assert steps(folder, "samples")[-1] == 32 and os.path.exists(f"{folder}/checkpoint_3.pt")
 
 
@@ -320,7 +336,8 @@ def test_changed_rates_take_effect_and_are_reported(straight, tiny_config, resum
     output = capsys.readouterr().out
     assert all(name in output for name in ("lr_scheduler", "weight_decay", "gate_learning_rate"))
     groups = saved(resumable, 4)["optimizer_state_dict"]["param_groups"]
-    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(1e-3, 0.3), (1e-3, 0.0), (0.02, 0.0)}
+    used = {(group["lr"], group["weight_decay"]) for group in groups}
+    assert used == {(1e-3, 0.3), (1e-3, 0.0), (0.02, 0.0)}
 
 
 def test_what_is_not_the_same_run_is_refused(straight, tiny_config, tiny_settings, resumable, tmp_path):
@@ -426,8 +443,7 @@ def test_validation_without_labels_is_named(tiny_config, tmp_path):
 
 def test_unreadable_and_truncated_clips_are_reported(tiny_config, tiny_data, tmp_path, capsys):
     """Clips of 1.5 to 3.9 s in windows of 2.5 s, and one that is missing."""
-    items = [(f"{i}.wav", "Tone or noise?", ["noise", "tone"][i % 2]) for i in range(7)]
-    write_manifest(tmp_path / "m", "toy-AQA/train", [*items, ("gone.wav", "Tone?", "noise")])
+    write_manifest(tmp_path / "m", "toy-AQA/train", [*clips(7), ("gone.wav", "Tone?", "noise")])
     options = [f"--dataset_file_root={tmp_path}/m", NO_VALIDATION, WHOLE_BLEND, "--max_num_window=1"]
     train(tiny_config, str(tmp_path / "some"), *options, "--num_epochs=2", "--logging_steps=4",
           "--max_bad_fraction=0.5")
@@ -452,9 +468,12 @@ def test_two_runs_in_one_folder_are_refused(tiny_config, resumable):
 def test_a_full_disk_is_named_and_checkpoints_stay_whole(straight, tiny_config, resumable):
     """Files may not grow beyond 100 kB: the log fits, a checkpoint doesn't, as on a full disk."""
     before = open(f"{resumable}/checkpoint_2.pt", "rb").read()
-    code = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); sys.path.insert(0, '.')\n"
-            "sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')")
+    code = ("import resource, runpy, signal, sys\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+            "sys.path.insert(0, '.')\n"
+            "sys.argv = sys.argv[1:]\n"
+            "runpy.run_path('train.py', run_name='__main__')")
     fails_with_one_line("-c", code, *command(tiny_config, resumable, *straight[1]), saying="checkpoint_3.pt")
     assert sorted(os.listdir(resumable)) == [f"checkpoint_{epoch}.pt" for epoch in range(3)] + ["log.jsonl"]
     assert open(f"{resumable}/checkpoint_2.pt", "rb").read() == before
@@ -469,13 +488,16 @@ def test_an_unwritable_place_is_found_first(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("options, name", [
-    (["--learning_rate=0"], "learning_rate"), (["--lr_scheduler=step"], "lr_scheduler"),
+    (["--learning_rate=0"], "learning_rate"),
+    (["--lr_scheduler=step"], "lr_scheduler"),
     (["--dataset_blending_config={}"], "dataset_blending_config"),
     (["--dataset_blending_global_weight=0.001"], "dataset_blending_global_weight"),
     (['--dataset_blending_config={"no-AQA/train": 1.0}'], "no-AQA/train.json"),
     (['--dataset_blending_config={"none-AQA/train": 1.0}'], "none-AQA/train"),
-    (["--lang_encoder_path=nowhere"], "nowhere"), (["--clap_checkpoint=none.pt"], "none.pt"),
-    (["--device=cuda:9"], "cuda:9"), (["--precision=fp8"], "fp8"),
+    (["--lang_encoder_path=nowhere"], "nowhere"),
+    (["--clap_checkpoint=none.pt"], "none.pt"),
+    (["--device=cuda:9"], "cuda:9"),
+    (["--precision=fp8"], "fp8"),
     (["--audio_transformer_n_head=7"], "audio_transformer_n_head"),
     (["--cross_attn_every_n_layers=9"], "cross_attn_every_n_layers")])
 def test_a_bad_setting_is_named(tiny_config, tiny_data, tmp_path, options, name):
@@ -514,6 +536,7 @@ def test_steps_between_log_lines_do_not_synchronise(tiny_config, tmp_path):
     assert counts[0] == counts[1] and sum(counts[0].values()) > 0
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_alike(straight, tiny_config, tmp_path, monkeypatch):
     """With dynamo's own backend, which is fast to compile."""
     compiled = torch.nn.Module.compile

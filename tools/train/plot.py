@@ -15,9 +15,16 @@ from tools.common import UserError, atomic_write, check_writable, optional_impor
 
 output: str | None = None  # the PNG to write; None: plot.png in the first run's folder
 
-PANELS = {"loss": "loss (o: validation)", "gates": "tanh of attention gates", "ff_gates": "tanh of ff gates",
-          "gnorm": "gradient norm", "lr": "learning rate", "tok_s": "tokens / s", "pad": "padding (text)",
-          "mem_gb": "memory (GiB)"}
+PANELS = {
+    "loss": "loss (dotted: validation)",
+    "gates": "tanh of attention gates",
+    "ff_gates": "tanh of feed-forward gates",
+    "gnorm": "gradient norm",
+    "lr": "learning rate",
+    "tok_s": "tokens / s",
+    "pad": "padding (text)",
+    "mem_gb": "memory (GiB)",
+}
 
 
 def read_run(run):

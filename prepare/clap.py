@@ -52,9 +52,9 @@ clap_temperature: float = 0.02  # start value; learned. A clip near n texts at o
 
 
 @torch.no_grad()
-def text_states(lm, tokenizer, texts, device, layers):
-    """Mean-pooled states of the frozen language model after its first `layers` blocks: (n, D) float32. The texts
-    are different ones."""
+def text_states(lm, tokenizer, device, layers, texts):
+    """Mean-pooled states of the frozen language model after its first `layers` blocks: (n, D) float32. The
+    texts are different ones."""
     by_length = sorted(texts, key=len)
     states = {}
     for first in tqdm(range(0, len(by_length), 64), desc="captions", disable=None):
@@ -70,7 +70,7 @@ def contrast(similarity, positive, contrasted):
     """Multi-positive InfoNCE. similarity (B, K); positive (B, K): captions of each clip; contrasted (B, K):
     captions a clip is contrasted with. -> mean over pairs and both directions of
     -log(e^s / (e^s + sum over negatives)): positives do not compete with each other."""
-    negative = similarity.masked_fill(positive | ~contrasted, -1e9)  # not -inf: some may have no negative at all
+    negative = similarity.masked_fill(positive | ~contrasted, -1e9)  # not -inf: some may have no negative
     by_text = F.softplus(negative.logsumexp(0, keepdim=True) - similarity)[positive].mean()
     by_clip = F.softplus(negative.logsumexp(1, keepdim=True) - similarity)[positive].mean()
     return (by_text + by_clip) / 2
@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Captions:
-    """The captions of clips, numbered. numbers: {caption: number}; positives, negatives: numbers of each clip."""
+    """The captions of clips, numbered. numbers: {caption: number}; positives, negatives: of each clip."""
 
     def __init__(self, clips, bank_size):
         self.numbers, self.positives, self.negatives = {}, [], []
@@ -138,8 +138,8 @@ class Captions:
         return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
 
     def targets(self, rows):
-        """Of a batch of B clips: the numbers (K,) of their captions and of the text bank; (B, K) which of them
-        are a clip's own; (B, K) with which it is contrasted: every clip's captions, and its own negatives."""
+        """Of a batch of B clips: the numbers (K,) of their captions and of the text bank; (B, K) which of
+        them are a clip's own; (B, K) with which it is contrasted: all captions, of the negatives its own."""
         texts = sorted(self.bank.union(*(self.positives[i] + self.negatives[i] for i in rows)))
         positive = [[text in self.positives[i] for text in texts] for i in rows]
         contrasted = [[text in self.counts or text in self.negatives[i] for text in texts] for i in rows]
@@ -164,8 +164,8 @@ class LogMels:
             tqdm.write(f"skipped: {clip['error']}", file=sys.stderr)
             self.unread.add(i)
         if len(self.unread) > self.most_unread:
-            raise UserError(f"{len(self.unread)} of {len(self.clips)} clips can't be read (max_bad_fraction); "
-                            f"last: {clip['error']}")
+            raise UserError(f"{len(self.unread)} of {len(self.clips)} clips can't be read (more than "
+                            f"max_bad_fraction), last {clip['error']}")
         return None
 
     def batch(self, rows):
@@ -175,12 +175,14 @@ class LogMels:
         return rows, [mels[i] for i in rows]
 
 
-def endless_batches(n, batch_size, seed):
-    """Lists of rows: every epoch has each of n rows once, in an order of its own."""
-    no_sizes = np.zeros((n, 2), np.int64)
+def endless_batches(log_mels, batch_size, seed):
+    """Yield rows and their log-mels. Every epoch has each readable clip once, in an order of its own."""
+    no_sizes = np.zeros((len(log_mels.clips), 2), np.int64)
     for epoch in count():
         for (rows,) in plan_batches(no_sizes, batch_size, [seed, epoch]):
-            yield rows.tolist()
+            rows, mels = log_mels.batch(rows.tolist())
+            if rows:
+                yield rows, mels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,9 +199,9 @@ class ClapModel(nn.Module):
         for p in self.encoder.trainable():
             p.requires_grad_(True)
         for module in self.encoder.modules():
-            if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits widths of a thousand, not 32
+            if isinstance(module, nn.Linear):  # by fan-in: HTS-AT's own 0.02 suits a width of 1000, not 32
                 nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
-        # Linear: what tells captions apart is then linear in the tokens, as the cross-attention will read them.
+        # linear: what distinguishes captions is then linear in the tokens, as cross-attention reads them
         self.audio_projection = nn.Linear(self.encoder.width, width)
         self.text_projection = nn.Sequential(nn.Linear(text_width, width), nn.ReLU(), nn.Linear(width, width))
         self.logit_scale_a = nn.Parameter(torch.tensor(math.log(1 / c.clap_temperature)))
@@ -240,13 +242,13 @@ def save_clap(model, epoch, path):
 
 
 @torch.no_grad()
-def print_retrieval(model, log_mels, read_captions, autocast):
+def print_retrieval(model, log_mels, embed_captions, autocast):
     """Print how often the nearest caption is a clip's own, on clips that were not trained on."""
     rows, mels = log_mels.batch(range(len(log_mels.clips)))
     audio = torch.cat([model.embed_audio([mel], autocast) for mel in mels])
     answers = [log_mels.clips[i]["output"].strip().lower() for i in rows]
     names = sorted(set(answers))
-    nearest = (audio @ model.embed_text(read_captions(names)).T).argmax(1).tolist()
+    nearest = (audio @ embed_captions(names).T).argmax(1).tolist()
     right = np.mean([names[n] == answer for n, answer in zip(nearest, answers)])
     print(f"audio to caption, unseen clips: {right:.1%} right of {len(names)} captions "
           f"(chance {1 / len(names):.1%})")
@@ -273,19 +275,18 @@ def main(c):
           f"{dtype} ({reason})")
     torch.manual_seed(c.seed)
     lm, tokenizer = load_language_model(c, device, dtype)
-    states = text_states(lm, tokenizer, list(captions.numbers), device, c.clap_text_layers)
+    read_captions = partial(text_states, lm, tokenizer, device, c.clap_text_layers)
+    states = read_captions(list(captions.numbers))
     mean, std = states.mean(0), states.std(0) + 1e-3
     states = (states - mean) / std
 
     model = ClapModel(c, states.shape[1]).to(device)
     optimizers, schedules = make_optimizers(c, model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    losses, bar = [], tqdm(total=c.clap_steps, desc="clap", disable=None)
+    batches = endless_batches(log_mels, c.clap_batch_size, c.seed)
+    losses = []
     model.train()
-    for rows in endless_batches(len(clips), c.clap_batch_size, c.seed):
-        rows, mels = log_mels.batch(rows)
-        if not rows:  # none of them can be read
-            continue
+    for step, (rows, mels) in zip(tqdm(range(1, c.clap_steps + 1), "clap", disable=None), batches):
         texts, positive, contrasted = captions.targets(rows)
         audio = model.embed_audio(mels, autocast)  # (B, 256)
         text = model.embed_text(states[texts])  # (K, 256)
@@ -293,30 +294,26 @@ def main(c):
         loss = contrast(similarity, positive.to(device), contrasted.to(device))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1] + norm.item()):
+        if not (loss + norm).isfinite():
             paths = ", ".join(clips.item(i)["path"] for i in rows)
-            raise UserError(f"step {len(losses)}: loss {losses[-1]}, gradient norm {norm.item()} (clap_peak_lr, "
+            raise UserError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()} (clap_peak_lr, "
                             f"clap_muon_lr), nothing is written. Its clips: {paths}")
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-        bar.update()
-        if len(losses) % 100 == 0 or len(losses) == c.clap_steps:
-            tqdm.write(f"clap step {len(losses)}/{c.clap_steps} | loss {np.mean(losses[-100:]):.3f} | scale "
+        losses.append(loss.item())
+        if step % 100 == 0 or step == c.clap_steps:
+            tqdm.write(f"clap step {step}/{c.clap_steps} | loss {np.mean(losses[-100:]):.3f} | scale "
                        f"{model.logit_scale_a.exp().item():.1f} | {time.time() - start:.0f} s")
-        if len(losses) == c.clap_steps:
-            break
-    bar.close()
     save_clap(model, c.clap_steps * c.clap_batch_size // len(clips), out)
     print(f"wrote {c.clap_out} | {time.time() - start:.0f} s")
 
     if valid_manifests:
         model.eval()
         valid_mels = LogMels(Clips(valid_manifests, None, audio_config), c, device)
-        read_captions = lambda names: (text_states(lm, tokenizer, names, device, c.clap_text_layers) - mean) / std
-        print_retrieval(model, valid_mels, read_captions, autocast)
+        embed_captions = lambda names: model.embed_text((read_captions(names) - mean) / std)
+        print_retrieval(model, valid_mels, embed_captions, autocast)
 
 
 if __name__ == "__main__":

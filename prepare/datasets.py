@@ -3,10 +3,10 @@
     python prepare/datasets.py clotho_aqa --from=/data/clotho_aqa
     python prepare/datasets.py esc50 --from=/data/ESC-50-master --to=data/manifests --data_root=data
 
-Nothing is downloaded: --help lists the sources, where each comes from, under which licence, and which files are
-expected. Archives may be unpacked into folders of their own. A clip may have any ending that soundfile reads;
-of videos extract the sound first, under the same name (ffmpeg -i x.mp4 -vn -ac 1 x.wav). Clips that are missing
-are left out and counted (exit code 1). Prompts are ours (prompts.json), chosen by the clip's name.
+Nothing is downloaded: --help lists the sources, where each comes from, under which licence, and which files
+are expected. Archives may be unpacked into folders of their own. A clip may have any ending that soundfile
+reads; of videos extract the sound first, under the same name (ffmpeg -i x.mp4 -vn -ac 1 x.wav). Clips that
+are missing are left out and counted (exit code 1). Prompts are ours (prompts.json), chosen by clip.
 
 To add a source, describe it in sources.json (see described_items), or write a function that yields
 (Name-Task/split, item). For a single table of clips there is prepare/table.py.
@@ -54,9 +54,10 @@ def caption_items(task, split, clip, captions, kind="caption"):
 
 
 def described_items(source, form):
-    """Items of a source in sources.json. Its rows are those of tables ("files" of "parts": see Folder.parts), or
-    the named groups of a "pattern" of the clips' paths. "clips" (where the file may be), "manifest", "label"
-    and "captions" are templates of the row's columns, "splits" and "spelling" what to write instead."""
+    """Items of a source in sources.json. Its rows are those of tables ("files" of "parts": see Folder.parts),
+    or the named groups of a "pattern" of the clips' paths. "clips" (where the file may be), "manifest",
+    "label" and "captions" are templates of the row's columns, "splits" and "spelling" what to write instead.
+    """
     if "pattern" in form:
         rows = source.match(form["pattern"], form["example"])
     else:
@@ -186,8 +187,9 @@ def meld(source):
         if path not in broken:
             clip = source.clip(f"{folders[row['part']]}/{os.path.basename(path)}", path)
             split = "val" if row["part"] == "dev" else row["part"]
-            yield f"MELD-EmotionClassification/{split}", make_item("emotion", clip, row["Emotion"].lower())
-            yield f"MELD-SentimentClassification/{split}", make_item("sentiment", clip, row["Sentiment"].lower())
+            for kind in ("Emotion", "Sentiment"):
+                item = make_item(kind.lower(), clip, row[kind].lower())
+                yield f"MELD-{kind}Classification/{split}", item
 
 
 FUNCTIONS = {function.__name__: function for function in (
@@ -220,12 +222,14 @@ def main(c):
     folder = os.path.relpath(source.path, data_root)
     if folder.startswith(".."):  # not inside data_root: absolute
         folder = source.path
-    counts = [write_manifest(f"{to}/{name}.json", items, folder, data_root) for name, items in manifests.items()]
-    written, left_out = map(sum, zip(*counts))
-    if not written:
-        raise UserError(f"{source.path}: none of the clips of {left_out} items can be read, nothing is written; "
-                        f"--help describes the expected files")
-    return 1 if left_out else 0
+    total, total_left_out = 0, 0
+    for name, items in manifests.items():
+        written, left_out = write_manifest(f"{to}/{name}.json", items, folder, data_root)
+        total += written
+        total_left_out += left_out
+    if not total:
+        raise UserError(f"{source.path}: no clip can be read, nothing is written; --help describes the files")
+    return 1 if total_left_out else 0
 
 
 def print_sources():

@@ -142,8 +142,8 @@ def reasonaqa(source):
             source.notes["questions without a clip or an answer are left out"] += 1
             continue
         task = str(row.get("subtype", "")).removesuffix(".json")
-        item = {"name": clips if len(clips) > 1 else clips[0], "prompt": row["input"], "output": row["answer"],
-                "task": task, "dataset": row["taskname"]}
+        item = {"name": clips if len(clips) > 1 else clips[0], "prompt": row["input"],
+                "output": row["answer"], "task": task, "dataset": row["taskname"]}
         yield f"ReasonAQA-AQA/{row['part']}", item
         if row["part"] == "test" and task:
             yield f"ReasonAQA-AQA/test_{task}", item

@@ -18,7 +18,8 @@ import importlib.util
 import json
 import os
 import sys
-from itertools import zip_longest
+from collections import defaultdict
+from itertools import chain, zip_longest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -36,7 +37,7 @@ train: int = 4000  # clips: three quarters solo, one quarter duo
 val: int = 128  # clips: three fifths solo, two fifths duo
 test: int = 600  # clips: three fifths solo, two fifths duo
 test_programs: int = 240  # solo clips of the held-out programs
-train_questions: int = 3000  # per task at most; register, loudness, count, order: two fifths, captions: all clips
+train_questions: int = 3000  # per task at most; of register, loudness, count and order two fifths
 questions: int = 120  # per task of a test split at most; val has a fifth
 seed: int = 0  # of everything that is drawn
 
@@ -98,9 +99,16 @@ def split_of(program, key, velocity):
     return {0: "test", 4: "val"}.get((key + 3 * program + velocity) % 8, "train")
 
 
+def shuffled(rng, items):
+    return [items[i] for i in rng.permutation(len(items))]
+
+
 def cycle(rng, options, n):
     """n draws, each option as often as any other (within one), in random order."""
-    return [options[i] for _ in range(-(-n // len(options))) for i in rng.permutation(len(options))][:n]
+    draws = []
+    while len(draws) < n:
+        draws += shuffled(rng, options)
+    return draws[:n]
 
 
 class NoteDraws:
@@ -133,7 +141,7 @@ def plan_solo(draws, family, register, count, trend):
     if trend == "softer":
         velocities.reverse()
     slot, start = 2.3 / count, draws.rng.uniform(0.03, 0.15)
-    length = draws.rng.uniform(0.45, slot - 0.3)  # so that how much of the clip sounds does not tell the count
+    length = draws.rng.uniform(0.45, slot - 0.3)  # how much of the clip sounds does not tell the count
     notes = [(program, key, velocity, round(start + i * slot, 3), round(length, 3))
              for i, velocity in enumerate(velocities)]
     return {"notes": notes, "family": FAMILY_NAMES[family], "instrument": PROGRAMS[program],
@@ -153,14 +161,14 @@ def plan_duo(draws, first):
 
 
 def plan_clips(split, n_solo, n_duo, playable, rng):
-    """Clips as dicts: name, notes [(program, key, velocity, start s, length s), ...], and what is asked about."""
+    """Clips as dicts: name, notes [(program, key, velocity, start s, length s), ...], what is asked about."""
     draws = NoteDraws(split, n_solo + n_duo, playable, rng)
     trends = [(count, trend) for count in (1, 2, 3) for trend in ("louder", "softer")]
     families, registers = cycle(rng, range(16), n_solo), cycle(rng, list(REGISTERS), n_solo)
-    clips = [plan_solo(draws, family, register, *trend)
-             for family, register, trend in zip(families, registers, cycle(rng, trends, n_solo))]
+    solo = zip(families, registers, cycle(rng, trends, n_solo))
+    clips = [plan_solo(draws, family, register, *trend) for family, register, trend in solo]
     clips += [plan_duo(draws, first) for first in cycle(rng, range(16), n_duo)]
-    return [clips[i] | {"name": f"{j:05d}.wav"} for j, i in enumerate(rng.permutation(len(clips)))]
+    return [clip | {"name": f"{i:05d}.wav"} for i, clip in enumerate(shuffled(rng, clips))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,8 +180,8 @@ def make_item(clip, prompt, output, **more):
 
 
 def caption_item(clip):
-    """An item for captioning and for prepare/clap.py: "positives" are more captions, what is true of the clip one
-    thing at a time; "negatives" are wrong ones, the same sounds in the other order."""
+    """An item for captioning and for prepare/clap.py: "positives" are more captions, what is true of the clip
+    one thing at a time; "negatives" are wrong ones, the same sounds in the other order."""
     if "first" in clip:
         first, second = clip["first"], clip["second"]
         return make_item(clip, "Describe the sound.", f"first {first}, then {second}",
@@ -192,15 +200,13 @@ def caption_item(clip):
 
 def balanced(clips, field, n, rng):
     """Up to n clips that have the field, in random order, each value as often as the clips allow."""
-    groups = {}
-    for i in rng.permutation(len(clips)):
-        value = clips[i].get(field)
-        if value is not None:
-            groups.setdefault(value, []).append(clips[i])
-    groups = [groups[value] for value in sorted(groups)]
-    groups = [groups[i] for i in rng.permutation(len(groups))]  # else a short list would favour early names
-    turns = [clip for turn in zip_longest(*groups) for clip in turn if clip is not None][:n]
-    return [turns[i] for i in rng.permutation(len(turns))]
+    groups = defaultdict(list)
+    for clip in shuffled(rng, clips):
+        groups[clip.get(field)].append(clip)
+    groups.pop(None, None)
+    in_order = [groups[value] for value in sorted(groups)]
+    turns = zip_longest(*shuffled(rng, in_order))  # shuffled: else a short list would favour early names
+    return shuffled(rng, [clip for clip in chain.from_iterable(turns) if clip is not None][:n])
 
 
 def make_questions(split, clips, n, rng):
@@ -231,8 +237,8 @@ def make_questions(split, clips, n, rng):
         ask("GM-Loudness-AQA", "Louder or softer?", "trend", n_easy)
         ask("GM-Count-AQA", "How many notes?", "count", n_easy)
         ask_choice("GM-Order-AQA", "Which comes first?", "first", n_easy, lambda clip: [clip["second"]], 2)
-        described = rng.permutation(len(clips))[:len(clips) if split == "train" else n]
-        tasks["GM-Note-AudioCaptioning"] = [caption_item(clips[i]) for i in described]
+        described = shuffled(rng, clips)[:len(clips) if split == "train" else n]
+        tasks["GM-Note-AudioCaptioning"] = [caption_item(clip) for clip in described]
     return tasks
 
 
@@ -280,8 +286,8 @@ def playable_keys():
 
 
 def render_clip(job):
-    """(path, notes) -> a 16-bit wav. The peak is 0.5, of each half of a duo: notes of two programs. A room's noise
-    is added, 44 to 54 dB below it: digital silence is 80 dB further down, and no recording has it."""
+    """(path, notes) -> a 16-bit wav. The peak is 0.5, of each half of a duo: notes of two programs. A room's
+    noise is added, 44 to 54 dB below it: digital silence is 80 dB further down, and no recording has it."""
     path, notes = job
     solo = len({program for program, *_ in notes}) == 1
     sound = 0
@@ -297,30 +303,24 @@ def render_clip(job):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def write_manifests(c, folder, split, rng, playable):
-    """-> the clips of a split, to be rendered."""
-    n = getattr(c, split)
-    n_duo = {"train": n // 4, "test_programs": 0}.get(split, 2 * n // 5)
-    n_questions = {"train": c.train_questions, "val": c.questions // 5}.get(split, c.questions)
-    clips = plan_clips(split, n - n_duo, n_duo, playable, rng)
-    for task, items in make_questions(split, clips, n_questions, rng).items():
-        save_manifest(f"{folder}/manifests/{task}/{split}.json", f"audio/{split}", items)
-    return clips
-
-
 def write_set(c, folder):
     """Write manifests, clips.json and the wavs."""
     playable, notes_of = playable_keys(), {}
     for number, split in enumerate(SPLITS):
-        os.makedirs(f"{folder}/audio/{split}")
         rng = np.random.default_rng([c.seed, number])
-        for clip in write_manifests(c, folder, split, rng, playable):
+        n = getattr(c, split)
+        n_duo = {"train": n // 4, "test_programs": 0}.get(split, 2 * n // 5)
+        n_questions = {"train": c.train_questions, "val": c.questions // 5}.get(split, c.questions)
+        clips = plan_clips(split, n - n_duo, n_duo, playable, rng)
+        for task, items in make_questions(split, clips, n_questions, rng).items():
+            save_manifest(f"{folder}/manifests/{task}/{split}.json", f"audio/{split}", items)
+        os.makedirs(f"{folder}/audio/{split}")
+        for clip in clips:
             notes_of[f"audio/{split}/{clip['name']}"] = clip["notes"]
     with open(f"{folder}/clips.json", "w") as f:
         json.dump(notes_of, f)
     jobs = [(f"{folder}/{name}", notes) for name, notes in notes_of.items()]
-    rendered = map_parallel(render_clip, jobs, min(8, os.cpu_count()))
-    for _ in tqdm(rendered, desc="render", total=len(jobs), unit="clip"):
+    for _ in tqdm(map_parallel(render_clip, jobs, min(8, os.cpu_count())), "render", len(jobs), disable=None):
         pass
     print(f"{c.out}: {len(jobs):,} clips of {SECONDS} s; manifests in {c.out}/manifests, data_root {c.out}")
 

@@ -1,7 +1,7 @@
 """What table.py and datasets.py share: reading tables, finding clips, measuring them, writing manifests.
 
-A manifest's item here is {"name": a file below the manifest's folder, or a list of files, "prompt", "output"},
-with "audio_start" (seconds), "duration", "references" and what eval.py groups scores by where a source has them.
+A manifest's item here is {"name": a file below split_path, or a list of files, "prompt", "output"}, with
+"audio_start" (seconds), "duration", "references" and what eval.py groups scores by where there are any.
 
 CSV and JSON are read with the standard library, so that they need nothing installed; Parquet needs pyarrow
 (requirements-prepare.txt).
@@ -39,8 +39,8 @@ def decode_text(path):
 
 
 def read_csv(path):
-    """-> {"row 2 (line 3)": {column: text}}. Cells are not stripped, blank lines are skipped; the delimiter is
-    the one of , ; | and tab that the header has most of."""
+    """-> {"row 2 (line 3)": {column: text}}. Cells are not stripped, blank lines are skipped; the delimiter
+    is the one of , ; | and tab that the header has most of."""
     text, rows = decode_text(path), {}
     delimiter = max(",;\t|", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -160,7 +160,7 @@ class Folder:
             raise UserError(f"{self.path}: expected {' or '.join(files)} of {join_names(names)} in it")
 
     def rows(self, files, *names):
-        """Yield the rows of the parts' tables, with "part", and "split" where the table has no such column."""
+        """Yield the rows of the parts' tables, with "part", and "split" where there is no such column."""
         for part, path in self.parts(files, *names):
             for cells in read_table(path).values():
                 yield Row({"part": part, "split": part} | cells, path)
@@ -230,8 +230,8 @@ def save_manifest(file, split_path, items):
 
 
 def write_manifest(file, items, split_path, data_root):
-    """Write the items whose clips can be read, if any, and print what is left out. -> number of items written,
-    of those left out."""
+    """Write the items whose clips can be read, if any, and print what is left out. -> number of items
+    written, of those left out."""
     measure = functools.partial(measure_item, folder=os.path.join(data_root, split_path))
     with ThreadPoolExecutor(16) as pool:
         reasons = list(tqdm(pool.map(measure, items), "clips", len(items), disable=None))

@@ -1,4 +1,4 @@
-"""prepare/clap.py: an encoder is trained, what would spoil it is found first, and none that trained is lost."""
+"""prepare/clap.py: an encoder is trained; what would spoil it is found before anything is written."""
 import os
 
 import numpy as np

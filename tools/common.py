@@ -107,8 +107,8 @@ def atomic_write(path, mode="w"):
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill, which becomes the one at `path` when the block ends: whole, or not at all. OSError where
-    something is there already; what a killed run left half-made is removed."""
+    """A folder to fill, which becomes the one at `path` when the block ends: whole, or not at all. OSError
+    where something is there already; what a killed run left half-made is removed."""
     check_folder_writable(path)
     if os.path.lexists(path):
         os.rmdir(path)  # an empty folder

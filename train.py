@@ -176,7 +176,8 @@ def build_model(c):
         model, weights = checkpoint.open_pretrained(c, overrides)
     else:
         model, weights = checkpoint.init_from_parts(c, overrides)
-    model.gradient_checkpointing, model.clap.gradient_checkpointing = c.gradient_checkpointing, c.clap_gradient_checkpointing
+    model.gradient_checkpointing = c.gradient_checkpointing
+    model.clap.gradient_checkpointing = c.clap_gradient_checkpointing
     model.set_trainable(c)
     stored = {name for name, p in model.named_parameters() if p.requires_grad}
     for name in model.state_dict():

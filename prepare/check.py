@@ -6,7 +6,6 @@
 
 Nothing is changed in place. Exit code: 0 all items are good, 1 some are not, 2 an error.
 """
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Manifest, open_manifests
+from prepare.manifests import save_manifest
 from tools.checkpoint.clap import clap_state
 from tools.checkpoint.htsat import sample_rate_of_mel
 from tools.common import (UserError, atomic_write, check_folder_writable, check_writable, map_parallel,
@@ -69,14 +69,6 @@ def output_paths(folder, manifests):
             raise UserError(f"{path}: would overwrite {manifest.file}, or two manifests have this name; name "
                             f"another folder")
     return paths
-
-
-def save_items(path, head, items):
-    """A manifest with the other keys of `head` and these items."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    data = {str(i): item for i, item in enumerate(items)}
-    with atomic_write(path) as f:
-        json.dump(head | {"total_num": len(data), "data": data}, f)
 
 
 def map_items(work, manifests, workers, title):
@@ -178,7 +170,7 @@ def item_html(manifest, i, audio_config):
     return f'<div class="item">{html_table(rows)}{audio_player(windows, rate)}{picture}</div>'
 
 
-def write_page(path, findings, audio_config):
+def write_check_page(path, findings, audio_config):
     body, causes = [html_table(map(summary_row, findings), COLUMNS)], defaultdict(list)
     for found in findings:
         for i, problem in found.problems.items():
@@ -207,10 +199,11 @@ def main(c):
     for found in findings:
         print(" | ".join(f"{name} {value}" for name, value in zip(COLUMNS, summary_row(found))))
     for path, found in zip(paths, findings):
-        save_items(path, found.manifest.head, map(found.manifest.items.__getitem__, found.good().tolist()))
+        items = [found.manifest.items[i] for i in found.good().tolist()]
+        save_manifest(path, found.manifest.head["split_path"], items)
         print(f"wrote {path}")
     if page:
-        write_page(page, findings, audio_config)
+        write_check_page(page, findings, audio_config)
     return 1 if any(found.problems for found in findings) else 0
 
 

@@ -23,7 +23,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from data import cut_windows, read_clip, read_samples
-from prepare.check import audio_config_of, map_items, open_all_manifests, output_paths, save_items
+from prepare.check import audio_config_of, map_items, open_all_manifests, output_paths
+from prepare.manifests import save_manifest
 from tools.common import UserError, check_folder_writable, name_disk_errors
 
 to: str | None = None  # folder of the copies and their manifests
@@ -120,7 +121,7 @@ def main(c):
         else:
             copies[m][i] = made
     for path, manifest, made in zip(paths, manifests, copies):
-        save_items(path, manifest.head | {"split_path": audio}, converted_items(manifest, made))
+        save_manifest(path, audio, list(converted_items(manifest, made)))
         print(f"{manifest.name}: {len(made)} of {len(manifest)} items: {path}")
     return 1 if sum(map(len, copies)) < sum(map(len, manifests)) else 0
 

@@ -1,6 +1,7 @@
 """sample.py --serve: the page in a browser, and what visitors do to it."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,10 @@ def test_only_uploads_are_readable(address, folder):
         assert httpx.get(f"{address.rstrip('/')}/gradio_api/file={file}").status_code in (403, 404)
     *_, last = events(address, outside, "What?")
     assert not last["success"]
+
+
+def test_the_page_names_no_other_host(address):
+    assert not re.search("(src|href)=[\"'](https?:)?//", httpx.get(address).text)
 
 
 def test_a_clip_is_encoded_once_while_it_is_cached(trained, folder, tmp_path):

@@ -132,7 +132,7 @@ class DecodingBatch:
         self.lengths = self.lengths + 1
         self.longest += 1
 
-    def choose(self, sampling, active, steps):
+    def choose_tokens(self, sampling, active, steps):
         """-> the next `steps` tokens of every row, lists of B ids; active: {row: Answer}. The last ones are
         not yet appended."""
         generators = {row: answer.generator for row, answer in active.items()}
@@ -217,7 +217,7 @@ def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None)
                     active[row] = Answer(index, generator)
             if not active:
                 return
-            for tokens in batch.choose(sampling, active, sync_every):
+            for tokens in batch.choose_tokens(sampling, active, sync_every):
                 if active:
                     yield append_tokens(active, tokens, model.stop_ids, sampling.max_new_tokens)
             if active:

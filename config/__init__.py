@@ -201,7 +201,7 @@ def print_help(script, known, names):
         print(ast.get_docstring(ast.parse(f.read())) + "\n\nsettings:")
     for name in names:
         _, default, reason = known[name]
-        print(f"  --{name}={default!r}".ljust(44), reason)
+        print(f"  --{name.rstrip('_')}={default!r}".ljust(44), reason)
     sys.exit(0)
 
 

@@ -88,7 +88,8 @@ AT_LEAST_1 = """
 NOT_NEGATIVE = """
     seed learning_rate clap_learning_rate gate_learning_rate warmup_steps weight_decay grad_clip max_bad_steps
     save_minutes max_steps keep_last num_workers max_bad_fraction window_overlap
-    audio_transformer_n_layers clap_text_bank clap_text_layers workers examples"""
+    audio_transformer_n_layers clap_text_bank clap_text_layers workers
+    train val test test_programs train_questions questions"""  # the last: clips of prepare/gm_notes.py
 MINIMUM = dict.fromkeys(AT_LEAST_1.split(), 1) | dict.fromkeys(NOT_NEGATIVE.split(), 0)
 POSITIVE = ("window_length", "dataset_blending_global_weight", "clap_peak_lr", "clap_muon_lr",
             "clap_temperature", "gpu", "gpus", "windows", "tokens", "answers", "items", "mfu", "tflops")

@@ -222,8 +222,7 @@ class ClapModel(nn.Module):
 def make_optimizers(c, model):
     """Muon for matrices and AdamW for the rest, and their schedules: one cycle each."""
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    ids = set(map(id, matrices))
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    others = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
     muon = Muon(matrices, c.clap_muon_lr, weight_decay=0.05)
     adamw = torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=0.05, fused=True)
     one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, total_steps=c.clap_steps, pct_start=0.1,
@@ -246,7 +245,7 @@ def print_retrieval(model, log_mels, embed_captions, autocast):
     """Print how often the nearest caption is a clip's own, on clips that were not trained on."""
     rows, mels = log_mels.batch(range(len(log_mels.clips)))
     audio = torch.cat([model.embed_audio([mel], autocast) for mel in mels])
-    answers = [log_mels.clips[i]["output"].strip().lower() for i in rows]
+    answers = [log_mels.clips.item(i)["output"].strip().lower() for i in rows]
     names = sorted(set(answers))
     nearest = (audio @ embed_captions(names).T).argmax(1).tolist()
     right = np.mean([names[n] == answer for n, answer in zip(nearest, answers)])

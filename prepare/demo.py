@@ -55,6 +55,7 @@ def draw_picture(path, clip, prompt):
     figure = new_figure(11, 4.2)
     axes = figure.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1],
                                  width_ratios=[2, 1])
+    axes["mel"].tick_params(labelbottom=False)
     seconds = draw_log_mel(axes["mel"], windows, model.audio_config["sample_rate"])
     draw_attention(axes["attention"], attention_over_time(model, prompt, windows), seconds)
     axes["loss"].plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries])

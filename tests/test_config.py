@@ -79,7 +79,7 @@ def test_a_config_file_may_compute(tmp_path):
 
 
 def test_numbers_have_a_minimum():
-    scripts = ("train.py", "prepare/clap.py", "eval.py", "prepare/check.py")
+    scripts = ("train.py", "prepare/clap.py", "eval.py", "prepare/check.py", "prepare/gm_notes.py")
     for name in NUMBERS:
         script = next(s for s in scripts if name in config.settings_of(s) | config.defaults())
         least = config.MINIMUM[name]

@@ -144,6 +144,8 @@ def test_same_settings_same_bytes_and_a_second_run_does_nothing(gm, tmp_path):
     assert os.listdir(tmp_path) == ["twin"]  # no temporary folder is left
     fails_with_one_line("prepare/gm_notes.py", f"--out={tmp_path}/twin", "--train=16", saying="--out")
     fails_with_one_line("prepare/gm_notes.py", f"--out={tmp_path}", *SIZE, saying=str(tmp_path))
+    fails_with_one_line("prepare/gm_notes.py", f"--out={tmp_path}/new", "--val=-1", saying="val")
+    fails_with_one_line("prepare/gm_notes.py", "--out=README.md/x", saying="README.md/x")
     assert len(files_of(tmp_path)) == len(before)
 
 

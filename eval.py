@@ -242,9 +242,10 @@ def results_folder(c, source):
     """--results; else eval/ in the run, or out/eval/<model> for a release."""
     run = settings.resolve_path(source)
     run = os.path.dirname(run) if os.path.isfile(run) else run
+    folder = os.path.join(run, "eval")
     if os.path.isdir(os.path.join(run, "safe_ckpt")) or not os.path.isdir(run):
-        run = os.path.join("out/eval", source.strip("/").replace("/", "--"))
-    return settings.resolve_path(c.results or os.path.join(run, "eval"))
+        folder = os.path.join("out/eval", source.strip("/").replace("/", "--"))
+    return settings.resolve_path(c.results or folder)
 
 
 def check_files(c, folder):

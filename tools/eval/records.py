@@ -35,14 +35,16 @@ def kind_of(value):
 
 def check_item(item, where, required=("prompt", "output", "answer")):
     """The item under the names of FIELDS; UserError names the file, the line or item, and the wrong key."""
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: a {kind_of(item)}, expected an object with {', '.join(required)}")
     item = dict(item)
     for other, key in OTHER_NAMES.items():
         if other in item:
             item.setdefault(key, item[other])
     if isinstance(item.get("output"), list):
         item["references"] = item.pop("output")
-    if item.get("references"):
-        item.setdefault("output", item["references"][0])
+    if "output" not in item and kind_of(item.get("references")) == "list of texts":
+        item["output"] = item["references"][0] if item["references"] else ""
     if item.get("answer", "") is None:  # the system gave none
         item["answer"] = ""
     for key, kinds in FIELDS.items():

@@ -275,7 +275,7 @@ class Clips(Dataset):
         return len(self.rows)
 
     def item(self, i):
-        m, j = i if type(i) is tuple else self.rows[i]
+        m, j = i if type(i) is tuple else self.rows[i].tolist()
         return self.manifests[m][j]
 
     def __getitem__(self, i):
@@ -303,10 +303,9 @@ class Clips(Dataset):
         """(n, 2): windows, by the manifests' durations, and text tokens of every row; characters without a
         tokenizer."""
         windows, texts = [], []
-        for m, j in self.rows.tolist():
-            item = self.manifests[m].items[j]
-            n_clips = len(item["name"]) if type(item["name"]) is list else 1
-            windows.append(count_windows(item.get("duration"), n_clips, self.audio_config))
+        for i in range(len(self)):
+            item = self.item(i)
+            windows.append(count_windows(item["duration"], len(item["paths"]), self.audio_config))
             texts += [item["prompt"].strip().lower(), item["output"].strip().lower()]
         lengths = estimate_tokens(tokenizer, texts) if tokenizer else np.array(list(map(len, texts)))
         return np.stack([windows, lengths.reshape(-1, 2).sum(1)], 1).astype(np.int64)
@@ -373,7 +372,7 @@ def make_loader(clips, batches, tokenizer, config, persistent_workers):
     return DataLoader(
         clips,
         batch_sampler=batches,
-        collate_fn=Collate(tokenizer, config.max_tokens, window_samples, multiple=64 if config.compile else 1),
+        collate_fn=Collate(tokenizer, config.max_tokens, window_samples, 64 if config.compile else 1),
         num_workers=workers,
         worker_init_fn=init_worker,
         persistent_workers=persistent_workers and workers > 0,

@@ -22,9 +22,12 @@ print(len(manifest), manifest.items[len(manifest) - 1]['output'], manifest.diges
 
 
 def content(n):
-    words = ["dog", "Küche", "音", "😀", 'a "quote"', "back\\slash", "tab\t", "line\n", *"{},", '": ', ", Infinity, "]
+    words = ["dog", "Küche", "音", "😀", 'a "quote"', "back\\slash", "tab\t", "line\n", *"{},", '": ',
+             ", Infinity, "]
     texts = [" ".join(rng.choice(words, 4)) for _ in range(100)]
-    data = {str(i): {"name": f"ü/{i}.wav", "prompt": texts[i % 100], "output": texts[i % 91]} for i in range(n)}
+    data = {}
+    for i in range(n):
+        data[str(i)] = {"name": f"ü/{i}.wav", "prompt": texts[i % 100], "output": texts[i % 91]}
     for i in range(0, n, 3):
         data[str(i)] |= {"duration": i / 7, "extra": [{"deep": [None, True, 1e-7]}, texts[i % 100]]}
     head = {"split": "train", "split_path": "ö", "flamingo_task": "x", "total_num": n}

@@ -97,8 +97,8 @@ def read_first_channel(f, first, n):
         return x
     if not warned[0]:
         warned[0] = 1
-        print(f"Warning: {f.name}: the first channel is silent, channel {loudest + 1} is used (said once)",
-              file=sys.stderr)
+        print(f"Warning: {f.name}: the first channel is silent, channel {loudest + 1} is used "
+              f"(reported once)", file=sys.stderr)
     return read_channel(f, first, n, loudest)
 
 

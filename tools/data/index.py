@@ -16,6 +16,7 @@ import json
 import math
 import os
 import socket
+import struct
 import sys
 import zlib
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Items(Sequence):
         if not -self.n <= i < self.n:
             raise IndexError(f"item {i} of {self.n}")
         offset = self.offsets + 8 * (int(i) % self.n)
-        begin, end = np.frombuffer(self._read(offset, offset + 16), np.int64).tolist()
+        begin, end = struct.unpack("=2q", self._read(offset, offset + 16))
         return json.loads(self._read(self.lines + begin, self.lines + end))
 
     def __reduce__(self):  # pickled for a process that is not forked

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_closed_sets_labels_and_retrieval():
     assert (figures["source"], figures["instrument"], figures["accuracy"]) == ([0], [1], [0.5])
 
 
-def test_multi_label_is_scikit_learns_map():
+def test_multi_label_is_scikit_learns_map(monkeypatch):
     average_precision = pytest.importorskip("sklearn.metrics").average_precision_score
     items = rows(("dog, bark", "bark, dog"), ("rain", "wind"), ("rain, wind", "rain"), ("dog", ""),
                  ("wind", "wind, dog"))
@@ -184,6 +185,8 @@ def test_multi_label_is_scikit_learns_map():
     assert [item["score"] for item in items] == [1, 0, 0.5, 0, 0]
     with_comma = rows(("Male speech, man speaking, dog", "dog, male speech, man speaking"))
     assert rules.multi_label(with_comma, ["Male speech, man speaking", "Dog", "Rain"])["mAP"][0] == 1
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)  # not installed: named
+    assert "sklearn" in rules.multi_label(items)["not computed"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -252,6 +255,7 @@ def test_a_caption_metric_without_its_helper_is_named(monkeypatch):
 # Intervals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips, questions, a, b", [(200, 1, 6, 4), (60, 5, 3, 2), (100, 1, 9, 1)])
 def test_intervals_cover_the_truth(clips, questions, a, b):
     rng, hits = np.random.default_rng(0), 0

@@ -9,6 +9,7 @@ import statistics
 
 import numpy as np
 
+from tools.common import UserError
 from tools.eval.parsing import answer_text, labels_of, normalise
 from tools.eval.stats import clips_of, mean_average_precision
 
@@ -93,7 +94,10 @@ def multi_label(items, labels=None, embed=None):
     for item, answer, row, mask in zip(items, answers, scores, truth > 0):
         ranks = (row >= row[mask][:, None]).sum(1)  # of its labels; equal scores rank last
         item["score"] = float((ranks <= len(ranks)).mean()) if answer and len(ranks) else 0.0
-    return {"mAP": mean_average_precision(truth > 0, scores, clips_of(items))}
+    try:
+        return {"mAP": mean_average_precision(truth > 0, scores, clips_of(items))}
+    except UserError as error:  # no scikit-learn
+        return {"mAP": None, "not computed": str(error)}
 
 
 def indicators(label_sets, names):

@@ -85,7 +85,7 @@ def mean_average_precision(truth, scores, clips, draws=50):
 
 def mcnemar(gained, lost):
     """Two-sided p of the exact McNemar test: the changed items as tosses of a fair coin."""
-    stats = optional_import("scipy.stats", "comparing two systems", "eval")
+    stats = optional_import("scipy.stats", "McNemar's test", "eval")
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
@@ -120,7 +120,10 @@ def compare_systems(first, second, names=("a", "b")):
           f"difference {value:+.4f} [{low:+.4f}, {high:+.4f}] over {len(set(clips))} clips | "
           f"gained {gained}, lost {lost}")
     if np.isin(scores, (0, 1)).all():
-        print(f"exact McNemar p = {mcnemar(gained, lost):.4g}")
+        try:
+            print(f"exact McNemar p = {mcnemar(gained, lost):.4g}")
+        except UserError as error:  # no scipy
+            print(f"not computed: {error}")
     alone = len(first) + len(second) - 2 * len(pairs)
     unscored = len(pairs) - len(scored)
     if alone or unscored:

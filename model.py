@@ -765,10 +765,10 @@ def store_output(acc, m, l, y_ptr, o_ptr, lse_ptr, gate_ptr, b, h, t, T,
     l = tl.where(l > 0, l, 1.0)  # a token without keys: o = 0, lse = -1e30, which weighs nothing in a sum
     o = acc / l[:, None]
     head = (b * T * H + h) * D
+    tl.store(lse_ptr + (b * H + h) * T + t, m + tl.log2(l), mask=t < T)
+    store_rows(o_ptr + head, o, t, H * D, T, D)
     if STORE_Y:
         store_rows(y_ptr + head, tl.load(gate_ptr) * o, t, H * D, T, D)
-    store_rows(o_ptr + head, o, t, H * D, T, D)
-    tl.store(lse_ptr + (b * H + h) * T + t, m + tl.log2(l), mask=t < T)
 
 
 @triton.jit
@@ -779,7 +779,6 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr,
     """Grid (token blocks, splits H, B). With several splits (flash-decoding) each stores o and lse of its
     share of the keys, (splits, B, ...)."""
     h = tl.program_id(1) % H
-    split = tl.program_id(1) // H
     b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = load_n_keys(n_ptr, n_b, n_t, b, t, T, N)
@@ -790,7 +789,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr,
     acc = tl.zeros((BLOCK_T, D), tl.float32)
     n_max = tl.max(n)  # of the tokens here: padded keys cost nothing
     share = tl.cdiv(n_max, tl.num_programs(1) // H * BLOCK_N) * BLOCK_N
-    first = split * share
+    first = tl.program_id(1) // H * share
     for start in range(first, tl.minimum(first + share, n_max), BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr + kv, keys, k_n, n_max, D)
@@ -803,7 +802,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, n_ptr, gate_ptr, y_ptr, o_ptr, lse_ptr,
         acc = acc * alpha[:, None] + dot(p.to(v.dtype), v)
         l = l * alpha + tl.sum(p, 1)
         m = m_new
-    b += split * tl.num_programs(2)
+    b += tl.program_id(1) // H * tl.num_programs(2)
     store_output(acc, m, l, y_ptr, o_ptr, lse_ptr, gate_ptr, b, h, t, T, H, D, STORE_Y)
 
 

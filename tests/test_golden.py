@@ -10,18 +10,18 @@ from safetensors.torch import load_file
 
 from data import Collate, encode_prompts, load_audio
 from model import AudioFlamingo, log_mel, rotate, to_float
-from tests.helpers import GOLDEN as FOUND
+from tests.helpers import GOLDEN
 from tools.checkpoint.releases import our_name
 
-GOLDEN = FOUND if os.path.isdir(FOUND) else None
-assert GOLDEN or not os.environ.get("CI"), "in CI the golden numbers must be there"
-REASON = "golden files not found; set SHARED=<the shared folder>"
-pytestmark = pytest.mark.skipif(GOLDEN is None, reason=REASON)
+FOUND = os.path.isdir(GOLDEN)
+assert FOUND or not os.environ.get("CI"), "in CI the golden numbers must be there"
+pytestmark = pytest.mark.skipif(not FOUND, reason="golden files not found; set SHARED=<the shared folder>")
 BACKENDS = ["naive", "sdpa"] + ["triton"] * bool(os.environ.get("TRITON_INTERPRET"))
 
 
 @pytest.fixture(scope="module")
 def golden():
+    """arrays, facts, windows and n_windows of the two clips."""
     arrays, facts = load_file(f"{GOLDEN}/golden.safetensors"), json.load(open(f"{GOLDEN}/golden.json"))
     audio_config = dict(window_length=10.0, window_overlap=0.0, max_num_window=3)
     clips = [load_audio(f"{GOLDEN}/clip_{i}.wav", **audio_config) for i in range(2)]
@@ -31,42 +31,39 @@ def golden():
 
 @pytest.fixture(scope="module")
 def model(golden):
-    facts = golden[1]
+    n_head = golden[1]["audio_transformer"]["n_head"]
     return AudioFlamingo.from_pretrained(GOLDEN, lang_encoder_path=f"{GOLDEN}/lm", max_num_window=3,
-                                         audio_transformer_n_head=facts["audio_transformer"]["n_head"])
+                                         audio_transformer_n_head=n_head)
 
 
-def close(ours, theirs, tolerance):
+def check_close(ours, theirs, tolerance):
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     assert error <= tolerance, error
 
 
-def test_sizes_are_inferred_from_weights(model, golden):
-    clap, c = golden[1]["clap"], model.config
-    inferred = (c.clap_embed_dim, c.clap_depths, c.clap_num_heads)
-    assert inferred == (clap["embed_dim"], clap["depths"], clap["num_heads"])
-    assert c.audio_transformer_d_inner == golden[1]["audio_transformer"]["d_inner"]
-
-
-def test_text(model, golden):
+def test_sizes_and_tokens(model, golden):
     arrays, facts, *_ = golden
+    clap, special, c = facts["clap"], facts["special"], model.config
+    assert (c.clap_embed_dim, c.clap_depths) == (clap["embed_dim"], clap["depths"])
+    assert c.clap_num_heads == clap["num_heads"]
+    assert c.audio_transformer_d_inner == facts["audio_transformer"]["d_inner"]
     ids, labels, cut = Collate(model.tokenizer, 512, 160000).encode(facts["prompts"])
     assert torch.equal(ids, arrays["input_ids"]) and torch.equal(labels, arrays["labels"]) and cut == 0
-    special = facts["special"]
-    assert [model.audio_id, model.end_id, model.pad_id, model.sep_id, model.tokenizer.eos_token_id] == \
-        [special[k] for k in ("audio", "endofchunk", "pad", "sep", "eos")]
+    assert [model.audio_id, model.pad_id, model.sep_id] == [special[k] for k in ("audio", "pad", "sep")]
+    assert model.stop_ids == [special["endofchunk"], special["eos"]]
 
 
-def test_audio_to_tokens(model, golden):
+def test_audio_tokens(model, golden):
     arrays, _, windows, n = golden
     real = arrays["audio_mask"].bool()
     assert n.tolist() == real.sum(1).tolist() == [3, 1]
-    close(log_mel(to_float(windows)), arrays["log_mel"][real], 2e-4)
+    windows_float = to_float(windows)
+    check_close(log_mel(windows_float), arrays["log_mel"][real], 2e-4)
     with torch.no_grad():
-        close(model.clap(to_float(windows)), arrays["clap_tokens"][real], 2e-4)
+        check_close(model.clap(windows_float), arrays["clap_tokens"][real], 2e-4)
         audio, n_keys = model.encode_audio(windows, n)
-    for b in range(2):
-        close(audio[b, :n_keys[b]], arrays["audio_tokens"][b, :n_keys[b]], 2e-4)
+    for ours, theirs, keys in zip(audio, arrays["audio_tokens"], n_keys):
+        check_close(ours[:keys], theirs[:keys], 2e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,8 +75,8 @@ def test_logits_and_loss(model, golden, backend):
         _, loss = model(arrays["input_ids"], windows, n, labels=arrays["labels"])
         alone, _ = model(arrays["input_ids"][1:], windows[3:], n[1:])
     mask = arrays["attention_mask"].bool()
-    close(logits[mask], arrays["logits"][mask], 2e-4)
-    close(alone[0], arrays["logits"][1], 2e-4)
+    check_close(logits[mask], arrays["logits"][mask], 2e-4)
+    check_close(alone[0], arrays["logits"][1], 2e-4)
     assert none is None and abs(loss - arrays["loss"]) < 1e-4
 
 
@@ -127,15 +124,15 @@ def test_gradients(model, golden, backend, checkpointing, monkeypatch):
     model.requires_grad_(False).eval().zero_grad()
     assert len(gradients) == 6 and abs(loss - 6.02879) < 1e-4  # the loss of that pass
     for key, ours in gradients.items():
-        close(ours, arrays[key], 1e-3)
+        check_close(ours, arrays[key], 1e-3)
 
 
 @pytest.mark.parametrize("backend", ["naive", "sdpa"])  # decoding takes minutes in Triton's interpreter
-def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend):
+def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend, monkeypatch):
     arrays, facts, windows, n = golden
     model.backend = backend
-    stops, model.stop_ids = model.stop_ids, []
-    prompts = [p for p, _ in facts["prompts"]]
+    monkeypatch.setattr(model, "stop_ids", [])
+    prompts = [prompt for prompt, _ in facts["prompts"]]
     batched = torch.stack(list(model.stream(prompts, windows, n, max_new_tokens=24)), 1)
     assert torch.equal(batched, arrays["greedy"])
     assert model.generate(prompts, windows, n, max_new_tokens=24) == facts["greedy_text"]
@@ -144,7 +141,7 @@ def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend):
         assert torch.equal(alone[0], arrays["greedy"][b])
         ids = torch.tensor(encode_prompts(model.tokenizer, prompts[b:b + 1]))
         with torch.no_grad():
-            for _ in range(24):  # no cache: the whole text again for every token
-                ids = torch.cat([ids, model(ids, clip, n[b:b + 1])[0][:, -1].argmax(-1, keepdim=True)], 1)
+            for _ in range(24):  # no KV cache: the whole text again for every token
+                logits, _ = model(ids, clip, n[b:b + 1])
+                ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(ids[0, -24:], arrays["greedy"][b])
-    model.stop_ids = stops

@@ -57,14 +57,15 @@ def music_avqa(source):
         question = row["question_content"].strip()
         for slot in json.loads(row["templ_values"]):
             question = re.sub(r"<[^<>]+>", slot.replace("_", " "), question, count=1)
-        key = row["part"], row["video_id"], question
+        split, video = row["part"], row["video_id"]
+        key = f"{split} {video} {question}"
         if kind not in tasks or row.get("question_deleted") or key in known:
             continue
         known.add(key)
-        clip = source.clip(f"audio/{row['video_id']}.wav", f"{row['video_id']}.wav")
+        clip = source.clip(f"audio/{video}.wav", f"{video}.wav")
         answer = row["anser"].replace("_", " ")  # so they spell it
         item = {"name": clip, "prompt": question, "output": answer, "category": category}
-        yield f"Music-AVQA-{tasks[kind]}/{row['part']}", item
+        yield f"Music-AVQA-{tasks[kind]}/{split}", item
 
 
 def mmau(source):
@@ -94,10 +95,13 @@ def muchomusic(source):
         if row["dataset"] == "musiccaps":
             ident = ident.rpartition("_")[0]  # what follows the last one is no part of the video's id
         clip = source.clip(f"{ident}.2min.mp3", tracks.get(ident, f"{ident}.wav"), f"{ident}.wav")
-        options = [row["correct_answer"], *(row[f"distractor_{i}_answer"] for i in (1, 2, 3))]
+        columns = "correct_answer", "distractor_1_answer", "distractor_2_answer", "distractor_3_answer"
+        options = [row[column] for column in columns]
         random.Random(zlib.crc32((ident + row["question"]).encode())).shuffle(options)
-        listed = [f"({letter}) {option.rstrip('.')}." for letter, option in zip(ascii_uppercase, options)]
-        item = {"name": clip, "prompt": " ".join([row["question"], *listed]), "output": row["correct_answer"],
+        prompt = row["question"]
+        for letter, option in zip(ascii_uppercase, options):
+            prompt += f" ({letter}) {option.rstrip('.')}."
+        item = {"name": clip, "prompt": prompt, "output": row["correct_answer"],
                 "choices": options, "dataset": row["dataset"], "genre": row["genre"]}
         for group in ("music_knowledge", "music_reasoning"):
             item[group] = ast.literal_eval(row[group] or "[]")
@@ -112,12 +116,12 @@ def openaqa(source):
         beside each other; the clips of its sets below, in folders that end as their paths in audio_id do
     A name that is no number will do alone; numbers are names in several of the sets.
     """
-    lists = [name for name, files in source.files.items() if name in files and name.endswith(".json")]
+    lists = sorted(name for name in os.listdir(source.path) if name.endswith(".json"))
     for row in source.rows(["{}"], *(lists or ["openaqa_5.6M.json"])):
         path, name = row["audio_id"].lstrip("/"), os.path.basename(row["audio_id"])
-        clip = source.clip(path) if stem(name).isdigit() else source.clip(path, name)
+        wanted = [path] if stem(name).isdigit() else [path, name]
         prompt = f"{row['instruction']} {row.get('input') or ''}".strip()
-        yield "OpenAQA-AQA/train", {"name": clip, "prompt": prompt, "output": row["output"],
+        yield "OpenAQA-AQA/train", {"name": source.clip(*wanted), "prompt": prompt, "output": row["output"],
                                     "task": row["task"], "dataset": row["dataset"]}
 
 

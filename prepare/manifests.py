@@ -56,10 +56,10 @@ def read_csv(path):
 
 
 def read_parquet(path):
-    parquet = optional_import("pyarrow.parquet", f"{path}: Parquet", "prepare")
+    pyarrow = optional_import("pyarrow.parquet", f"{path}: Parquet", "prepare")
     try:
-        return parquet.read_table(path).to_pylist()
-    except (ValueError, OSError) as error:  # pyarrow's own errors are among these
+        return pyarrow.read_table(path).to_pylist()
+    except (ValueError, OSError) as error:  # its own errors are among these
         raise UserError(f"{path}: not readable as Parquet ({shorten(error)})") from error
 
 

@@ -1,7 +1,7 @@
 """A small model from start to end: SmolLM2-135M learns to reason about audio on ReasonAQA.
 
 Hardware: 1 x 24 GB. By tools/bench.py fit (--windows=3 --tokens=128 --answers=50 --items=968071), not
-measured: 8.8 GB, 15.9 GB where all texts are long; 1.0 h a pass at 40 % of an RTX 4090's peak, three passes.
+measured: 8.8 GB, 14.6 GB where all texts are long; 1.0 h a pass at 40 % of an RTX 4090's peak, three passes.
 Data: train.json, val.json and test.json of ReasonAQA (zenodo.org/records/15036628; Mellow, arXiv
 2503.08540), 968,071 questions on 155 h of AudioCaps and Clotho, whose sounds come from those;
 prepare/datasets.py writes the manifests. Scores: python eval.py --split ReasonAQA-AQA/test

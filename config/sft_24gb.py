@@ -5,9 +5,9 @@ Hardware: 1 x 24 GB; 1 x 80 GB for 3B. By tools/bench.py fit, not measured: 2-mi
 where all texts have 512; clips/s at 40 % of the peak of an RTX 4090, of an H100 for 3B.
 
     model   batch   GB     512    clips/s
-    0.5B    8       16.9   18.6   13
-    1.5B    2       22.1   23.0   12        --batch_size=2 --gradient_accumulation_steps=16
-    3B      8       43.1   46.3   51
+    0.5B    8       17.6   19.8   13
+    1.5B    2       22.3   23.5   12        --batch_size=2 --gradient_accumulation_steps=16
+    3B      8       43.9   47.6   51
 
 with --pretrained_path=nvidia/audio-flamingo-2-1.5B or nvidia/audio-flamingo-2 for the last two. The 9,700
 questions of the example, of 30 s at most, take some minutes a pass.

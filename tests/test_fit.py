@@ -21,8 +21,7 @@ CASES = {  # clips, windows, tokens, answers, micro-batches | settings
     "table trains": (2, 2, 64, 30, 2, "--cross_attn_every_n_layers=3"),
     "encoder trains, recomputed": (3, 1, 96, 60, 1, "--gradient_checkpointing", "--clap_gradient_checkpointing",
                                    "--clap_finetune", "--freeze_lm_embeddings=true",
-                                   "--cross_attn_every_n_layers=5"),
-    "everything trains": (4, 1, 128, 100, 1, "--unfreeze_full_lm", "--clap_finetune")}
+                                   "--cross_attn_every_n_layers=5")}
 
 
 def settings(*argv):
@@ -33,18 +32,16 @@ def settings(*argv):
 def test_the_command_prints_the_planned_figures():
     """Pretraining of the published 3B on paper: GFLOP a clip of 3 windows, 64 tokens, 20 answers."""
     f = json.loads(run("tools/bench.py", "fit", "config/pretrain.py").stdout.splitlines()[-1])
-    planned = {"audio encoder": 364, "audio transformer": 30, "gated cross-attention": 195, "language model": 356,
-               "head and loss": 12}
-    assert f["forward_gflop"] == pytest.approx(planned, rel=0.04)
-    assert (f["gpus"], f["gpu_gb"], f["batch_size"], f["windows"]) == (8, 80, 16, 3)
-    memory = f["memory_gb"]
-    for name, size in {"trained weights": 7.0, "gradients": 7.0, "Adam's moments": 13.9,
-                       "frozen weights": 6.2 + 0.6 - 2 * 0.31}.items():  # the table trains
-        assert memory[name] == pytest.approx(size, rel=0.02), name
-    assert f["peak_gb"] == pytest.approx(sum(memory.values())) and f["peak_gb"] < 45
-    for name, value in {"trained": 1.74e9, "flops_per_sample": 1.8e12, "samples_per_s": 8 * 175,
-                        "windows_per_s": 4200, "host_to_device_mb_s": 4200 * 0.32, "all_reduce_gb": 7.0}.items():
-        assert f[name] == pytest.approx(value, rel=0.03), name
+    assert f["forward_gflop"] == pytest.approx({
+        "audio encoder": 364, "audio transformer": 30, "gated cross-attention": 195, "language model": 356,
+        "head and loss": 12}, rel=0.04)
+    planned = {
+        "gpus": 8, "gpu_gb": 80, "batch_size": 16, "windows": 3, "trained": 1.74e9, "flops_per_sample": 1.8e12,
+        "samples_per_s": 8 * 175, "windows_per_s": 4200, "host_to_device_mb_s": 4200 * 0.32, "all_reduce_gb": 7.0}
+    planned |= {"trained weights": 7.0, "gradients": 7.0, "Adam's moments": 13.9, "frozen weights": 6.2}
+    figures = f | f["memory_gb"]
+    assert {name: figures[name] for name in planned} == pytest.approx(planned, rel=0.03)
+    assert f["peak_gb"] == pytest.approx(sum(f["memory_gb"].values())) and f["peak_gb"] < 45
 
 
 def test_a_config_names_its_hardware_and_a_release_its_language_model(tmp_path, monkeypatch):
@@ -54,8 +51,9 @@ def test_a_config_names_its_hardware_and_a_release_its_language_model(tmp_path, 
     c = settings("--max_num_window=1", "--items=1000", "--cross_attn_every_n_layers=[28]")
     f = fit.fit(c)
     assert (f["gpus"], f["gpu_gb"], f["epoch_items"]) == (2, 48.0, 5)
-    peak = lambda B: sum(fit.step_memory(fit.build_sized_model(c), B, 1, 64, 20, 4, accumulates=True).values()) / 1e9
-    assert peak(f["largest_batch"]) <= f["room_gb"] < peak(f["largest_batch"] + 1)
+    model, B = fit.build_sized_model(c), f["largest_batch"]
+    fits, does_not = (sum(fit.step_memory(model, n, 1, 64, 20, 4, accumulates=True).values()) for n in (B, B + 1))
+    assert fits <= 1e9 * f["room_gb"] < does_not
     for release, width in (("-0.5B", 896), ("-1.5B", 1536), ("", 2048), ("-SoundCoT", 2048)):
         c = config.load([f"--pretrained_path=nvidia/audio-flamingo-2{release}"], "tools/bench/fit.py")
         assert fit.sizes_and_tokenizer(c)[1].width == width
@@ -97,8 +95,7 @@ def measure_steps(B, W, T, A, micro_batches, *argv):
     counted = sum(fit.step_memory(model, B, W, T, A, 4, micro_batches > 1).values())
     with open("/proc/self/statm") as f:
         before = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    state = {name: torch.full(t.shape, 0.01 if t.is_floating_point() else 0, dtype=t.dtype)
-             for name, t in model.state_dict().items()}
+    state = {name: torch.full(t.shape, 0.01).to(t.dtype) for name, t in model.state_dict().items()}
     checkpoint.place_weights(model, state, torch.device("cpu"), torch.float32, "the test")
     optimizer = torch.optim.AdamW(parameter_groups(model, c), fused=True)
     ids, labels = torch.ones(B, T, dtype=torch.long), torch.full((B, T), -100)

@@ -348,6 +348,12 @@ def test_every_kernel_compiles_ahead_of_time():
             assert row["wgmma"] and row["async_copies"], row  # Hopper's own matrix products
 
 
+def test_times_of_backends():
+    from tools.bench.kernel import time_backends
+    rows = time_backends(DEVICE, torch.float32, [(2, 3, 8)], ["naive", "sdpa"])
+    assert [row["backend"] for row in rows] == 2 * ["naive", "sdpa"] and all(row["ms"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_an_unknown_bench_is_one_line():
     fails_with_one_line("tools/bench.py", "kernels", saying="kernels")

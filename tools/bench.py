@@ -29,7 +29,7 @@ def main():
         print(__doc__)
         return
     if mode not in MODES:
-        print(f"bench.py: expected one of {', '.join(MODES)}, got {mode!r}", file=sys.stderr)
+        print(f"error: expected one of {', '.join(MODES)}, got {mode!r}", file=sys.stderr)
         sys.exit(2)
     bench = getattr(importlib.import_module(f"tools.bench.{mode}"), mode)
 

@@ -121,8 +121,7 @@ def copies(p, products):
 
 
 def encoder_activations(clap, p):
-    """-> bytes that a window keeps, and how many more there are when a block is recomputed: those after it are
-    freed by then."""
+    """-> bytes that a window keeps, and those while its widest block is recomputed: blocks after it are done."""
     L, C = (clap.htsat.spec_size // 4) ** 2, clap.htsat.embed_dim
     total, peak = L * (16 * p + 4 * C), 0  # patches of 4 x 4, their norm
     for stage in clap.htsat.layers:
@@ -137,7 +136,7 @@ def encoder_activations(clap, p):
         if stage.downsample is not None:
             total += C * L * (4 + p)
             L, C = L // 4, 2 * C
-    return total, max(0, peak - total) if clap.gradient_checkpointing else 0
+    return total, peak if clap.gradient_checkpointing else 0
 
 
 def audio_activations(model, p, S):
@@ -198,7 +197,7 @@ def step_memory(model, B, W, T, A, p, accumulates=False, shards=1):
         "batch": B * W * window}
 
     text, gated, text_block = text_activations(model, p, T, S)
-    encoder, encoder_block = encoder_activations(model.clap, p) if trains(model.clap) else (0, 0)
+    encoder, encoder_peak = encoder_activations(model.clap, p) if trains(model.clap) else (0, 0)
     logits = 4 * (len(table.weight) + len(table.added)) * min(B * A, HEAD_ROWS)
     activations = {
         "head": 3 * logits,  # log-probabilities and two gradients
@@ -210,9 +209,9 @@ def step_memory(model, B, W, T, A, p, accumulates=False, shards=1):
     # table waits for that of the embeddings.
     waiting = sum(4 * x.numel() for x in table.parameters() if x.requires_grad)
     work = {"lm": B * text_block + waiting, "audio_transformer": (1 + accumulates) * waiting,
-            "clap": B * W * encoder_block}
+            "end": B * W * encoder_peak}  # an encoder's first blocks are its widest, and recomputed last
     moments = []
-    for i, part in enumerate([*PARTS, "optimizer"]):
+    for i, part in enumerate([*PARTS, "end"]):
         moment = {PARTS[name]: activations[name] for name in list(PARTS)[i:]}
         made = gradients if accumulates else gradients[:i]
         moment["gradients"] = sum(made)

@@ -76,7 +76,7 @@ def main(c):
     run_step("pretrain: gated cross-attention", "train.py", "config/demo.py")
     item = read_json(f"{c.dataset_file_root}/GM-Family-AQA/test.json")["data"]["0"]
     clip = f"{c.data_root}/audio/test/{item['name']}"
-    run_step(f"a sound it never heard ({item['output']})", "sample.py", "--audio", clip, "--prompt",
+    run_step(f"a held-out sound ({item['output']})", "sample.py", "--audio", clip, "--prompt",
              item["prompt"], "--init_from", RUN, "--max_new_tokens", "16")
     run_step("scores on held-out notes", "eval.py", "--split", SPLITS, "--init_from", RUN, "--scores",
              f"{RUN}/scores.json", "--max_new_tokens", "16", "--eval_batch_size", "32", "--num_workers", "0")

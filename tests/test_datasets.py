@@ -117,6 +117,7 @@ def test_prompts_are_chosen_the_same_everywhere():
     assert datasets.choose_prompt("scene", "a/x.wav") == "Name the acoustic scene of this recording."
 
 
+@pytest.mark.slow
 def test_help_lists_the_sources():
     text = run("prepare/datasets.py", "--help").stdout
     assert all(f"\n{source}\n" in "\n" + text for source in SOURCES)
@@ -298,6 +299,7 @@ def test_mistakes_are_named_and_nothing_is_written(name, content, named, options
     assert os.listdir(tmp_path / "to/Mine-AQA") == ["train.json"]
 
 
+@pytest.mark.slow
 def test_scripts(tmp_path):
     """As a user runs them: errors in one line with exit code 2."""
     lay_out(tmp_path, {"clips.csv": ["path,label", "a.wav,dog"]}, ["root/a.wav"])

@@ -138,7 +138,8 @@ def inspect_manifests(manifests, audio_config, workers):
     """Decode the clips of all items -> Findings of each manifest."""
     findings = [Findings(manifest) for manifest in manifests]
     work = partial(inspect_item, manifests, audio_config)
-    for (m, i), (problem, findings[m].seconds[i]) in map_items(work, manifests, workers, "check"):
+    for (m, i), (problem, seconds) in map_items(work, manifests, workers, "check"):
+        findings[m].seconds[i] = seconds
         if problem:
             findings[m].problems[i] = problem
             tqdm.write(f"{manifests[m].name} {i}: {manifests[m][i]['path']}: {problem}")

@@ -69,15 +69,6 @@ def test_a_token_attends_to_the_clips_before_it(model):
     assert (swapped[0, 0] - logits[0, 0]).abs().max() > 1e-3  # another clip is the first
 
 
-def test_texts_about_one_clip_and_several_in_one_batch(model):
-    ids, windows, _, _ = batch(model, n=(2, 3), T=(9, 9))
-    ids[0, 0] = ids[1, :2] = model.audio_id
-    together, _ = model(ids, windows, torch.tensor([[2, 0], [1, 2]]))
-    first, _ = model(ids[:1], windows[:2], torch.tensor([2]))
-    second, _ = model(ids[1:], windows[2:], torch.tensor([[1, 2]]))
-    assert (torch.cat([first, second]) - together).abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("counts", [[3], [1, 2]])
 def test_follow_up_questions_reuse_the_audio_kv(model, counts):
     _, windows, _, _ = batch(model, n=(3,), T=(4,))

@@ -216,14 +216,10 @@ def test_in_a_browser(address, folder, browser):
     wait(lambda: any("A <i>tone</i>?" in text for text in texts(MESSAGES)))  # as characters
     wait(lambda: find("#picture img"))
     assert len(texts(MESSAGES)) == 2 and all(texts(MESSAGES))
-    first = find("#picture img")[0].get_attribute("src")
     put("And then?")
     wait(lambda: len(texts(MESSAGES)) == 4)
-    find("#question textarea")[0].send_keys("Typed meanwhile")
-    wait(lambda: find("#picture img") and find("#picture img")[0].get_attribute("src") != first)
-    assert find("#question textarea")[0].get_attribute("value") == "Typed meanwhile"
     drop("text.wav")
-    time.sleep(1)  # the player shows no error for what it can't play
+    time.sleep(1)  # until it is uploaded
     put("What is this?")
     wait(lambda: "text.wav" in (note() or ""))
     drop("tone.wav")

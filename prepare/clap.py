@@ -46,7 +46,7 @@ clap_peak_lr: float = 2e-3  # of AdamW, one cycle: 10 % warm-up, cosine to zero
 clap_muon_lr: float = 1e-2  # the same for matrices, which Muon trains (demo: in a third of AdamW's steps)
 clap_text_bank: int = 256  # captions contrasted at every step beside the batch's own: those of the most clips
 clap_augment: bool = True  # HTS-AT's SpecAugment and drop path; a few hundred steps learn faster without
-clap_position: bool = False  # HTS-AT's position embedding (published: none): early and late tokens differ at once
+clap_position: bool = False  # HTS-AT's position embedding (published: none): early and late tokens differ
 clap_text_layers: int = 1000  # of the language model's blocks to read captions with; more than it has: all
 clap_temperature: float = 0.02  # start value; learned. A clip near n texts at once has cosines of n^-1/2 only
 

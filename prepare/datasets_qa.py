@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from string import ascii_uppercase
 
 from prepare.manifests import stem
-from tools.eval.records import read_questions
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.6, "no": 0.1}  # weight of an answer of Clotho-AQA in the vote
 
@@ -76,6 +75,7 @@ def mmau(source):
     eval.py reads the official file itself; a manifest adds where the clips lie, and their durations. The file
     of v05.15.25 has changed 258 questions of the first, which published scores are of.
     """
+    from tools.eval.records import read_questions  # here: it imports torch, for seconds
     for split, path in source.parts(["mmau-{}.json"], "test-mini", "test"):
         for question in read_questions(path):
             clip = source.clip(question["name"], os.path.basename(question["name"]))

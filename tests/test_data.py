@@ -436,3 +436,8 @@ def test_a_killed_worker_is_one_line(tiny_config, tmp_path):
                       "config.run(train.main, 'train.py')\n")
     fails_with_one_line(killer, tiny_config, f"--expdir={tmp_path}", "--num_workers=1",
                         saying="DataLoader worker")
+
+
+@pytest.mark.slow
+def test_commands_that_moved_name_their_new_place():
+    fails_with_one_line("data.py", "convert", saying="python prepare/convert.py")

@@ -14,6 +14,7 @@ Read from the top; AudioFlamingo.forward_hidden is the idea in ten lines. The Tr
 what naive_attention spells out, stand last. Nothing here opens a file: checkpoint.py does.
 """
 import math
+import sys
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from tools.checkpoint.htsat import FRONT_END, UserError, load_htsat_class, sampl
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # the naive and sdpa backends do not need it; the kernels below stay plain functions
+except ModuleNotFoundError:  # naive and sdpa do not need it; the kernels below stay plain functions
     triton = SimpleNamespace(jit=lambda f: f, __version__=None)
     tl = SimpleNamespace(constexpr=None)
 
@@ -50,13 +51,9 @@ def to_float(windows):
 @lru_cache
 def mel_bands(device, sample_rate=SAMPLE_RATE, top=8000):
     """(513, 64): triangles of 64 HTK mel bands over 50...top Hz, without area normalisation."""
-    low = 2595 * math.log10(1 + 50 / 700)
-    high = 2595 * math.log10(1 + top / 700)
-    edges = 700 * (10 ** (torch.linspace(low, high, 66, dtype=torch.float64) / 2595) - 1)
-    bins = torch.linspace(0, sample_rate / 2, 513, dtype=torch.float64)[:, None]
-    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0).float().to(device)
+    from transformers.audio_utils import mel_filter_bank
+    bands = mel_filter_bank(513, 64, 50, top, sample_rate, mel_scale="htk")
+    return torch.from_numpy(bands).float().to(device)
 
 
 def log_mel(windows, sample_rate=SAMPLE_RATE, mel=None):
@@ -88,7 +85,8 @@ class ClapEncoder(nn.Module):
                  fusion=True):
         """position: HTS-AT's absolute position embedding (published: none); augment: drop path and
         SpecAugment; mel: (513, 64) mel bands other than AF-CLAP's, from which the sample rate is inferred;
-        fusion: whether HTS-AT is built with CLAP's feature-fusion branch (needed to load such checkpoints; never run)."""
+        fusion: whether HTS-AT is built with CLAP's feature-fusion branch (needed to load such checkpoints;
+        never run)."""
         super().__init__()
         self.htsat = load_htsat_class()(
             spec_size=spec_size, patch_size=4, patch_stride=(4, 4), embed_dim=embed_dim, depths=depths,
@@ -143,14 +141,9 @@ class ClapEncoder(nn.Module):
         return [p for name, p in self.named_parameters() if not any(part in name for part in fusion)]
 
     def flops(self, n):
-        """Of the matrices alone; the attention inside HTS-AT's windows adds a few percent."""
-        patches = (self.htsat.spec_size // 4) ** 2  # of a window
-        total = 0
-        for stage in self.htsat.layers:
-            total += patches * matrix_sizes(stage.blocks)
-            patches /= 4  # the downsampling matrix reads four patches as one
-            total += patches * matrix_sizes(stage.downsample or nn.Identity())
-        return 2 * n * total
+        """Of the blocks' matrices; downsampling and the attention inside windows add a few percent."""
+        blocks = [block for stage in self.htsat.layers for block in stage.blocks]
+        return 2 * n * sum(matrix_sizes(block) * block.input_resolution[0] ** 2 for block in blocks)
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -174,15 +167,15 @@ def swin_block(block, x):
     w = block.window_size
     shift = block.shift_size
     attn = block.attn
+    htsat = sys.modules[block.__module__]
     grid = block.norm1(x).view(n, side, side, C).roll((-shift, -shift), (1, 2))
-    tiles = grid.view(n, side // w, w, side // w, w, C).transpose(2, 3)  # windows of w x w patches
-    qkv = attn.qkv(tiles.reshape(-1, w * w, C)).unflatten(-1, (3, attn.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n windows, heads, patches, d)
+    tiles = htsat.window_partition(grid, w).flatten(1, 2)  # (n windows, w^2 patches, C)
+    q, k, v = attn.qkv(tiles).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     bias = attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)[None]
     if shift:  # mask between patches that are adjacent only because of the cyclic shift
         bias = (bias + block.attn_mask[:, None]).repeat(n, 1, 1, 1)
     y = attn.proj(attention(q, k, v, mask=bias).transpose(1, 2).flatten(2))
-    y = y.view(n, side // w, side // w, w, w, C).transpose(2, 3).reshape(n, side, side, C)
+    y = htsat.window_reverse(y.unflatten(1, (w, w)), w, side, side)
     x = x + block.drop_path(y.roll((shift, shift), (1, 2)).view(n, L, C))
     return x + block.drop_path(block.mlp(block.norm2(x)))
 
@@ -237,7 +230,6 @@ class AudioAttention(nn.Module):
     def __init__(self, width, n_head):
         super().__init__()
         self.n_head = n_head
-        self.d = width // n_head
         self.w_qs = nn.Linear(width, width, bias=False)
         self.w_ks = nn.Linear(width, width, bias=False)
         self.w_vs = nn.Linear(width, width, bias=False)
@@ -245,12 +237,10 @@ class AudioAttention(nn.Module):
         self.layer_norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x, rope, mask):
-        B, S, C = x.shape
-        q = self.w_qs(x).view(B, S, self.n_head, -1).transpose(1, 2)  # (B, H, S, d)
-        k = self.w_ks(x).view(B, S, self.n_head, -1).transpose(1, 2)
-        v = self.w_vs(x).view(B, S, self.n_head, -1).transpose(1, 2)
+        projections = self.w_qs, self.w_ks, self.w_vs
+        q, k, v = (w(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in projections)  # (B, H, S, d)
         o = attention(rotate(q, *rope), rotate(k, *rope), v, mask)
-        return self.layer_norm(x + self.fc(o.transpose(1, 2).reshape(B, S, C)))
+        return self.layer_norm(x + self.fc(o.transpose(1, 2).flatten(2)))
 
 
 class AudioFeedForward(nn.Module):
@@ -434,13 +424,12 @@ class SelfAttention(nn.Module):
     def forward(self, x, positions, kv_cache=None):
         """x (B, T, D) -> (B, T, D); kv_cache (2, B, H_kv, slots, d), this layer's, is updated in place."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.d)
-        k = self.k_proj(x).view(B, T, -1, self.d)
-        v = self.v_proj(x).view(B, T, -1, self.d).transpose(1, 2)  # (B, H_kv, T, d)
+        q, k, v = (w(x).view(B, T, -1, self.d) for w in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         qk = rotate(torch.cat([q, k], 2).transpose(1, 2), *positions.rope)
         q, k = qk.split([q.shape[2], k.shape[2]], 1)  # (B, H, T, d), (B, H_kv, T, d)
+        v = v.transpose(1, 2)
         if kv_cache is None:  # texts are right-padded: the causal mask hides their padding
             o = attention(q, k, v, causal=True)
         else:
@@ -494,7 +483,7 @@ class TokenEmbedding(nn.Module):
 
     def logits(self, x):
         x = x.to(self.weight.dtype)  # x is cast, not the table: a copy of that would be a gigabyte
-        return torch.cat([F.linear(x, self.weight), F.linear(x, self.added)], -1)
+        return torch.cat([F.linear(x, rows) for rows in (self.weight, self.added)], -1)
 
 
 class LanguageModel(nn.Module):
@@ -560,7 +549,7 @@ def from_host(array, device):
 
 def pad_packed(x, n):
     """Pad packed sequences: (sum n, S, C) -> (P, max n * S, C). Padding repeats a sequence's last rows and
-    must be masked. n (P,) is a numpy array: indices made on the host need no synchronisation with the device."""
+    must be masked. n (P,) is a numpy array: indices made on the host need no device synchronisation."""
     index = np.minimum(np.arange(n.max()), n[:, None] - 1)  # (P, max n), within a sequence
     index += (n.cumsum() - n)[:, None]
     if index.size > len(x):
@@ -572,8 +561,7 @@ class AudioFlamingo(nn.Module):
     def __init__(self, config, lm, tokenizer, encoder=None):
         """config: the settings of config.MODEL_SETTINGS and attention_backend; lm: a LanguageModel, or its
         sizes; tokenizer: the language model's with our special tokens (data.extend_tokenizer); encoder: see
-        "The audio encoder", None for CLAP of the config's sizes. Weights are random; checkpoint.py loads them.
-        """
+        "The audio encoder", None for CLAP of the config's sizes. Weights are random: checkpoint.py loads."""
         super().__init__()
         c = config
         self.config = config
@@ -618,7 +606,7 @@ class AudioFlamingo(nn.Module):
         return pad_packed(audio, counts.sum(1)), n_keys.cumsum(1)
 
     def visible_keys(self, ids, n_keys):
-        """n_keys of encode_audio -> n_keys for each token of ids (B, T): it attends to the clips whose <audio>
+        """n_keys of encode_audio -> n_keys of each token of ids (B, T): it attends to the clips whose <audio>
         precedes it (Flamingo's interleaved mask), a token before the first one to the first clip."""
         if n_keys.ndim == 1:
             return n_keys
@@ -632,7 +620,8 @@ class AudioFlamingo(nn.Module):
     def forward_hidden(self, ids, kv, n_keys, positions=None, kv_cache=None, inspect=None):
         """ids (B, T) -> (B, T, D) before the head; kv of keys_values, n_keys of visible_keys. With a kv_cache
         (LanguageModel.new_kv_cache) the ids are the tokens at `positions` (B, T) of texts whose earlier
-        tokens are in it. inspect(i, x) is called with the residual stream x (B, T, D) before gated block i."""
+        tokens are in it. inspect(i, x) is called with the residual stream x (B, T, D) before gated block i.
+        """
         call = nn.Module.__call__
         if self.training and self.gradient_checkpointing:
             call = gradient_checkpoint
@@ -670,11 +659,6 @@ class AudioFlamingo(nn.Module):
         return total
 
     # --- answering: tools/sample/decoding.py
-
-    def stream(self, prompts, windows, n_windows, **sampling):
-        """generate, step by step: a generator of (B,) token ids, -1 in rows that have ended."""
-        from tools.sample.decoding import stream
-        return stream(self, prompts, windows, n_windows, **sampling)
 
     def generate(self, prompts, windows, n_windows, max_new_tokens=256, **sampling):
         """prompts: B strings as in a manifest; windows (sum W, L); n_windows (B,), or (B, K) for K clips a
@@ -1025,7 +1009,7 @@ def triton_attention(q, k, v, n_keys, gate):
     d = q.shape[-1]
     fits = d in (32, 64, 128) and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if not fits or not triton.__version__ or not (q.is_cuda or INTERPRETED):
-        raise UserError("attention_backend = 'triton' needs triton, a GPU (or TRITON_INTERPRET=1 at import) and "
+        raise UserError("attention_backend = 'triton' needs triton, a GPU (or TRITON_INTERPRET=1 at import), "
                         f"32, 64 or 128 channels in float32, float16 or bfloat16; got {d} in {q.dtype}")
     # decoding without torch.compile skips the dispatcher
     op = attend_op if torch.is_grad_enabled() or torch.compiler.is_compiling() else attend

@@ -1,5 +1,5 @@
-"""What a researcher changes first, each changed from outside in a few lines to copy: the encoder, the attention,
-another modality, the loss, a setting, a scoring rule."""
+"""What a researcher changes first, each changed from outside in a few lines to copy: the encoder, the
+attention, another modality, the loss, a setting, a scoring rule."""
 from types import SimpleNamespace
 
 import pytest

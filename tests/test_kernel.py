@@ -233,7 +233,8 @@ def small_block():
     torch.manual_seed(0)
     block = GatedCrossAttention(48, 32, heads=2, d=32).to(DEVICE)
     block.attn_gate.data.fill_(0.3)
-    return block, torch.randn(2, 20, 48, device=DEVICE, requires_grad=True), torch.randn(2, 36, 32, device=DEVICE)
+    x = torch.randn(2, 20, 48, device=DEVICE, requires_grad=True)
+    return block, x, torch.randn(2, 36, 32, device=DEVICE)
 
 
 @pytest.mark.parametrize("per_token", [False, True])

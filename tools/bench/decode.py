@@ -10,6 +10,7 @@ from data import encode_prompts
 from tools.bench import reference
 from tools.bench.common import medians_in_turns, noise, print_table, small_model
 from tools.checkpoint.devices import pick_device
+from tools.sample import decoding
 from tools.sample.decoding import Sampling, decode_stream
 from tools.sample.int8 import quantize
 
@@ -19,7 +20,7 @@ WINDOWS = (3, 12, 30)
 
 def stream(model, W, B=1):
     """A generator of steps: B answers to a prompt about W windows."""
-    return model.stream([PROMPT] * B, noise(B * W), torch.full((B,), W))
+    return decoding.stream(model, [PROMPT] * B, noise(B * W), torch.full((B,), W))
 
 
 def plain_stream(model, W):

@@ -41,11 +41,13 @@ def attend(q, k, v, mask):
 
 def rotate(x, r, base, first=0):
     """Rotary embedding of the first r channels of x (B, H, T, d), whose positions begin with `first`."""
-    positions = torch.arange(first, first + x.shape[2], device=x.device)
+    last = first + x.shape[2]
+    positions = torch.arange(first, last, device=x.device)
     exponent = torch.arange(0, r, 2, device=x.device) / r
     angle = positions[:, None] / base ** exponent
     angle = torch.cat([angle, angle], -1)
-    head, rest = x[..., :r].float(), x[..., r:]
+    head = x[..., :r].float()
+    rest = x[..., r:]
     left, right = head.chunk(2, -1)
     turned = torch.cat([-right, left], -1)
     head = head * angle.cos() + turned * angle.sin()
@@ -176,5 +178,6 @@ def greedy_tokens(model, ids, windows, mask):
     caches = [[] for _ in model.lm.layers]
     while True:
         x = text_states(model, ids, audio, mask, caches)
-        ids = model.lm.logits(x[:, -1:]).argmax(-1)
+        logits = model.lm.logits(x[:, -1:])
+        ids = logits.argmax(-1)
         yield ids

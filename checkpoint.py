@@ -73,7 +73,8 @@ def check_shapes(c, source):
         if c.clap_embed_dim * 2 ** stage % heads:
             raise UserError(f"{source}: clap_num_heads = {c.clap_num_heads} do not divide clap_embed_dim = "
                             f"{c.clap_embed_dim}, twice as wide in every further stage")
-    longest = c.clap_spec_size * (c.clap_spec_size // 64) / 100  # seconds
+    frames = c.clap_spec_size * (c.clap_spec_size // 64)  # that HTS-AT takes, of 10 ms; a window has one more
+    longest = (frames - 1) / 100  # seconds
     if not c.window_overlap < c.window_length <= longest:
         raise UserError(f"{source}: window_length = {c.window_length}, window_overlap = {c.window_overlap}: "
                         f"expected at most {longest} s (clap_spec_size = {c.clap_spec_size}), and a shorter "

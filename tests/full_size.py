@@ -107,10 +107,10 @@ def write_language_model(size, folder):
     from transformers import PreTrainedTokenizerFast
     lm_config(size).save_pretrained(folder)
     vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {f"<{i}>": i for i in range(len(vocab), VOCABULARY - 4)}
+    vocab |= {f"<{i}>": i for i in range(len(vocab), VOCABULARY - 5)} | {"<|endoftext|>": VOCABULARY - 5}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<151643>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
 def write_release(size, cache):

@@ -155,7 +155,7 @@ def parse_json_line(line):
 def read_json_lines(path):
     """Yield (line number, object) of a JSON-lines file, without its empty lines; UserError names file and
     line."""
-    with open(path, encoding="utf-8-sig") as f:
+    with open(path, "rb") as f:  # json.loads decodes UTF-8, with a byte order mark or without
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -176,8 +176,8 @@ def map_parallel(work, tasks, workers, describe=str):
     """Yield (task, work(task)) in order of completion, computed by `workers` processes.
 
     Tasks are drawn from their iterable as they are needed, two per worker ahead. An exception of `work` is
-    raised here. Where a worker dies (a decoder that crashes, no memory), the tasks under way are run again one
-    by one, and a UserError names (`describe`) the one that does it again. However the loop ends, tasks that
+    raised here. Where a worker dies (a decoder that crashes, no memory), the tasks under way are run again
+    one by one, and a UserError names (`describe`) the one that does it again. However the loop ends, tasks that
     have begun are finished first: none leaves a file half-written.
     """
     fork = multiprocessing.get_context("fork")  # workers inherit `work` and what it refers to, unpickled

@@ -63,8 +63,9 @@ def read_answers(path):
     items = []
     if is_official(path):
         for i, question in enumerate(read_questions(path)):
-            answer = {"id": i, "audio": question["name"], "answer": question["model_output"]}
-            items.append(check_item(question | answer, f"{path}: item {i}"))
+            answer = question.get("model_output") or question.get("model_prediction")
+            item = question | {"id": i, "audio": question["name"], "answer": answer}
+            items.append(check_item(item, f"{path}: item {i}"))
         return items
     for number, line in read_json_lines(path):
         if number > 1 or {"prompt", "answer"} & set(line):  # else the header of results
@@ -112,16 +113,15 @@ def is_official(path):
 
 
 def read_questions(path):
-    """The official list with prompt, output, name and model_output added. The test split has no answers: its
+    """The official list with prompt, output and name added. The test split has no answers: its
     outputs are empty."""
     questions = []
     for i, entry in enumerate(read_json(path)):
         question = check_item(entry, f"{path}: item {i}", required=("question", "choices", "audio_id"))
         options = [f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, question["choices"])]
         lines = [f"{question['question']} Choose the correct option from the following options:", *options]
-        questions.append({"model_output": question.get("model_prediction")} | question | {
-            "prompt": "\n".join(lines), "output": question.get("answer", ""),
-            "name": os.path.normpath(question["audio_id"])})
+        questions.append(question | {"prompt": "\n".join(lines), "output": question.get("answer", ""),
+                                     "name": os.path.normpath(question["audio_id"])})
     return questions
 
 

@@ -28,7 +28,7 @@ from tools.checkpoint.language_models import lm_from_width, lm_state, load_lm_co
 from tools.checkpoint.model_card import public_name, run_facts
 from tools.checkpoint.releases import (TOKEN_TABLES, release_tensors, rename_published, save_release,
                                        split_embeddings)
-from tools.checkpoint.run_dir import newest_checkpoint
+from tools.checkpoint.run_dir import moved_parts, newest_checkpoint
 from tools.common import UserError, join_names, read_json_object
 
 RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
@@ -161,6 +161,7 @@ def read_checkpoint(file, overrides):
     config, folder = saved.get("config", {}), os.path.dirname(file)  # none in those of the published code
     own = model_settings(config, file)
     parts = {name: config[name] for name in settings.ORIGINS if name in config}
+    parts |= moved_parts(config, folder)
     c = SimpleNamespace(**(settings.defaults() | own | parts | overrides))
     sizes = {name: value for name, value in own.items() if name not in settings.PATHS}
     try:
@@ -175,6 +176,7 @@ def read_checkpoint(file, overrides):
     if saved.get("frozen_hash", frozen) != frozen:
         raise UserError(f"{file}: the frozen weights it was trained with are not those found now under "
                         f"{saved.get('frozen_from')}")
+    model.config.dataset_file_root, model.config.data_root = c.dataset_file_root, c.data_root  # not the parent's
     model.about = run_facts(saved, folder, model.about)
     return model, state | trained
 

@@ -164,6 +164,22 @@ def test_a_renamed_run_loads_and_a_run_of_a_run(trained, tmp_path):
         assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
 
 
+def test_a_moved_run_finds_the_parts_inside_it(trained, tmp_path, tiny_lm):
+    home = tmp_path / "home/first"
+    edit_run(f"{trained}/tiny", home, expdir=str(tmp_path / "home"), run_name="first",
+             lang_encoder_path=str(home / "lm"))
+    shutil.copytree(tiny_lm, home / "lm")
+    moved = shutil.move(home, tmp_path / "elsewhere")
+    assert load(str(moved)).config.lang_encoder_path == str(moved / "lm")
+
+
+def test_a_run_of_a_run_has_its_own_data_folders(trained, tmp_path):
+    second = edit_run(f"{trained}/tiny", tmp_path / "second", pretrained_path=f"{trained}/tiny",
+                      dataset_file_root="mine", data_root="mine/sounds")
+    config = load(second).config
+    assert (config.dataset_file_root, config.data_root) == ("mine", "mine/sounds")
+
+
 def test_a_missing_or_changed_part_of_a_run_is_named(trained, tmp_path, tiny_data, tiny_lm, tiny_settings):
     gone = edit_run(f"{trained}/tiny", tmp_path / "gone", pretrained_path="gone/first")
     options = ("--audio", f"{tiny_data}/0.wav", "--max_new_tokens=2")

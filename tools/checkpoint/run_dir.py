@@ -52,3 +52,16 @@ def newest_run(folders):
         raise FileNotFoundError(f"no --init_from given and no run under {where}: train one (make demo, or "
                                 f"python train.py config/sft.py) or give --init_from=nvidia/audio-flamingo-2")
     return max(newest, key=newest.get)
+
+
+def moved_parts(config, run):
+    """{setting: path} of the parts (a language model, an encoder) that lay inside the run when it was saved and
+    lie inside its folder `run` now: a run may be moved or renamed."""
+    saved_as = settings.resolve_path(os.path.join(config.get("expdir", ""), config.get("run_name", ""))) + os.sep
+    found = {}
+    for name in settings.PATHS:
+        path = os.path.normpath(settings.resolve_path(config.get(name) or ""))
+        moved = os.path.join(os.path.abspath(run), path.removeprefix(saved_as))
+        if path.startswith(saved_as) and os.path.exists(moved):
+            found[name] = moved
+    return found

@@ -176,7 +176,8 @@ def read_checkpoint(file, overrides):
     if saved.get("frozen_hash", frozen) != frozen:
         raise UserError(f"{file}: the frozen weights it was trained with are not those found now under "
                         f"{saved.get('frozen_from')}")
-    model.config.dataset_file_root, model.config.data_root = c.dataset_file_root, c.data_root  # not the parent's
+    model.config.dataset_file_root = c.dataset_file_root  # not those of the parent run
+    model.config.data_root = c.data_root
     model.about = run_facts(saved, folder, model.about)
     return model, state | trained
 

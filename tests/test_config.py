@@ -33,7 +33,7 @@ def test_defaults_then_files_then_the_command_line(tmp_path):
     ("train.py", ["--freeze_lm_embeddings=False"], "freeze_lm_embeddings", False),
     ("train.py", ["--gate_learning_rate=1e-2"], "gate_learning_rate", 0.01),
     ("train.py", ["--cross_attn_every_n_layers=[1,2]"], "cross_attn_every_n_layers", [1, 2]),
-    ("train.py", ['--dataset_blending_config={"a-AQA/train": 1}'], "dataset_blending_config", {"a-AQA/train": 1}),
+    ("train.py", ['--valid_dataset_config={"a-AQA/val": 1}'], "valid_dataset_config", {"a-AQA/val": 1}),
     ("train.py", ["--clap_finetune", "--batch_size", "3"], "clap_finetune", True),
     ("train.py", ["--cache_audio", "false"], "cache_audio", False),
     ("train.py", ["--cache_dir=7"], "cache_dir", "7"),

@@ -57,7 +57,8 @@ def test_trains_and_is_written_again(cache):
     run("train.py", "config/sft.py", f"--pretrained_path={REPO}", f"--cache_dir={cache}",
         f"--expdir={cache}", f"--data_root={cache}", f"--dataset_file_root={cache}", "--num_epochs=1",
         "--max_num_window=2", "--dataset_blending_config={'noise-AQA/train': 1}",
-        "--dataset_blending_global_weight=1", "--valid_dataset_config={}", "--num_workers=0", "--batch_size=1",
+        "--dataset_blending_global_weight=1", "--valid_dataset_config={}", "--num_workers=0",
+         "--batch_size=1",
         "--gradient_accumulation_steps=1", "--clap_finetune=false", "--freeze_lm_embeddings=added")
     done = [json.loads(line) for line in open(f"{cache}/sft/log.jsonl")]
     count = lambda shapes: sum(math.prod(shape) for shape in shapes.values())

@@ -24,7 +24,8 @@ def make(*arguments, **environment):
     """make -n: the commands that it would run."""
     outer = ("PYTHON", "TORCH", "MAKEFLAGS", "MAKELEVEL")  # of the make that started these tests
     environment = {name: value for name, value in os.environ.items() if name not in outer} | environment
-    result = subprocess.run(["make", "-n", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["make", "-n", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -55,7 +56,9 @@ def test_make_gpu_runs_tests_and_benches_on_its_device():
 @pytest.mark.parametrize("installed", [True, False])
 def test_no_module_imports_what_laion_clap_declares(installed, tiny_data):
     """Whether those packages are there or not: all modules import, a clip is read, the encoder is built."""
-    block = "" if installed else f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))\n"  # None: ImportError
+    block = ""
+    if not installed:  # None in sys.modules: ImportError
+        block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))\n"
     code = f"{block}{IMPORT_ALL}\nprint(*[n for n in {HEAVY} if sys.modules.get(n)])"
     assert run("-c", code, f"{tiny_data}/0.wav", TRITON_INTERPRET="0").stdout.strip() == ""
 

@@ -177,8 +177,8 @@ def map_parallel(work, tasks, workers, describe=str):
 
     Tasks are drawn from their iterable as they are needed, two per worker ahead. An exception of `work` is
     raised here. Where a worker dies (a decoder that crashes, no memory), the tasks under way are run again
-    one by one, and a UserError names (`describe`) the one that does it again. However the loop ends, tasks that
-    have begun are finished first: none leaves a file half-written.
+    one by one, and a UserError names (`describe`) the one that does it again. However the loop ends, tasks
+    that have begun are finished first: none leaves a file half-written.
     """
     fork = multiprocessing.get_context("fork")  # workers inherit `work` and what it refers to, unpickled
     pool = ProcessPoolExecutor(workers, fork, _start_worker, [work])

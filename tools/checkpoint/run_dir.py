@@ -55,9 +55,10 @@ def newest_run(folders):
 
 
 def moved_parts(config, run):
-    """{setting: path} of the parts (a language model, an encoder) that lay inside the run when it was saved and
-    lie inside its folder `run` now: a run may be moved or renamed."""
-    saved_as = settings.resolve_path(os.path.join(config.get("expdir", ""), config.get("run_name", ""))) + os.sep
+    """{setting: path} of the parts (a language model, an encoder) that lay inside the run when it was saved
+    and lie inside its folder `run` now: a run may be moved or renamed."""
+    saved_as = os.path.join(config.get("expdir", ""), config.get("run_name", ""), "")
+    saved_as = settings.resolve_path(saved_as)
     found = {}
     for name in settings.PATHS:
         path = os.path.normpath(settings.resolve_path(config.get(name) or ""))

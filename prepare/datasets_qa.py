@@ -133,19 +133,19 @@ def reasonaqa(source):
         their paths: AudioCapsLarger/{split}/Y{ytid}.wav, ClothoV21/{development,...}/, ClothoAQA/audio_files/
     Of Clotho the folder has to agree (names may repeat), of the others the name will do. Some paths have
     backslashes. "filepath2" is empty unless two clips are compared; test is also written by subtype.
+    Questions without a clip or an answer are left out.
     """
     for row in source.rows(["{}.json"], "train", "val", "test"):
         clips = []
         for key in ("filepath1", "filepath2"):
-            path = str(row.get(key) or "").replace("\\", "/")
+            path = (row.get(key) or "").replace("\\", "/")
             if path.lower().startswith("clothov"):
                 clips.append(source.clip(path))
             elif path:
                 clips.append(source.clip(path, os.path.basename(path)))
-        if not clips or not str(row["answer"] or "").strip():
-            source.notes["questions without a clip or an answer are left out"] += 1
+        if not clips or not row["answer"]:
             continue
-        task = str(row.get("subtype", "")).removesuffix(".json")
+        task = row.get("subtype", "").removesuffix(".json")
         item = {"name": clips if len(clips) > 1 else clips[0], "prompt": row["input"],
                 "output": row["answer"], "task": task, "dataset": row["taskname"]}
         yield f"ReasonAQA-AQA/{row['part']}", item

@@ -8,17 +8,19 @@ CSV and JSON are read with the standard library, so that they need nothing insta
 """
 import csv
 import functools
+import glob
 import io
 import json
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
 from tools.common import (UserError, atomic_write, join_names, optional_import, read_json, read_json_lines,
                           shorten)
+from tools.data.audio import count_frames
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
 
@@ -27,32 +29,41 @@ SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w6
 
 
 def decode_text(path):
-    """The text of a file: UTF-8, UTF-16 with a byte order mark, else latin-1, with a note."""
+    """The text of a file: UTF-8, else latin-1, with a note."""
     with open(path, "rb") as f:
         content = f.read()
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        return content.decode(encoding)
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         print(f"note: {path} is not UTF-8, read as latin-1")
         return content.decode("latin-1")
 
 
+class Row(dict):
+    """{column: value}; a column that is missing is a UserError, which names the file and the row."""
+
+    def __init__(self, cells, where):
+        super().__init__(cells)
+        self.where = where
+
+    def __missing__(self, column):
+        raise UserError(f"{self.where}: no column {column!r}, it has {', '.join(map(repr, self))}")
+
+
 def read_csv(path):
-    """-> {"row 2 (line 3)": {column: text}}. Cells are not stripped, blank lines are skipped; the delimiter
-    is the one of , ; | and tab that the header has most of."""
-    text, rows = decode_text(path), {}
+    """Yield {column: text}. Cells are not stripped, blank lines are skipped; the delimiter is the one of
+    , ; | and tab that the header has most of."""
+    text, number = decode_text(path), 0
     delimiter = max(",;\t|", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for row in reader:
-            where = f"row {len(rows) + 1} (line {reader.line_num})"
+        for number, row in enumerate(reader, 1):
             if None in row or None in row.values():  # what DictReader has for cells too many, or too few
-                raise UserError(f"{path} {where}: expected {len(row)} cells: {', '.join(reader.fieldnames)}")
-            rows[where] = row
+                columns = ", ".join(reader.fieldnames)
+                raise UserError(f"{path} row {number}: too many or too few cells, expected {columns}")
+            yield row
     except csv.Error as error:  # e.g. a quote that is never closed
-        raise UserError(f"{path} row {len(rows) + 1}: not CSV ({error})") from error
-    return rows
+        raise UserError(f"{path} row {number + 1}: not CSV ({error})") from error
 
 
 def read_parquet(path):
@@ -64,36 +75,28 @@ def read_parquet(path):
 
 
 def read_table(path):
-    """-> {where: {column: value}} of a CSV, TSV, JSON, JSONL or Parquet file; where: for error messages."""
+    """Yield the Rows of a CSV, TSV, JSON, JSONL or Parquet file. JSON holds a list of rows, {"data": a list},
+    or {name: row}."""
     ending = os.path.splitext(path)[1].lower()
     if ending == ".parquet":
         rows = read_parquet(path)
     elif ending == ".jsonl":
-        rows = [row for _, row in read_json_lines(path)]
+        rows = (row for _, row in read_json_lines(path))
     elif ending == ".json":
         rows = read_json(path)
     else:
-        return read_csv(path)
+        rows = read_csv(path)
     if isinstance(rows, dict):
-        rows = rows.get("data")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of objects {{column: value}}")
-    return {f"row {i}": row for i, row in enumerate(rows, 1)}
+        rows = rows.get("data", rows.values())
+    for number, row in enumerate(rows, 1):
+        where = f"{path} row {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object {{column: value}}")
+        yield Row(row, where)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Clips
-
-
-class Row(dict):
-    """{column: value}; a column that is missing is a UserError, which names the file."""
-
-    def __init__(self, cells, path):
-        super().__init__(cells)
-        self.path = path
-
-    def __missing__(self, column):
-        raise UserError(f"{self.path}: no column {column!r}, it has {', '.join(map(repr, self))}")
 
 
 def stem(name):
@@ -111,16 +114,11 @@ class Folder:
     """A source as it was unpacked. Names are never stripped: some begin with a space, or end with one."""
 
     def __init__(self, path):
-        if not os.path.isdir(path):
-            raise UserError(f"{path}: no such folder")
         self.path = os.path.abspath(path)
         self.files = defaultdict(list)  # stem: paths below the folder
-        self.notes = Counter()  # what is left out: how often
-        for folder, folders, names in os.walk(path, followlinks=True):
-            folders.sort()
-            for name in sorted(names):
-                if not name.startswith("."):  # also the "._name" twins of archives made on a Mac
-                    self.files[stem(name)].append(os.path.relpath(os.path.join(folder, name), path))
+        for file in sorted(glob.glob("**", root_dir=path, recursive=True)):  # without .hidden ones
+            if os.path.isfile(os.path.join(path, file)):
+                self.files[stem(os.path.basename(file))].append(file)
 
     def find(self, *wanted):
         """The file of the first wanted "name" or "folder/name" that is there; None: none, or several.
@@ -136,8 +134,6 @@ class Folder:
             nearest = matches[max(matches, default=0)]
             if len(nearest) == 1:
                 return nearest.popitem()[1]
-            if nearest:
-                self.notes["names stand for several files: not guessed"] += 1
         return None
 
     def clip(self, *wanted):
@@ -162,8 +158,10 @@ class Folder:
     def rows(self, files, *names):
         """Yield the rows of the parts' tables, with "part", and "split" where there is no such column."""
         for part, path in self.parts(files, *names):
-            for cells in read_table(path).values():
-                yield Row({"part": part, "split": part} | cells, path)
+            for row in read_table(path):
+                row["part"] = part
+                row.setdefault("split", part)
+                yield row
 
     def match(self, pattern, example):
         """Rows with "clip" and the named groups of the pattern, of files whose path fits; of one name the
@@ -180,17 +178,14 @@ class Folder:
 
 
 @functools.cache
-def seconds_of(path):
+def measure_clip(path):
     """Seconds of a sound file, or in words why it is none."""
-    from tools.data.audio import count_frames
-    if not os.path.isfile(path):
-        return "missing"
     try:
         frames, rate = count_frames(path)
-    except Exception:  # whatever a decoder raises for a damaged file: it is one of many
-        with open(path, "rb") as f:
-            pointer = f.read(40).startswith(b"version https://git-lfs")
-        return "Git LFS pointers (run: git lfs pull)" if pointer else "not readable as sound"
+    except FileNotFoundError:
+        return "missing, or one name of several files"
+    except UserError:
+        return "not readable as sound"
     return frames / rate if frames else "empty"
 
 
@@ -201,20 +196,19 @@ def seconds_of(path):
 def measure_item(item, folder):
     """Set the duration of an item that has none: the seconds from audio_start on of all its clips. -> why the
     item can't be used, or None."""
-    if not item["prompt"].strip():
-        return "without a question"
-    if not item["output"].strip() and "choices" not in item:  # some benchmarks keep their answers back
-        return "without an answer"
-    total = 0
+    answered = item["output"].strip() or "choices" in item  # some benchmarks keep their answers back
+    if not item["prompt"].strip() or not answered:
+        return "without a question or an answer"
+    start, total = item.get("audio_start", 0), 0
     for name in item["name"] if isinstance(item["name"], list) else [item["name"]]:
-        seconds = seconds_of(os.path.join(folder, name))
-        if isinstance(seconds, str):
-            return seconds
         if ".." in name.split("/"):
             return "outside of the folder"
-        total += seconds - item.get("audio_start", 0)
-        if seconds <= item.get("audio_start", 0):
+        seconds = measure_clip(os.path.join(folder, name))
+        if isinstance(seconds, str):
+            return seconds
+        if seconds <= start:
             return "shorter than audio_start"
+        total += seconds - start
     item.setdefault("duration", round(total, 3))
     return None
 
@@ -229,18 +223,27 @@ def save_manifest(file, split_path, items):
                    "data": data}, f, indent=1)
 
 
-def write_manifest(file, items, split_path, data_root):
-    """Write the items whose clips can be read, if any, and print what is left out. -> number of items
-    written, of those left out."""
+def write_manifests(manifests, split_path, data_root, source):
+    """Write the items of {file: items} whose clips can be read, and print what is left out. -> exit code: 1
+    if anything is, else 0; UserError names the source where no clip can be read."""
     measure = functools.partial(measure_item, folder=os.path.join(data_root, split_path))
-    with ThreadPoolExecutor(16) as pool:
-        reasons = list(tqdm(pool.map(measure, items), "clips", len(items), disable=None))
-    good = [item for item, reason in zip(items, reasons) if reason is None]
-    for reason in dict.fromkeys(filter(None, reasons)):
-        names = [repr(item["name"]) for item, other in zip(items, reasons) if other == reason]
-        print(f"{file}: {len(names)} of {len(items)} items are left out, {reason}: {join_names(names, 3)}")
-    if good:
-        save_manifest(file, split_path, good)
-        hours = sum(item["duration"] for item in good) / 3600
-        print(f"{file}: {len(good)} items, {hours:.2f} h")
-    return len(good), len(items) - len(good)
+    written, code = 0, 0
+    for file, items in manifests.items():
+        good, left_out = [], defaultdict(list)  # left_out: {reason: names}
+        with ThreadPoolExecutor(16) as pool:
+            reasons = tqdm(pool.map(measure, items), "clips", len(items), disable=None)
+            for item, reason in zip(items, reasons):
+                if reason:
+                    left_out[reason].append(repr(item["name"]))
+                else:
+                    good.append(item)
+        for reason, names in left_out.items():
+            print(f"{file}: {len(names)} of {len(items)} items are left out, {reason}: {join_names(names)}")
+            code = 1
+        if good:
+            save_manifest(file, split_path, good)
+            print(f"{file}: {len(good)} items")
+            written += len(good)
+    if not written:
+        raise UserError(f"{source}: no clip can be read in {data_root}/{split_path}, nothing is written")
+    return code

@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
-from prepare.manifests import read_table, write_manifest
+from prepare.manifests import read_table, write_manifests
 from tools.common import UserError, check_writable
 
 name: str = ""  # column of the clip's file, or several: first,second
@@ -30,25 +30,25 @@ duration: str = ""  # column of its seconds from there on; empty: measured
 keep: str = ""  # columns to keep, by which eval.py groups scores: category,dataset
 
 
-def cell_texts(value, where):
-    """The texts of a cell: one, or those of a list. Empty ones and NaN are refused."""
-    texts = ["" if part is None else str(part) for part in (value if isinstance(value, list) else [value])]
-    if not texts or any(text.strip().lower() in ("", "nan") for text in texts):
-        raise UserError(f"{where}: {value!r}, expected a text")
-    return texts
+def cell_texts(row, column):
+    """The texts of a cell: one, or those of a list. UserError where it is empty."""
+    value = row[column]
+    if value in (None, "", []):
+        raise UserError(f"{row.where}, column {column!r}: empty")
+    return [str(part) for part in value] if isinstance(value, list) else [str(value)]
 
 
-def cell_text(value, where):
-    return ", ".join(cell_texts(value, where))
+def cell_text(row, column):
+    return ", ".join(cell_texts(row, column))
 
 
-def cell_seconds(value, where):
+def cell_seconds(row, column):
     try:
-        seconds = float(value)
+        seconds = float(row[column])
     except (TypeError, ValueError):
-        seconds = math.nan
+        seconds = -1
     if not 0 <= seconds < math.inf:
-        raise UserError(f"{where}: {value!r}, expected seconds, not negative")
+        raise UserError(f"{row.where}, column {column!r}: {row[column]!r}, expected seconds, not negative")
     return seconds
 
 
@@ -57,27 +57,21 @@ READERS = {"prompt": cell_text, "output": cell_text, "audio_start": cell_seconds
 
 def table_items(c, path):
     """The items of a manifest, from a table whose every cell is checked."""
-    rows = read_table(path)
-    columns = dict.fromkeys(column for row in rows.values() for column in row)
-    names, kept = c.name.split(","), c.keep.split(",") if c.keep else []
-    fields = {field: getattr(c, field) for field in READERS if getattr(c, field)}
-    if " " in c.prompt and c.prompt not in columns:  # the question itself
-        fields.pop("prompt")
-    for column in [*names, *fields.values(), *kept]:
-        if column not in columns:
-            raise UserError(f"{path}: no column {column!r}; it has {', '.join(columns) or 'no rows'}")
-    items = []
-    for position, row in rows.items():
-        where = f"{path} {position}, column"
+    rows, names = list(read_table(path)), c.name.split(",")
+    literal_prompt = " " in c.prompt and not any(c.prompt in row for row in rows)
+    for row in rows:
+        if literal_prompt:
+            row[c.prompt] = c.prompt
+        item = {column: row[column] for column in c.keep.split(",") if column and row[column] is not None}
         clips = []
-        for column in [column for column in names if row.get(column)] or names[:1]:
-            clips += cell_texts(row.get(column), f"{where} {column!r}")
-        item = {"name": clips if len(clips) > 1 else clips[0], "prompt": c.prompt}
-        for field, column in fields.items():
-            item[field] = READERS[field](row.get(column), f"{where} {column!r}")
-        items.append({column: row[column] for column in kept if row.get(column) is not None} | item)
-    print(f"{path}: {len(rows)} rows")
-    return items
+        for column in [column for column in names if row[column]] or names[:1]:
+            clips += cell_texts(row, column)
+        item["name"] = clips if len(clips) > 1 else clips[0]
+        for field, read_cell in READERS.items():
+            column = getattr(c, field)
+            if column:
+                item[field] = read_cell(row, column)
+        yield item
 
 
 def main(c):
@@ -85,14 +79,10 @@ def main(c):
         raise UserError("expected a table, --name, --prompt, --output and --to; --help describes them")
     if not re.fullmatch(r"(train|val|test.*)\.json", os.path.basename(c.to)):
         raise UserError(f"--to={c.to}: expected <Name-Task>/ and train.json, val.json or test.json")
-    to = os.path.abspath(settings.resolve_path(c.to))
+    to, (path,) = settings.resolve_path(c.to), c.files
     check_writable(to)
-    data_root = settings.resolve_path(c.data_root)
-    written, left_out = write_manifest(to, table_items(c, c.files[0]), c.split_path, data_root)
-    if not written:
-        raise UserError(f"{c.files[0]}: none of its clips can be read in {data_root}/{c.split_path}, nothing "
-                        f"is written")
-    return 1 if left_out else 0
+    items = list(table_items(c, path))
+    return write_manifests({to: items}, c.split_path, settings.resolve_path(c.data_root), path)
 
 
 if __name__ == "__main__":

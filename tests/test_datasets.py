@@ -141,15 +141,13 @@ def test_wrong_folder(source, tmp_path):
 
 def test_what_can_not_be_used_is_left_out_and_named(tmp_path, capsys):
     rows = ["filename,category", *(f"{i}.wav,dog" for i in range(7)), "8.wav, ", "9.wav,cat"]
-    pointer = ["version https://git-lfs.github.com/spec/v1", "oid sha256:4d7a", "size 12345"]
-    files = {"meta/esc50.csv": rows, "audio/1.wav": pointer, "audio/2.wav": pointer,
-             "audio/3.wav": ["<html>404"], "audio/4.wav": b""}
+    files = {"meta/esc50.csv": rows, "audio/3.wav": ["<html>404"], "audio/4.wav": b""}
     clips = ["audio/0.wav", "audio/8.wav", "a/audio/9.wav", "b/audio/9.wav"]
     assert convert(tmp_path, "esc50", files, clips) == 1
     out = capsys.readouterr().out
     for i in (1, 2, 3, 4, 5, 6, 8, 9):
         assert f"audio/{i}.wav'" in out, i
-    assert "git lfs pull" in out and out.count("of 9 items") == 4  # missing, pointers, unreadable, no answer
+    assert out.count("of 9 items") == 3  # missing, unreadable, no answer
     assert outputs(tmp_path, "ESC50-EventClassification/test") == ["dog"]
 
 
@@ -225,9 +223,8 @@ ROWS = [{"path": "a.wav", "label": "dog, small"}, {"path": "b.wav", "label": "ca
     ("t.txt", 'label\tpath\ndog, small\ta.wav\ncafé\tb.wav\n'.encode()),
     ("t.tsv", 'path\tlabel, or so\tlabel\na.wav\t,\tdog, small\nb.wav\t,\tcafé\n'.encode()),
     ("t.csv", 'path,label\na.wav,"dog, small"\nb.wav,café\n'.encode("latin-1")),
-    ("t.csv", 'path,label\na.wav,"dog, small"\nb.wav,café\n'.encode("utf-16")),
     ("t.json", ROWS), ("t.jsonl", list(map(json.dumps, ROWS))), ("t.parquet", None)],
-    ids=["comma", "semicolon, crlf", "bar, bom", "tab", "tsv", "latin-1", "utf-16", "json", "jsonl",
+    ids=["comma", "semicolon, crlf", "bar, bom", "tab", "tsv", "latin-1", "json", "jsonl",
          "parquet"])
 def test_tables(name, content, make_manifest, tmp_path, capsys):
     if content is None:
@@ -272,20 +269,18 @@ def test_clips_that_are_missing_or_too_short(make_manifest, capsys):
     ("t.csv", ["path,label", "a.wav,dog"], "'lable'", ("--name=path", "--prompt=lable", "--output=label")),
     ("t.csv", ["path,label"], "t.csv", ASK),
     ("t.csv", b"", "t.csv", ASK),
-    ("t.csv", ["path,label", "a.wav,dog", "b.wav,"], r"t.csv row 2 \(line 3\).*'label'", ASK),
-    ("t.csv", ["path,label", 'a.wav,"two', 'lines"', ",cat"], r"row 2 \(line 4\).*'path'", ASK),
-    ("t.csv", ["path,label", "a.wav,nan"], r"row 1 \(line 2\).*'label'", ASK),
-    ("t.csv", ["path,label", "a.wav,dog,cat"], r"row 1 \(line 2\).*path, label", ASK),
-    ("t.csv", ["path,label", "a.wav"], r"row 1 \(line 2\).*path, label", ASK),
+    ("t.csv", ["path,label", "a.wav,dog", "b.wav,"], r"t.csv row 2.*'label'", ASK),
+    ("t.csv", ["path,label", 'a.wav,"two', 'lines"', ",cat"], r"row 2.*'path'", ASK),
+    ("t.csv", ["path,label", "a.wav,dog,cat"], r"row 1.*path, label", ASK),
+    ("t.csv", ["path,label", "a.wav"], r"row 1.*path, label", ASK),
     ("t.csv", ["path,label", "a.wav,dog", 'b.wav,"cat', "c.wav,cow"], "t.csv row 2", ASK),
-    ("t.csv", ["path,label,d", "a.wav,dog,-1"], r"row 1 \(line 2\).*'d'", (*ASK, "--audio_start=d")),
+    ("t.csv", ["path,label,d", "a.wav,dog,-1"], r"row 1.*'d'", (*ASK, "--audio_start=d")),
     ("t.csv", ["path,label,d", "a.wav,dog,1:30"], "'d'", (*ASK, "--duration=d")),
     ("t.csv", ["path,label", "z.wav,dog"], "t.csv", ASK),
     ("t.csv", ["path,label", "a.wav,dog"], "kepe", (*ASK, "--kepe=x")),
     ("t.csv", ["path,label", "a.wav,dog"], "--output", ASK[:2]),
     ("t.csv", ["path,label", "a.wav,dog"], "--to", (*ASK, "--to=x.json")),
     ("t.jsonl", ['{"path": "a.wav", "label": "x"}', '{"path"'], "t.jsonl line 2", ASK),
-    ("t.jsonl", ['{"path": "a.wav", "label": NaN}'], "row 1.*'label'", ASK),
     ("t.jsonl", ['{"path": "a.wav", "label": "x"}', '{"path": "a.wav"}'], "row 2.*'label'", ASK),
     ("t.json", [{"path": "a.wav", "label": []}], "row 1.*'label'", ASK),
     ("t.json", {"path": "a.wav"}, "t.json", ASK),

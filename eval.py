@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import config as settings
 from checkpoint import fingerprint
-from data import SAMPLE_RATE, Clips, Manifest
+from data import Clips, Manifest
 from sample import load_weights, read_model
 from tools.common import UserError, check_folder_writable, check_writable, commit, name_disk_errors
 from tools.eval import records
@@ -31,8 +31,8 @@ from tools.eval.parsing import (answer_text, item_options, labels_of, marks_in, 
 from tools.eval.report import result_lines, results_row, write_report
 from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
+from tools.html_page import clip_html
 from tools.sample.asking import truncation_note
-from tools.sample.attention_map import attention_over_time
 from tools.sample.decoding import Sampling, answer_items
 
 split: str = ""  # Name-Task/split, or several separated by commas
@@ -77,7 +77,6 @@ def multiple_choice(item):
     options, answer = item_options(item), answer_text(item)
     right = reference_option(item["output"], options)
     named = option_named(answer, options) if answer else None
-    item["predicted"] = None if named is None else options[named]
     without_mark = split_mark(answer, len(options))[1] or answer
     return {"accuracy": official_mmau(right, answer, options),
             "mark stripped": official_mmau(right, without_mark, options),
@@ -95,7 +94,6 @@ def muchomusic(item):
         chosen = [options[mark] for mark in marks_in(answer, len(options), capitals=True)]
     if len(chosen) != 1:
         chosen = [option for option in options if option.lower() in answer.lower()]
-    item["predicted"] = chosen[0] if chosen else None
     right = bool(chosen) and normalise(chosen[0]) == normalise(reference_option(item["output"], options))
     return {"accuracy": right, "unanswered": not chosen, "chance": 0.25}
 
@@ -193,7 +191,7 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
     with name_disk_errors(path), open(path, "a") as f:
 
         def questions():
-            bar = tqdm(loader, manifest.name, len(share), unit="clip", disable=None if rank == 0 else True)
+            bar = tqdm(loader, manifest.name, len(share), unit="clip", disable=rank > 0 or None)
             for i, clip in zip(share, bar):
                 if "error" in clip:  # an unreadable clip counts as wrong, and is reported
                     records.append_answer(f, keys[i], {"answer": "", "error": clip["error"]})
@@ -258,11 +256,11 @@ def check_files(c, folder):
     records.read_labels(c.labels)
 
 
-def save_scores(c, folder, rows, items, load=None, sample_rate=SAMPLE_RATE):
+def save_scores(c, folder, rows, items, sound_of):
     if c.scores:
         records.add_scores(settings.resolve_path(c.scores), rows)
     if c.report and folder:
-        write_report(os.path.join(folder, "report.html"), rows, items, load, sample_rate)
+        write_report(os.path.join(folder, "report.html"), rows, items, sound_of)
 
 
 def main(c):
@@ -294,15 +292,13 @@ def main(c):
             if note := truncation_note([item.get("truncated_seconds", 0) for item in items[name]], model):
                 print(note, flush=True)
 
-    def load(name, item):
-        """-> the windows as the model got them, and its attention after the prompt (of one clip)."""
+    def sound_of(name, item):
+        """The windows as the model got them."""
         clip = Clips([manifests[name]], None, model.audio_config)[item["id"]]
-        if len(clip["n_windows"]) > 1:
-            return clip["windows"], None
-        return clip["windows"], attention_over_time(model, item["prompt"], clip["windows"])
+        return "" if "error" in clip else clip_html(clip["windows"], model.audio_config["sample_rate"])
 
     if rank == 0:
-        save_scores(c, folder, rows, items, load, model.audio_config["sample_rate"])
+        save_scores(c, folder, rows, items, sound_of)
     wait_for_ranks()
 
 
@@ -317,7 +313,7 @@ def score_file(c):
     if folder:
         os.makedirs(folder, exist_ok=True)
         records.write_items(os.path.join(folder, c.task.replace("/", "--") + ".jsonl"), items)
-    save_scores(c, folder, {c.task: row}, {c.task: items})
+    save_scores(c, folder, {c.task: row}, {c.task: items}, lambda name, item: "")
 
 
 def compare_files(c):

@@ -25,7 +25,7 @@ from tools.checkpoint.htsat import sample_rate_of_mel
 from tools.common import (UserError, atomic_write, check_folder_writable, check_writable, map_parallel,
                           optional_import)
 from tools.data.audio import SILENT, count_frames, missing_seconds, read_audio
-from tools.html_page import audio_player, html_page, html_table, image, log_mel_figure
+from tools.html_page import clip_html, html_page, html_table
 
 write: str | None = None  # folder for cleaned copies of the manifests; None: none are written
 page: str | None = None  # HTML file of the report; None: the terminal alone
@@ -165,10 +165,9 @@ def summary_row(found):
 def item_html(manifest, i, audio_config):
     """An item as the model gets it: windows to see and to hear, prompt and output."""
     clip = Clips([manifest], np.array([[0, i]]), audio_config)[0]
-    windows, rate = clip["windows"], audio_config["sample_rate"]
     rows = [(name, clip[name]) for name in ("path", "n_windows", "prompt", "output")]
-    picture = image(log_mel_figure(windows, rate))
-    return f'<div class="item">{html_table(rows)}{audio_player(windows, rate)}{picture}</div>'
+    sound = clip_html(clip["windows"], audio_config["sample_rate"])
+    return f'<div class="item">{html_table(rows)}{sound}</div>'
 
 
 def write_check_page(path, findings, audio_config):

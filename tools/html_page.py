@@ -17,40 +17,37 @@ audio { width: 100% } img { max-width: 100% } pre { white-space: pre-wrap; margi
 """
 
 
-def html_page(title, body, style=""):
-    """A page: `body` is HTML, `title` text; `style` is CSS beside the common one."""
-    head = f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}{style}</style>'
-    return f"{head}<h1>{escape(title)}</h1>\n{body}\n"
+def html_page(title, body):
+    """A page: `body` is HTML, `title` text."""
+    title = escape(title)
+    head = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f"{head}<h1>{title}</h1>\n{body}\n"
 
 
 def html_table(rows, header=()):
-    """A table of values, whose texts are escaped; without a header, the first column is one."""
-    lines = ["<tr>" + "".join(f"<th>{escape(name)}" for name in header)]
-    tag = "td" if header else "th"
-    for first, *others in rows:
-        cells = [f"<td><pre>{escape(str(value))}</pre>" for value in others]
-        lines.append(f"<tr><{tag}><pre>{escape(str(first))}</pre>" + "".join(cells))
-    return "<table>" + "\n".join(lines) + "</table>"
+    """A table of values, whose texts are escaped."""
+    lines = ["".join(f"<th>{escape(name)}" for name in header)]
+    for row in rows:
+        cells = [f"<td><pre>{escape(str(value))}</pre>" for value in row]
+        lines.append("".join(cells))
+    return "<table><tr>" + "\n<tr>".join(lines) + "</table>"
 
 
 def data_uri(data, kind):
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sound
-
-
-def audio_player(windows, sample_rate, max_seconds=15):
-    """An <audio> element: the first seconds of windows (n, L), int16 or float in [-1, 1], as 16-bit WAV."""
+def clip_html(windows, sample_rate):
+    """Windows (n, L), int16 or float in [-1, 1], to hear (the first 15 s, as 16-bit WAV) and to see."""
     import soundfile
     import torch
 
     from model import to_float
-    samples = to_float(torch.as_tensor(windows)).flatten()[:int(max_seconds * sample_rate)]
+    samples = to_float(torch.as_tensor(windows)).flatten()
     data = io.BytesIO()
-    soundfile.write(data, samples.numpy(), sample_rate, format="WAV")
-    return f'<audio controls src="{data_uri(data.getvalue(), "audio/wav")}"></audio>'
+    soundfile.write(data, samples[:15 * sample_rate].numpy(), sample_rate, format="WAV")
+    player = f'<audio controls src="{data_uri(data.getvalue(), "audio/wav")}"></audio>'
+    return player + image(log_mel_figure(windows, sample_rate))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -92,29 +89,28 @@ def draw_log_mel(axes, windows, sample_rate):
     return seconds
 
 
-def draw_attention(axes, weights, seconds, words=()):
-    """Attention over time under a log-mel: weights (steps,) as a curve, or (words, steps) as a map."""
+def draw_attention(axes, weights, seconds):
+    """Attention over time under a log-mel: weights (steps,) as a curve."""
     import numpy as np
     weights = np.asarray(weights)
-    if weights.ndim == 1:
-        axes.stairs(weights, np.linspace(0, seconds, len(weights) + 1), fill=True)
-        axes.set(xlabel="seconds", ylabel="attention", xlim=(0, seconds))
-        return
+    edges = np.linspace(0, seconds, len(weights) + 1)
+    axes.stairs(weights, edges, fill=True)
+    axes.set(xlabel="seconds", ylabel="attention", xlim=(0, seconds))
+
+
+def log_mel_figure(windows, sample_rate, weights=(), words=()):
+    """-> matplotlib Figure of windows (n, L), int16 or float: the log-mel, and under it the attention weights
+    (words, steps) as a map, if there are any."""
     n = len(weights)
-    axes.imshow(weights, aspect="auto", extent=(0, seconds, n, 0), cmap="viridis")
-    labels = [plain_label(word) for word in words]
-    axes.set(xlabel="seconds", yticks=np.arange(n) + 0.5, yticklabels=labels)
-
-
-def log_mel_figure(windows, sample_rate, weights=None, words=()):
-    """-> matplotlib Figure of windows (n, L), int16 or float: the log-mel, and under it the attention
-    weights: (steps,), or (words, steps) with the words."""
-    if weights is None or len(weights) == 0:
+    if not n:
         figure = new_figure(8, 2)
         draw_log_mel(figure.subplots(), windows, sample_rate)
         return figure
-    height = max(1, 0.25 * len(words))
-    figure = new_figure(9 if len(words) else 8, 2 + height)
+    height = max(1, 0.25 * n)
+    figure = new_figure(9, 2 + height)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, height])
-    draw_attention(below, weights, draw_log_mel(above, windows, sample_rate), words)
+    seconds = draw_log_mel(above, windows, sample_rate)
+    below.imshow(weights, aspect="auto", extent=(0, seconds, n, 0), cmap="viridis")
+    labels = [plain_label(word) for word in words]
+    below.set(xlabel="seconds", yticks=[i + 0.5 for i in range(n)], yticklabels=labels)
     return figure

@@ -36,32 +36,23 @@ def normalise(text):
     return ARTICLE.sub("", plain) or " ".join(text.split())
 
 
-def labels_of(text, with_comma=()):
-    """The set of normalised labels in "dog, bark; door". with_comma: normalised labels that hold a comma; the
-    longest run of parts that is one of them is one label."""
-    parts = [part for part in re.split(r"[;\n]|,(?!\d)", text) if part.strip()]
-    labels = set()
-    while parts:
-        size = min(len(parts), 8) if with_comma else 1
-        while size > 1 and normalise(",".join(parts[:size])) not in with_comma:
-            size -= 1
-        labels.add(normalise(",".join(parts[:size])))
-        parts = parts[size:]
+def labels_of(text):
+    """The set of normalised labels in "dog, bark; door"."""
+    parts = re.split(r"[;\n]|,(?!\d)", text)
+    labels = set(map(normalise, parts)) - {""}
     return frozenset(labels or {normalise(text)} - {""})
 
 
-def conclusion(answer):
-    """The scored part of an answer: all of it, or of a chain-of-thought answer its last conclusion that is
-    not empty; "" if it has none."""
+def answer_text(item):
+    """The scored part of an item's answer: all of it, or of a chain-of-thought answer its last conclusion
+    that is not empty. "" for an unreadable clip, no answer, no conclusion."""
+    answer = item.get("answer") or ""
+    if item.get("error"):
+        return ""
     if not re.search(TAG, answer, re.I):
         return answer.strip()
-    found = [text.strip() for text in CONCLUSION.findall(answer)]
-    return next((text for text in reversed(found) if text), "")
-
-
-def answer_text(item):
-    """The scored part of an item's answer; "" for an unreadable clip, no answer, no conclusion."""
-    return "" if item.get("error") else conclusion(item.get("answer") or "")
+    conclusions = [text.strip() for text in CONCLUSION.findall(answer)]
+    return ([""] + list(filter(None, conclusions)))[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,7 +73,7 @@ def options_of(prompt):
         for marks, pattern in ((LETTERS, "[A-Za-z]"), (DIGITS, r"\d{1,2}")):
             found = list(re.finditer(style.format(pattern), prompt))
             starts = [i for i, mark in enumerate(found) if mark[1].lower() == marks[0]]
-            for start in starts[:20]:
+            for start in starts:
                 texts = _option_texts(prompt, found[start:], marks)
                 best = max(best, texts, key=len)  # the first longest
     return tuple(best) if len(best) > 1 else ()

@@ -24,7 +24,6 @@ OTHER_NAMES = {"reference": "output", "path": "audio"}
 # Keys that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
           "Dataset", "genre", "music_knowledge", "music_reasoning")
-FROM_MANIFEST = ("output", "choices", "references", "audio_start", *GROUPS)  # beside prompt and clip
 
 
 def kind_of(value):
@@ -43,8 +42,8 @@ def check_item(item, where, required=("prompt", "output", "answer")):
             item.setdefault(key, item[other])
     if isinstance(item.get("output"), list):
         item["references"] = item.pop("output")
-    if "output" not in item and kind_of(item.get("references")) == "list of texts":
-        item["output"] = item["references"][0] if item["references"] else ""
+    if kind_of(item.get("references")) == "list of texts":
+        item.setdefault("output", "".join(item["references"][:1]))
     if item.get("answer", "") is None:  # the system gave none
         item["answer"] = ""
     for key, kinds in FIELDS.items():
@@ -58,8 +57,6 @@ def check_item(item, where, required=("prompt", "output", "answer")):
 def read_answers(path):
     """Checked items of an answer file: JSON lines with the keys of FIELDS and any others, or MMAU's official
     results."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of answers")
     items = []
     if is_official(path):
         for i, question in enumerate(read_questions(path)):
@@ -75,10 +72,17 @@ def read_answers(path):
     return items
 
 
-def write_items(path, lines):
+def write_json(path, content):
+    """Whole, or not at all."""
+    with atomic_write(path) as f:
+        json.dump(content, f, ensure_ascii=False, allow_nan=False, indent=1)
+
+
+def write_items(path, items):
     """A JSON object a line, whole or not at all."""
     with atomic_write(path) as f:
-        f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        for item in items:
+            f.write(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_labels(path):
@@ -98,8 +102,7 @@ def add_scores(path, rows):
     """Add the rows to a file of scores, whole or not at all."""
     scores = read_scores(path)
     scores["tasks"] |= rows
-    with atomic_write(path) as f:
-        json.dump(scores, f, indent=1, allow_nan=False)
+    write_json(path, scores)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -144,10 +147,10 @@ def write_official(path, questions, items):
     script reads; empty where there is no answer, because that script leaves out items without the key."""
     rows = []
     for question, item in zip(questions, items):
+        answer = answer_text(item)
         row = {key: value for key, value in question.items() if key not in ("name", "prompt", "output")}
-        rows.append(row | {"model_output": answer_text(item), "model_prediction": answer_text(item)})
-    with atomic_write(path) as f:
-        json.dump(rows, f, ensure_ascii=False, indent=2)
+        rows.append(row | {"model_output": answer, "model_prediction": answer})
+    write_json(path, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,7 +188,6 @@ def append_answer(f, key, answer):
 
 def item_of(manifest, i, cached):
     """The item that scoring reads: question i of the manifest as it is now, with its cached answer."""
-    question, loaded = manifest.items[i], manifest[i]
-    item = {"id": i, "audio": loaded["path"], "start": loaded["start"], "prompt": loaded["prompt"]}
-    item |= {key: question[key] for key in FROM_MANIFEST if key in question}
+    clip = manifest[i]
+    item = manifest.items[i] | {"id": i, "audio": clip["path"], "start": clip["start"]}
     return check_item(item | cached, f"{manifest.file}: item {i}")

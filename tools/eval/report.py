@@ -7,11 +7,10 @@ from collections import Counter, defaultdict
 from html import escape
 
 from tools.common import atomic_write, optional_import
-from tools.eval.parsing import answer_text, normalise, split_mark
+from tools.eval.parsing import answer_text, normalise
 from tools.eval.records import GROUPS
 from tools.eval.stats import clips_of, interval
-from tools.html_page import (audio_player, html_page, html_table, image, log_mel_figure, new_figure,
-                             plain_label)
+from tools.html_page import html_page, html_table, image, new_figure, plain_label
 
 NOT_PERCENT = ("CIDEr-D", "SPIDEr", "SPICE", "BLEU-4", "ROUGE-L", "METEOR")
 # Scores of the published 3B model, reported by its authors, not measured here; MMAU's are of its first
@@ -131,7 +130,7 @@ def confusion_matrix(items, most=100):
 
     def labels_under(key):
         texts = [item[key] or "" for item in items if "predicted" in item]
-        return [plain_label(normalise(split_mark(text, 26)[1] or text), 32) for text in texts]
+        return [plain_label(normalise(text), 32) for text in texts]
 
     right, predicted = labels_under("output"), labels_under("predicted")
     labels = set(right)
@@ -145,32 +144,29 @@ def confusion_matrix(items, most=100):
     return image(figure)
 
 
-def item_html(name, item, load, sample_rate):
-    """An item's sound, if it can be read, and its texts."""
+def item_html(item, sound):
+    """An item's sound, as HTML, and its texts."""
     texts = {"score": f"{item['score']:.3g}", "clip": item.get("audio"), "prompt": item["prompt"],
              "references": "\n".join(item.get("references") or [item["output"]]), "answer": item["answer"],
              "scored": answer_text(item), "error": item.get("error")}
-    sound = ""
-    if load and not item.get("error"):
-        windows, weights = load(name, item)
-        sound = audio_player(windows, sample_rate) + image(log_mel_figure(windows, sample_rate, weights))
     table = html_table([(key, text) for key, text in texts.items() if text])
     return f'<div class="item">{sound}{table}</div>'
 
 
-def write_report(path, rows, items, load=None, sample_rate=16000):
-    """rows and items by split; load(split, item) -> windows (n, L) at sample_rate, and attention weights
-    (steps,) or None. Of a split the 4 worst items, 40 in all: 26 MB of sound at most."""
+def write_report(path, rows, items, sound_of):
+    """rows and items by split; sound_of(split, item) -> HTML. Of a split the 4 worst items, 40 in all: 26 MB
+    of sound at most."""
     if not all(map(importlib.util.find_spec, ("matplotlib", "sklearn"))):
         print("no report.html: pip install -r requirements-eval.txt", file=sys.stderr)
         return
-    body, worst = [], min(4, math.ceil(40 / len(rows)))
+    body = []
+    worst = min(4, math.ceil(40 / len(rows)))
     for name, row in rows.items():
         lines = "\n".join(result_lines(name, row))
         body.append(f"<h2>{escape(name)}</h2><pre>{escape(lines)}</pre>{confusion_matrix(items[name])}")
         scored = [item for item in items[name] if item["score"] is not None]
         scored.sort(key=lambda item: item["score"])
-        body += [item_html(name, item, load, sample_rate) for item in scored[:worst]]
+        body += [item_html(item, sound_of(name, item)) for item in scored[:worst]]
     with atomic_write(path) as f:
         f.write(html_page("Scores", "\n".join(body)))
     print(f"report: {path}", file=sys.stderr)

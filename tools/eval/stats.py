@@ -83,12 +83,6 @@ def mean_average_precision(truth, scores, clips, draws=50):
 # Two systems on the same items
 
 
-def mcnemar(gained, lost):
-    """Two-sided p of the exact McNemar test: the changed items as tosses of a fair coin."""
-    stats = optional_import("scipy.stats", "McNemar's test", "eval")
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
 def pair_items(first, second):
     """[(item of the first, item of the second)] of the same clip, prompt and, where both files have it,
     start; items that recur are paired in their order."""
@@ -103,32 +97,23 @@ def pair_items(first, second):
 
 
 def compare_systems(first, second, names=("a", "b")):
-    """Print the difference of the mean scores with its interval over clips, McNemar's test of right and wrong
-    answers (which takes the questions about one clip as independent), and the items that changed."""
-    pairs = pair_items(first, second)
-    scored = [(a, b) for a, b in pairs if None not in (a.get("score"), b.get("score"))]
+    """Print the difference of the mean scores with its interval over clips, and the items that changed."""
+    scored = []
+    for pair in pair_items(first, second):
+        if all(item.get("score") is not None for item in pair):
+            scored.append(pair)
     if not scored:
         raise UserError(f"{names[0]} and {names[1]} share no scored item (same clip and prompt); "
                         f"--task=Name-Task scores them first")
-    scores = np.array([[float(item["score"]) for item in pair] for pair in scored])  # (n, 2)
-    means = scores.mean(0)
-    changes = scores[:, 1] - scores[:, 0]
-    gained, lost = (changes > 0).sum(), (changes < 0).sum()
     clips = clips_of([a for a, _ in scored])
+    before, after = np.array([[item["score"] for item in pair] for pair in scored], float).T
+    changes = after - before
     value, (low, high) = interval(changes, clips, bounds=None)
-    print(f"{len(scored)} items in both: {names[0]} {means[0]:.4f}, {names[1]} {means[1]:.4f} | "
+    print(f"{len(scored)} items scored in both, of {len(first)} and {len(second)}: "
+          f"{names[0]} {before.mean():.4f}, {names[1]} {after.mean():.4f} | "
           f"difference {value:+.4f} [{low:+.4f}, {high:+.4f}] over {len(set(clips))} clips | "
-          f"gained {gained}, lost {lost}")
-    if np.isin(scores, (0, 1)).all():
-        try:
-            print(f"exact McNemar p = {mcnemar(gained, lost):.4g}")
-        except UserError as error:  # no scipy
-            print(f"not computed: {error}")
-    alone = len(first) + len(second) - 2 * len(pairs)
-    unscored = len(pairs) - len(scored)
-    if alone or unscored:
-        print(f"left out: {alone} items in one file alone, {unscored} without a score")
-    for (a, b), change in sorted(zip(scored, changes), key=lambda pair: -pair[1]):
+          f"gained {sum(changes > 0)}, lost {sum(changes < 0)}")
+    for (a, b), change in zip(scored, changes):
         if change:
             word = "gained" if change > 0 else "lost"
             print(f"{word} | {a.get('audio', '')} | {a['prompt']!r} | {a['output']!r} | "

@@ -419,7 +419,8 @@ def test_report_escapes_markup(tmp_path):
     pytest.importorskip("matplotlib")
     items = [{"id": i, "prompt": f"<b>What {i}?", "output": ["dog", "cat"][i % 2], "answer": "dog",
               "genre": ["a", "b"][i % 2]} for i in range(12)]
-    report.write_report(str(tmp_path / "r.html"), {"Toy-AQA": score("Toy-AQA", items)}, {"Toy-AQA": items})
+    rows = {"Toy-AQA": score("Toy-AQA", items)}
+    report.write_report(str(tmp_path / "r.html"), rows, {"Toy-AQA": items}, lambda name, item: "")
     page = (tmp_path / "r.html").read_text()
     assert page.count("data:image/png") == 1 and page.count('class="item"') == 4 and "genre: a" in page
     assert "<b>" not in page and "&lt;b&gt;What 1?" in page and "http" not in page

@@ -165,6 +165,8 @@ def check_arguments(c):
     for file in filter(None, (c.output, c.timeline and c.timeline + ".json")):
         check_writable(file)
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    if not 0 <= c.port < 2 ** 16:
+        raise UserError(f"port = {c.port}, expected 0 to 65535")
     sampling_of(c)
 
 

@@ -134,6 +134,7 @@ def test_a_wrong_question_is_named_with_its_line(tmp_path, line):
     (["--audio={clip}", "--output={tmp}"], "{tmp}"), (["--audio={clip}", "--output=/dev/null/x.jsonl"], "/dev/null"),
     (["--audio={clip}", "--timeline=/dev/null/x"], "/dev/null"), (["--export=/dev/null/x"], "/dev/null/x"),
     (["--audio={clip}", "--top_p=2"], "top_p"), (["--audio={clip}", "--temperature=-1"], "temperature"),
+    (["--serve", "--port=70000"], "port"), (["--serve", "--port=-1"], "port"),
     (["--input={tmp}/none.jsonl"], "none.jsonl"), (["--audio={clip}"], "nowhere")])
 def test_what_cannot_be_done_is_found_before_the_model_is_read(tiny_data, tmp_path, options, name):
     """The last: the model itself is not there."""

@@ -13,7 +13,7 @@ import math
 import random
 import signal
 import time
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from tools.train.log import StepStats, count_labelled, describe_machine, paramet
 from tools.train.optim import load_optimizer, make_optimizer
 from tools.train.resume import (PER_RANK_SETTINGS, TrainState, check_same_run, count_samples, restore_state,
                                 what_is_left)
-from tools.train.run import INTERIM, Run, all_gather_lists, any_rank, catch_signals, check_same_on_all_ranks
+from tools.train.run import INTERIM, Run, catch_signals
 
 
 def lr_factor(c, state, samples_per_step, total_samples):
@@ -78,9 +78,8 @@ def train_step(model, optimizer, micro_batches, run, grad_clip):
     and ranks. Where it or its gradient is not finite, weights and optimizer state stay as they are. Nothing
     here waits for the device."""
     labelled = torch.full((), float(sum(map(count_labelled, micro_batches))), device=run.device)
+    run.sum_over_ranks(labelled)
     total_loss = torch.zeros((), device=run.device)
-    if run.world > 1:
-        dist.all_reduce(labelled)
     with autocast(run):  # one context for all micro-steps: weights are cast to bf16 once
         for i, batch in enumerate(micro_batches):
             is_last = i + 1 == len(micro_batches)  # gradients are reduced once a step
@@ -90,10 +89,8 @@ def train_step(model, optimizer, micro_batches, run, grad_clip):
                 with torch.autocast(run.device.type, enabled=False):
                     (loss * run.world).backward()  # DDP divides gradients by the number of ranks
             total_loss += loss.detach()
-    if run.world > 1:
-        dist.all_reduce(total_loss)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    run.sum_over_ranks(total_loss)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     updated = (grad_norm + total_loss).isfinite() & (labelled > 0)
     # GradScaler's switch: where found_inf is 1, fused AdamW changes nothing, without the host knowing
     getattr(optimizer, "optim", optimizer).found_inf = 1 - updated.float()
@@ -107,7 +104,8 @@ def optimizer_steps(c, run, manifests, model, state):
     optimizer step from where `state` stands to the end of the run. The caller advances `state`."""
     loader, accumulation = None, c.gradient_accumulation_steps
     while not state.finished(c):
-        epoch, first = state.epoch, state.step_in_epoch * accumulation
+        epoch = state.epoch
+        first = state.step_in_epoch * accumulation
         loader, _ = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
                                  run.world, first, loader, state.remaining)
         if state.between_epochs():
@@ -121,49 +119,40 @@ def optimizer_steps(c, run, manifests, model, state):
 
 
 @torch.no_grad()
-def validate(c, run, model, loaders, signals):
-    """-> {manifest: mean loss per labelled token, over all ranks}, None if a signal arrived; and why clips
-    could not be read. UserError where nothing is labelled or a loss is not finite."""
-    model.eval()
-    losses, errors = {}, []
-    for name, loader in loaders.items():
-        total = torch.zeros((), dtype=torch.float64, device=run.device)
-        labelled, truncated, unreadable = 0, 0, []
-        for batch in loader:
-            if signals:
-                break
-            with autocast(run):
-                _, loss = model(*model_inputs(batch, run.device))
-            n = count_labelled(batch)
-            total += loss * n
-            labelled += n
-            truncated += batch["unfinished"]
-            unreadable += batch["errors"]
-        if any_rank([bool(signals)], run.control)[0]:
-            losses = None
+def validation_loss(run, model, loader, signals):
+    """-> mean loss per labelled token over all ranks, NaN without one; why clips could not be read."""
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, labelled tokens
+    errors = []
+    for batch in loader:
+        if signals:
             break
-        per_rank = all_gather_lists([(float(total), labelled, truncated)], run.control)
-        total, labelled, truncated = map(sum, zip(*per_rank))
-        unreadable = all_gather_lists(unreadable, run.control)
-        if not labelled or not math.isfinite(total):
-            raise UserError(f"{name}: the validation loss is {total} over {labelled} labelled tokens; "
-                            f"{truncated} answers cut off by max_tokens = {c.max_tokens}, {len(unreadable)} "
-                            f"clips not read: {unreadable[:1]}")
-        losses[name] = total / labelled
+        with autocast(run):
+            _, loss = model(*model_inputs(batch, run.device))
+        labelled = count_labelled(batch)
+        total[0] += loss * labelled
+        total[1] += labelled
+        errors += batch["errors"]
+    run.sum_over_ranks(total)
+    loss, labelled = total.tolist()
+    return loss / labelled if labelled else math.nan, run.gather_lists(errors)
+
+
+def validate(c, run, model, loaders, state, signals):
+    """Log the loss on every manifest -> whether that was done: not where a signal arrives. UserError where a
+    loss is not finite, or nothing is labelled."""
+    losses, errors = {}, []
+    model.eval()
+    for name, loader in loaders.items():
+        loss, unreadable = validation_loss(run, model, loader, signals)
+        if run.any_rank(bool(signals))[0]:
+            return False
+        if not math.isfinite(loss):
+            raise UserError(f"{name}: the validation loss is {loss}: no answer fits into max_tokens = "
+                            f"{c.max_tokens}, or clips were not read: {unreadable[:1]}")
+        run.say(f"epoch {state.epoch - 1} | {name} | loss {loss:.4f}")
+        losses[name] = loss
         errors += [f"{name}: {error}" for error in unreadable]
     model.train()
-    return losses, errors
-
-
-def validate_if_due(c, run, model, loaders, state, signals):
-    """-> whether this step's validation losses were logged."""
-    if not loaders or not state.validation_due(c):
-        return False
-    losses, errors = validate(c, run, model, loaders, signals)
-    if losses is None:
-        return False
-    for name, loss in losses.items():
-        run.say(f"epoch {state.epoch - 1} | {name} | loss {loss:.4f}")
     run.log(epoch=state.epoch - 1, step=state.step, valid=losses, skipped=errors)
     return True
 
@@ -195,15 +184,18 @@ def start_or_resume(c, run, manifests):
     torch.manual_seed(c.seed)  # the same new weights on every rank
     model, weights, stored, frozen_hash = build_model(c)
     source = c.pretrained_path or c.lang_encoder_path
-    facts = {"config": vars(c) | {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS},
-             "blend": {name: [m.digest, c.dataset_blending_config[name] * c.dataset_blending_global_weight]
-                       for name, m in manifests.items()},
-             "stored": sorted(stored), "frozen_hash": frozen_hash, "frozen_from": source}
-    facts["config"]["world_size"] = run.world
+    sizes = {name: getattr(model.config, name) for name in settings.MODEL_SETTINGS}
+    facts = {
+        "config": vars(c) | sizes | {"world_size": run.world},
+        "blend": {name: [m.digest, c.dataset_blending_config[name] * c.dataset_blending_global_weight]
+                  for name, m in manifests.items()},
+        "stored": sorted(stored),
+        "frozen_hash": frozen_hash,
+        "frozen_from": source}
     shared = {name: value for name, value in facts["config"].items() if name not in PER_RANK_SETTINGS}
-    check_same_on_all_ranks(shared | {"blend": facts["blend"], "frozen_hash": frozen_hash}, run.control)
+    run.check_same_on_all_ranks(shared | {"blend": facts["blend"], "frozen_hash": frozen_hash})
     newest = [newest_whole(run.folder, run.say)] if run.rank == 0 else []
-    newest = all_gather_lists(newest, run.control)[0]
+    newest = run.gather_lists(newest)[0]
     saved = load_pickle(newest) if newest else None
     if saved:
         trained = checkpoint.trained_tensors(saved, model.lm.config)
@@ -236,22 +228,27 @@ def save_checkpoint(c, run, model, optimizer, state, facts):
                         f"{c.learning_rate:g}, weight_decay = {c.weight_decay:g}")
     state.log_size = run.log_size()
     epoch = state.epoch - state.between_epochs()  # the last one trained
-    content = facts | {"epoch": epoch, "step": state.step, "train_state": vars(state),
-                       "model_state_dict": weights, "optimizer_state_dict": optimizer.state_dict()}
+    content = facts | {
+        "epoch": epoch,
+        "step": state.step,
+        "train_state": vars(state),
+        "model_state_dict": weights,
+        "optimizer_state_dict": optimizer.state_dict()}
     run.save(f"checkpoint_{epoch}.pt" if state.between_epochs() else INTERIM, content)
 
 
 def train(c, run):
-    # --- where we run, data, model, optimizer, state
+    # --- data, model, optimizer, state
     run.say(describe_machine(run.device, run.world))
     torch.backends.cuda.matmul.allow_tf32 = True
-    manifests, valid = open_manifests(c, c.dataset_blending_config), open_manifests(c, c.valid_dataset_config)
+    manifests = open_manifests(c, c.dataset_blending_config)
+    valid = open_manifests(c, c.valid_dataset_config)
     samples_per_step = c.batch_size * c.gradient_accumulation_steps * run.world  # at most
     total_samples = count_samples(c, run, manifests, samples_per_step)
     model, optimizer, state, manifests, facts = start_or_resume(c, run, manifests)
     run.say(parameter_table(model))
-    loader_args = c, model.tokenizer, model.audio_config, run.rank, run.world
-    valid = {name: valid_loader(manifest, *loader_args) for name, manifest in valid.items()}
+    valid = {name: valid_loader(manifest, c, model.tokenizer, model.audio_config, run.rank, run.world)
+             for name, manifest in valid.items()}
     if c.compile:
         for block in [*model.lm.layers, *model.xattn.values()]:
             block.compile()
@@ -261,12 +258,16 @@ def train(c, run):
     model.train()
 
     # --- the loop
-    stats, saved_at, stop = StepStats(c, run, state, model), time.time(), False
+    stats = StepStats(c, run, state, model)
     bar = tqdm(initial=state.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
+    saved_at, stop = time.time(), False
     signals = catch_signals()
-    validated = validate_if_due(c, run, model, valid, state, signals)  # where a stop or kill prevented it
+    validated = False
+    if valid and state.validation_due(c):  # a stop or a kill prevented it
+        validated = validate(c, run, model, valid, state, signals)
     for micro_batches, samples, next_epoch in optimizer_steps(c, run, manifests, model, state):
-        epoch, factor = state.epoch, lr_factor(c, state, samples_per_step, total_samples)
+        epoch = state.epoch
+        factor = lr_factor(c, state, samples_per_step, total_samples)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         seed_step(c, run.rank, state.step)
@@ -274,25 +275,24 @@ def train(c, run):
         state.advance(samples, next_epoch)
         stats.add(result, micro_batches)
         bar.update()
-        finished = state.finished(c)
 
-        if state.step % c.logging_steps == 0 or finished:
-            bar.total = math.ceil(total_samples * state.step / state.samples)  # estimated
-            stats.log_line(epoch, c.learning_rate * factor, bar.total)
         overdue = 0 < 60 * c.save_minutes < time.time() - saved_at
-        stop, overdue = any_rank([bool(signals), overdue], run.control)
-        save_epoch = state.between_epochs() and state.epoch % c.save_epochs == 0
-        if finished or stop or overdue or save_epoch:
-            stats.flush()  # raises after too many steps without an update
+        stop, overdue = run.any_rank(bool(signals), overdue)
+        finished = state.finished(c)
+        save_due = finished or stop or overdue or state.epoch_save_due(c)
+        if save_due or state.step % c.logging_steps == 0:
+            bar.total = math.ceil(total_samples * state.step / state.samples)  # estimated
+            stats.log_line(epoch, c.learning_rate * factor, bar.total)  # raises where training diverged
+        if save_due:
             save_checkpoint(c, run, model, optimizer, state, facts)
             saved_at = time.time()
-        validated = validate_if_due(c, run, model, valid, state, signals)
-        if validated:
+        if valid and state.validation_due(c):
+            validated = validate(c, run, model, valid, state, signals)
             stats.start = time.time()
         if finished or stop:
             break
     bar.close()
-    run.wait()  # for the last checkpoint
+    run.wait_for_checkpoint()
     if state.skipped_steps == state.step:
         raise UserError(f"none of the {state.step} steps made an update: {stats.explain()}")
     run.say(f"{run.folder}: {state.step} steps done, {state.skipped_steps} of them without an update")
@@ -305,15 +305,17 @@ def main(c):
         raise UserError("dataset_blending_config is empty: give a config file, e.g. config/pretrain.py")
     if c.lr_scheduler not in ("constant", "cosine", "linear"):
         raise UserError(f"lr_scheduler = {c.lr_scheduler!r}, expected constant, cosine or linear")
-    with closing(Run(c)) as run:
-        try:
-            code = train(c, run)
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise UserError(f"{error} It was killed, most likely for want of memory") from error
-        if run.world > 1:
-            dist.destroy_process_group()
+    run = Run(c)
+    try:
+        code = train(c, run)
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise UserError(f"{error} It was killed, most likely for want of memory") from error
+    finally:
+        run.wait_for_checkpoint()
+    if run.world > 1:
+        dist.destroy_process_group()
     return code
 
 

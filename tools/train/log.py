@@ -13,13 +13,13 @@ import torch
 from data import truncation_warning
 from model import matrix_sizes
 from tools.common import UserError, commit, join_names
-from tools.train.run import all_gather_lists
 
 # dense bf16 peak, TFLOP/s, of the vendors' data sheets
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165, "MI300X": 1307}
 
 # ------------------------------------------------------------------------------------------------------------
 # Statistics of steps
+
 
 def count_labelled(batch):
     """Number of labels that are predicted: not that of a text's first token, which nothing comes before."""
@@ -28,24 +28,20 @@ def count_labelled(batch):
 
 class StepStats:
     """Statistics of training steps, over all ranks. Losses and gradient norms stay on the device until
-    `flush` reads them: the loop's only host-device synchronisation. state.counts and state.skipped_steps are
-    as of the last flush."""
+    `log_line` reads them: the loop's only host-device synchronisation. state.counts and state.skipped_steps
+    are as of the last log line."""
 
     def __init__(self, c, run, state, model):
         self.c, self.run, self.state, self.model = c, run, state, model
-        self.bad_steps_in_a_row, self.warned_of_truncation = 0, False
-        self.start_interval()
+        self.bad_steps_in_a_row = 0
         self.start_line()
-
-    def start_interval(self):
-        """Start what the next flush reads."""
-        self.steps = []  # (step, StepResult, paths of this rank's clips)
-        self.counts, self.errors = Counter(), []  # of this rank; why clips could not be read
 
     def start_line(self):
         """Start what the next log line is about."""
-        self.start, self.losses = time.time(), []
-        self.first_step, self.first_counts = self.state.step, dict(self.state.counts)
+        self.start = time.time()
+        self.steps = []  # (step, StepResult, paths of this rank's clips)
+        self.counts = Counter()  # of this rank
+        self.errors = []  # why clips could not be read
 
     def add(self, result, micro_batches):
         """Count a step that was taken: host arithmetic alone."""
@@ -56,54 +52,88 @@ class StepStats:
             paths += batch["paths"]
             self.errors += batch["errors"]
             self.counts.update(
-                tokens=int((batch["input_ids"].numpy() != self.model.pad_id).sum()), token_slots=slots,
-                labelled_tokens=labelled, audio_seconds=windows * self.model.audio_config["window_length"],
-                flops=flops_per_step(self.model, slots, windows, labelled), clips=len(batch["paths"]),
-                unreadable_clips=len(batch["errors"]), truncated_answers=batch["unfinished"],
-                truncated_clips=batch["truncated_clips"], truncated_seconds=batch["truncated_seconds"])
+                tokens=int((batch["input_ids"].numpy() != self.model.pad_id).sum()),
+                token_slots=slots,
+                labelled_tokens=labelled,
+                audio_seconds=windows * self.model.audio_config["window_length"],
+                flops=flops_per_step(self.model, slots, windows, labelled),
+                clips=len(batch["paths"]),
+                unreadable_clips=len(batch["errors"]),
+                truncated_answers=batch["unfinished"],
+                truncated_clips=batch["truncated_clips"],
+                truncated_seconds=batch["truncated_seconds"])
         self.steps.append((self.state.step, result, paths))
 
-    def flush(self):
-        """Read the steps since the last flush and report those without an update. UserError where training
-        cannot go on: before a checkpoint is written."""
-        if not self.steps:
-            return
-        values = torch.stack([torch.stack(result) for _, result, _ in self.steps]).tolist()
-        steps, per_rank = self.steps, all_gather_lists([(self.counts, self.errors)], self.run.control)
-        self.start_interval()
-        self.add_counts(per_rank)
-        for (step, _, paths), (loss, self.grad_norm, labelled, updated) in zip(steps, values):
-            self.bad_steps_in_a_row = 0 if updated else self.bad_steps_in_a_row + 1
+    def log_line(self, epoch, lr, total_steps):
+        """Read the steps since the last log line and write theirs; report those without an update. UserError
+        where training cannot go on."""
+        results = [torch.stack(result) for _, result, _ in self.steps]
+        results = torch.stack(results).tolist()  # waits for the device
+        new = self.sum_counts()
+        losses = []
+        for (step, _, paths), (loss, grad_norm, labelled, updated) in zip(self.steps, results):
             if updated:
-                self.losses.append(loss)
-                continue
-            self.state.skipped_steps += 1
-            self.reason = "loss or gradient not finite" if labelled else "no labelled token"
-            paths = all_gather_lists(paths, self.run.control)
-            self.run.say(f"step {step}: {self.reason}, no update; clips: {join_names(paths)}", sys.stderr)
-            self.run.log(step=step, no_update=self.reason, items=paths)
-            if self.bad_steps_in_a_row > self.c.max_bad_steps:
-                raise UserError(f"step {step}: {self.bad_steps_in_a_row} steps in a row without an update "
-                                f"(max_bad_steps = {self.c.max_bad_steps}): {self.explain()}")
+                losses.append(loss)
+                self.bad_steps_in_a_row = 0
+            else:
+                self.report_skipped(step, paths, labelled)
+        seconds = time.time() - self.start
+        peak = self.run.world * peak_flops(self.run.device)
+        gates = gate_values(self.model)
+        entry = dict(
+            step=self.state.step,
+            epoch=epoch,
+            lr=lr,
+            loss=mean(losses or [math.nan]),
+            gnorm=grad_norm,
+            gate=mean(map(abs, gates["gates"])),
+            ms=1000 * seconds / len(self.steps),
+            tok_s=new["tokens"] / seconds,
+            audio_s=new["audio_seconds"] / seconds,
+            pad=1 - new["tokens"] / new["token_slots"],
+            mfu=new["flops"] / seconds / peak if peak else None,
+            mem_gb=peak_memory(self.run.device),
+            samples=self.state.samples,
+            skipped_steps=self.state.skipped_steps,
+            **self.state.counts,
+            **gates)
+        self.run.say(format_line(entry, total_steps))
+        self.run.log(**entry)
+        self.start_line()
 
-    def add_counts(self, per_rank):
-        """Add [(counts, errors)] of all ranks to the run's; report clips that were not read, or not whole."""
-        counts, errors = self.state.counts, []
-        for rank_counts, rank_errors in per_rank:
+    def sum_counts(self):
+        """-> counts of all ranks since the last log line, which are added to the run's. Reports clips that
+        were not read, or not whole."""
+        totals, new, errors = Counter(self.state.counts), Counter(), []
+        for rank_counts, rank_errors in self.run.gather_lists([(self.counts, self.errors)]):
+            new.update(rank_counts)
             errors += rank_errors
-            for name, n in rank_counts.items():
-                counts[name] = counts.get(name, 0) + n
         for error in errors:
             self.run.say(f"skipped: {error}", sys.stderr)
             self.run.log(step=self.state.step, skipped=error)
-        unreadable, files = counts["unreadable_clips"], counts["clips"] + counts["unreadable_clips"]
+        if not totals["truncated_clips"] and new["truncated_clips"]:
+            self.run.say(truncation_warning(new["clips"], new["truncated_clips"], new["truncated_seconds"],
+                                            self.model.audio_config), sys.stderr)
+        totals.update(new)
+        self.state.counts = dict(totals)
+        unreadable = totals["unreadable_clips"]
+        files = totals["clips"] + unreadable
         if unreadable > self.c.max_bad_fraction * max(files, 100):
             raise UserError(f"{unreadable} of {files} audio files so far could not be read, more than "
                             f"max_bad_fraction = {self.c.max_bad_fraction}; the last: {errors[-1:]}")
-        if counts["truncated_clips"] and not self.warned_of_truncation:
-            self.warned_of_truncation = True
-            self.run.say(truncation_warning(counts["clips"], counts["truncated_clips"],
-                                            counts["truncated_seconds"], self.model.audio_config), sys.stderr)
+        return new
+
+    def report_skipped(self, step, paths, labelled):
+        """Log a step without an update; UserError after too many of them."""
+        self.state.skipped_steps += 1
+        self.bad_steps_in_a_row += 1
+        self.reason = "loss or gradient not finite" if labelled else "no labelled token"
+        paths = self.run.gather_lists(paths)
+        self.run.say(f"step {step}: {self.reason}, no update; clips: {join_names(paths)}", sys.stderr)
+        self.run.log(step=step, no_update=self.reason, items=paths)
+        if self.bad_steps_in_a_row > self.c.max_bad_steps:
+            raise UserError(f"step {step}: {self.bad_steps_in_a_row} steps in a row without an update "
+                            f"(max_bad_steps = {self.c.max_bad_steps}): {self.explain()}")
 
     def explain(self):
         """What the last step without an update may be due to."""
@@ -111,23 +141,6 @@ class StepStats:
         return (f"{self.reason}; learning_rate = {c.learning_rate:g}, precision = {c.precision}, "
                 f"{counts['truncated_answers']} of {counts['clips']} answers cut off by max_tokens = "
                 f"{c.max_tokens}, {counts['unreadable_clips']} clips not read")
-
-    def log_line(self, epoch, lr, total_steps):
-        """Write the log line of the steps since the last one."""
-        self.flush()
-        state, seconds = self.state, time.time() - self.start
-        new = {name: n - self.first_counts.get(name, 0) for name, n in state.counts.items()}
-        peak, gates = self.run.world * peak_flops(self.run.device), gate_values(self.model)
-        entry = dict(
-            step=state.step, epoch=epoch, lr=lr, loss=mean(self.losses or [math.nan]), gnorm=self.grad_norm,
-            gate=mean(map(abs, gates["gates"])), ms=1000 * seconds / (state.step - self.first_step),
-            tok_s=new["tokens"] / seconds, audio_s=new["audio_seconds"] / seconds,
-            pad=1 - new["tokens"] / new["token_slots"], mfu=new["flops"] / seconds / peak if peak else None,
-            mem_gb=peak_memory(self.run.device), samples=state.samples, skipped_steps=state.skipped_steps,
-            **state.counts, **gates)
-        self.run.say(format_line(entry, total_steps))
-        self.run.log(**entry)
-        self.start_line()
 
 
 def gate_values(model):
@@ -141,13 +154,12 @@ def format_line(entry, total_steps):
     """A log entry for the terminal."""
     mfu = f"{entry['mfu']:.0%}" if entry["mfu"] else "n/a"
     eta = (total_steps - entry["step"]) * entry["ms"] / 1000
-    faults = [f" | {name.replace('_', ' ')} {entry[name]:.0f}"
-              for name in ("truncated_answers", "unreadable_clips", "skipped_steps") if entry[name]]
     return (f"step {entry['step']}/{total_steps} | loss {entry['loss']:.4f} | lr {entry['lr']:.1e} | "
             f"gnorm {entry['gnorm']:.2f} | gate {entry['gate']:.3f} | {entry['ms']:.0f} ms | "
             f"{entry['tok_s'] / 1000:.1f}k tok/s | {entry['audio_s']:.0f} s-audio/s | "
             f"pad {entry['pad']:.0%} | mfu {mfu} | mem {entry['mem_gb']:.1f}G | "
-            f"eta {eta // 3600:.0f}h{eta % 3600 // 60:02.0f}m{''.join(faults)}")
+            f"truncated answers {entry['truncated_answers']} | "
+            f"eta {eta // 3600:.0f}h{eta % 3600 // 60:02.0f}m")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,5 +211,4 @@ def peak_memory(device=torch.device("cpu")):
     """GiB: the most allocated on a GPU, the largest resident size of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20

@@ -1,4 +1,6 @@
 """AdamW: which parameters train at which rate, and its state from checkpoint to checkpoint."""
+import itertools
+
 import torch
 
 from tools.common import UserError
@@ -41,9 +43,9 @@ def load_optimizer(optimizer, names, saved):
     moments = saved["optimizer_state_dict"]["state"]
     old = {name: moments[i] for i, name in enumerate(saved["optimizer_names"]) if i in moments}
     state = {i: old[name] for i, name in enumerate(names) if name in old}
-    groups, first = [], 0
+    positions = itertools.count()
+    groups = []
     for group in optimizer.param_groups:
-        stop = first + len(group["params"])
-        groups.append(group | {"params": list(range(first, stop))})
-        first = stop
+        indices = [next(positions) for _ in group["params"]]
+        groups.append(group | {"params": indices})
     optimizer.load_state_dict({"state": state, "param_groups": groups})

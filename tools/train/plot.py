@@ -11,7 +11,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import config as settings
-from tools.common import UserError, atomic_write, check_writable, optional_import, parse_json_line
+from tools.common import UserError, optional_import, parse_json_line
 
 output: str | None = None  # the PNG to write; None: plot.png in the first run's folder
 
@@ -28,8 +28,8 @@ PANELS = {
 
 
 def read_run(run):
-    """-> folder of a run, its logged steps, its validations: lists of dicts."""
-    folder = run if os.path.isdir(run) else settings.resolve_path(run)
+    """-> folder of a run, its logged steps and its validations: lists of dicts."""
+    folder = settings.resolve_path(run)
     file = os.path.join(folder, "log.jsonl")
     with open(file, "rb") as f:  # the last line may be on its way
         entries = [parse_json_line(line) or {} for line in f]
@@ -40,11 +40,12 @@ def read_run(run):
 
 
 def plot_validations(axes, validations, color):
-    splits = sorted({split for entry in validations for split in entry["valid"]})
-    for split, marker in zip(splits, "os^vDPX*"):
+    splits = {split for entry in validations for split in entry["valid"]}
+    for split in splits:
         entries = [entry for entry in validations if split in entry["valid"]]
+        steps = [entry["step"] for entry in entries]
         losses = [entry["valid"][split] for entry in entries]
-        axes.plot([entry["step"] for entry in entries], losses, marker + ":", color=color, markersize=4)
+        axes.plot(steps, losses, "o:", color=color, markersize=4)
 
 
 def main(c):
@@ -54,21 +55,19 @@ def main(c):
     from matplotlib.figure import Figure
     runs = [read_run(name) for name in c.files]
     path = c.output or os.path.join(runs[0][0], "plot.png")
-    check_writable(path)
     figure = Figure(figsize=(18, 8), layout="constrained")
     all_axes = figure.subplots(2, 4).flat
     for axes, (name, title) in zip(all_axes, PANELS.items()):
-        for i, (folder, steps, _) in enumerate(runs):
-            values = np.array([entry[name] for entry in steps], float)  # gates: a column per layer
-            axes.plot([entry["step"] for entry in steps], values, color=f"C{i}", label=folder)
+        for i, (folder, entries, _) in enumerate(runs):
+            steps = [entry["step"] for entry in entries]
+            values = np.array([entry[name] for entry in entries], float)  # gates: a column per layer
+            axes.plot(steps, values, color=f"C{i}", label=folder)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
     for i, (_, _, validations) in enumerate(runs):
         plot_validations(all_axes[0], validations, f"C{i}")
     all_axes[0].legend(fontsize="small")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png", dpi=100)
+    figure.savefig(path, dpi=100)
     print(f"wrote {path}")
 
 

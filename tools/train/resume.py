@@ -48,6 +48,9 @@ class TrainState:
     def finished(self, c):
         return self.epoch >= c.num_epochs or 0 < c.max_steps <= self.step
 
+    def epoch_save_due(self, c):
+        return self.between_epochs() and self.epoch % c.save_epochs == 0
+
     def validation_due(self, c):
         due = self.finished(c) or self.epoch % c.valid_epochs == 0
         return due and self.step > 0 and self.between_epochs()
@@ -59,25 +62,26 @@ def blending_record(c, manifests):
     for epoch in range(c.num_epochs):
         for name, manifest in manifests.items():
             passes = c.dataset_blending_global_weight * c.dataset_blending_config[name]
-            first, stop = (int(e * len(manifest) * passes) for e in (epoch, epoch + 1))
-            record.append({"epoch": epoch, "dataset": name, "total_num": len(manifest), "weight": passes,
-                           "first": first, "stop": stop})
+            record.append({
+                "epoch": epoch,
+                "dataset": name,
+                "total_num": len(manifest),
+                "weight": passes,
+                "first": int(epoch * len(manifest) * passes),
+                "stop": int((epoch + 1) * len(manifest) * passes)})
     return record
 
 
 def count_samples(c, run, manifests, samples_per_step):
-    """Number of items that the run takes; UserError where an epoch takes none. Writes
+    """-> number of items that the run takes; UserError where an epoch takes none. Writes
     dataset_blending_output."""
-    record, items, empty = blending_record(c, manifests), Counter(), Counter()
+    record = blending_record(c, manifests)
+    items = Counter()  # of every epoch
     for entry in record:
-        n = entry["stop"] - entry["first"]
-        items[entry["epoch"]] += n
-        empty[entry["dataset"]] += n == 0
+        items[entry["epoch"]] += entry["stop"] - entry["first"]
     if not all(items.values()):
         raise UserError(f"epoch {min(items, key=items.get)} takes no item of {join_names(list(manifests))}: "
                         f"dataset_blending_global_weight = {c.dataset_blending_global_weight:g} is too small")
-    for name in filter(empty.get, empty):
-        run.say(f"note: {empty[name]} of {c.num_epochs} epochs take no item of {name}")
     if c.dataset_blending_output and run.rank == 0:
         path = settings.resolve_path(c.dataset_blending_output)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -86,11 +90,7 @@ def count_samples(c, run, manifests, samples_per_step):
     passes = c.num_epochs * c.dataset_blending_global_weight
     if abs(passes - 1) > 1e-6:
         run.say(f"note: num_epochs x dataset_blending_global_weight = {passes:g} passes over the blend")
-    samples = min(items.total(), c.max_steps * samples_per_step or math.inf)
-    if c.warmup_steps * samples_per_step > samples:
-        run.say(f"note: {samples} samples end within warmup_steps = {c.warmup_steps}: learning_rate = "
-                f"{c.learning_rate:g} is never reached")
-    return samples
+    return min(items.total(), c.max_steps * samples_per_step or math.inf)
 
 
 def check_same_run(saved, file, facts, trained):
@@ -105,8 +105,6 @@ def check_same_run(saved, file, facts, trained):
     elif saved["blend"] != facts["blend"]:
         changed = [name for name in facts["blend"] if saved["blend"].get(name) != facts["blend"][name]]
         reason = f"another blend, of {join_names(changed)}"
-    elif saved["train_state"]["epoch"] > facts["config"]["num_epochs"]:
-        reason = "more epochs, and has passed num_epochs"
     if reason:
         raise UserError(f"{file}: the run was started with {reason} ({changes}); {OTHER_RUN}")
 
@@ -121,7 +119,8 @@ def changed_settings(saved, facts):
 def restore_state(saved, facts, manifests, model, run):
     """-> the TrainState of a checkpoint. Where steps would take other items than before, the rest of its
     epoch is divided anew, so that every item is still taken once."""
-    state, old, new = TrainState(**saved["train_state"]), saved["config"], facts["config"]
+    state = TrainState(**saved["train_state"])
+    old, new = saved["config"], facts["config"]
     changes = changed_settings(saved, facts)
     if changes:
         run.say(f"note: changed settings, in effect from now on: {changes}")

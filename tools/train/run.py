@@ -36,32 +36,6 @@ def init_process_group(device, rank, world):
     return dist.new_group(backend="gloo")
 
 
-def all_gather_lists(items, control):
-    """The lists of all ranks, concatenated in the order of ranks."""
-    if control is None:
-        return items
-    lists = [None] * dist.get_world_size(control)
-    dist.all_gather_object(lists, items, control)
-    return sum(lists, [])
-
-
-def any_rank(flags, control):
-    """A list of bools -> for each, whether it is true on any rank."""
-    flags = torch.tensor(flags, dtype=torch.int32)
-    if control is not None:
-        dist.all_reduce(flags, dist.ReduceOp.MAX, control)
-    return flags.bool().numpy().tolist()
-
-
-def check_same_on_all_ranks(values, control):
-    """UserError where {name: value} differs between ranks: nodes were started by hand, or see other files."""
-    for other in all_gather_lists([values], control):
-        for name, value in values.items():
-            if value != other.get(name):
-                raise UserError(f"{name} = {value!r} on one rank, {other.get(name)!r} on another: expected "
-                                f"the same settings, data and run folder on all ranks")
-
-
 def catch_signals():
     """-> a list that receives SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) from now on, so that the loop can save and
     stop. The second Ctrl-C interrupts."""
@@ -87,7 +61,7 @@ def open_locked(file):
     f = open(file, "ab+", buffering=0)
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    except BlockingIOError as error:
         raise UserError(f"{file}: another process trains in this folder; wait for it, or give another "
                         f"--run_name") from error
     except OSError as error:  # some cluster file systems have no locks
@@ -96,13 +70,14 @@ def open_locked(file):
 
 
 class Run:
-    """Where a run computes (rank, world, device, dtype, control group) and its folder expdir/run_name/:
-    log.jsonl, which is also the lock, and checkpoints, which a thread writes beside training. Only rank 0
-    writes."""
+    """Where a run computes (rank, world, device, dtype), messages between its ranks, and its folder
+    expdir/run_name/: log.jsonl, which is also the lock, and checkpoints, which a thread writes beside
+    training. Only rank 0 writes."""
 
     def __init__(self, c):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.control = pick_device(c.device), None
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(c.device)
         if self.world > 1:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -112,10 +87,44 @@ class Run:
         self.say(compute)
         self.folder = os.path.join(settings.resolve_path(c.expdir), c.run_name)
         self.keep_last = 1 if c.delete_previous_checkpoint else c.keep_last
-        self.writer, self.pending, self.log_file = ThreadPoolExecutor(1), None, None
+        self.writer = ThreadPoolExecutor(1)
+        self.pending = None  # the checkpoint that it writes
+        self.log_file = None
         if self.rank == 0:
             os.makedirs(self.folder, exist_ok=True)
             self.log_file = open_locked(os.path.join(self.folder, "log.jsonl"))
+
+    # --- all ranks
+
+    def sum_over_ranks(self, tensor):
+        """In place, on the device."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
+    def any_rank(self, *flags):
+        """For each flag, whether it is true on any rank."""
+        flags = torch.tensor(flags, dtype=torch.int32)
+        if self.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, self.control)
+        return flags.bool().numpy()
+
+    def gather_lists(self, items):
+        """The lists of all ranks, concatenated in the order of ranks."""
+        if self.world == 1:
+            return items
+        lists = [None] * self.world
+        dist.all_gather_object(lists, items, self.control)
+        return sum(lists, [])
+
+    def check_same_on_all_ranks(self, values):
+        """UserError where {name: value} differs: nodes were started by hand, or see other files."""
+        for other in self.gather_lists([values]):
+            for name, value in values.items():
+                if value != other.get(name):
+                    raise UserError(f"{name} = {value!r} on one rank, {other.get(name)!r} on another: "
+                                    f"expected the same settings, data and run folder on all ranks")
+
+    # --- log and checkpoints
 
     def say(self, text, file=None):
         """Print on rank 0, to standard output or a file."""
@@ -126,9 +135,7 @@ class Run:
         return os.fstat(self.log_file.fileno()).st_size
 
     def log(self, **entry):
-        """Append an entry to log.jsonl. Raises what the last checkpoint's writing raised."""
-        if self.pending and self.pending.done():
-            self.wait()
+        """Append an entry to log.jsonl."""
         for name, value in entry.items():
             if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN
                 entry[name] = None
@@ -138,7 +145,7 @@ class Run:
 
     def save(self, name, content):
         """Write a checkpoint in the background: training waits for the copy to host memory alone."""
-        self.wait()
+        self.wait_for_checkpoint()
         copy = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
         self.pending = self.writer.submit(self.write_checkpoint, os.path.join(self.folder, name), copy)
 
@@ -154,12 +161,7 @@ class Run:
             for old in files[files.index(path) + self.keep_last:]:
                 os.remove(old)
 
-    def wait(self):
-        """Wait for the checkpoint that is being written; raises what its writing raised."""
-        pending, self.pending = self.pending, None
-        if pending:
-            pending.result()
-
-    def close(self):
-        self.writer.shutdown()
-        self.wait()
+    def wait_for_checkpoint(self):
+        """Wait for the one that is being written; raises what its writing raised."""
+        if self.pending:
+            self.pending.result()

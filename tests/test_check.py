@@ -99,13 +99,15 @@ def test_a_file_shorter_than_its_header_is_truncated(tmp_path, kind):
 @pytest.mark.parametrize("script, options, name", [
     (check, [], "dataset_blending_config"), (check, ["nowhere.json"], "nowhere.json"),
     (check, ["{val}", "--write=/dev/null/x"], "/dev/null/x"),
-    (check, ["{val}", "--page=/dev/null/x.html"], "/dev/null"), (check, ["{val}", "--write={folder}"], "val.json"),
+    (check, ["{val}", "--page=/dev/null/x.html"], "/dev/null"),
+    (check, ["{val}", "--write={folder}"], "val.json"),
     (convert, ["{val}"], "--to"), (convert, ["{val}", "--to=/dev/null/x"], "/dev/null/x"),
     (convert, ["{val}", "{folder}/./good-AQA/val.json", "--to={tmp}/to"], "good-AQA/val.json")])
 def test_what_cannot_be_done_is_found_first(folder, tmp_path, script, options, name):
     """The last: two manifests of one name."""
     names = {"val": f"{folder}/good-AQA/val.json", "folder": folder, "tmp": tmp_path}
-    c = config.load([option.format(**names) for option in options], f"{script.__name__.replace('.', '/')}.py", files=True)
+    options = [option.format(**names) for option in options]
+    c = config.load(options, f"{script.__name__.replace('.', '/')}.py", files=True)
     with pytest.raises((UserError, FileNotFoundError), match=name):
         script.main(c)
 

@@ -1,4 +1,4 @@
-"""An answer depends on its clip, prompt and settings alone: continuous batching, several clips, follow-ups."""
+"""An answer depends on its clip, prompt and settings: continuous batching, several clips, follow-ups."""
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -54,7 +54,7 @@ def decode_ids(model, items, slots, sampling, sync_every=None):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 30, "seed": 3}])
 @pytest.mark.parametrize("slots, sync_every", [(1, 1), (3, 1), (8, 8), (50, 1)])
 def test_continuous_batches_answer_as_one_by_one(model, monkeypatch, settings, slots, sync_every):
-    """Answers of different lengths. sync_every: a GPU decodes several steps between two looks at its tokens."""
+    """Answers of different lengths. sync_every: decoding steps between two synchronisations of a GPU."""
     items, sampling = questions(model, 11), Sampling(max_new_tokens=12, **settings)
     monkeypatch.setattr(model, "stop_ids", [])
     rows = [decode_ids(model, [item], 1, sampling)[0] for item in items]
@@ -110,7 +110,8 @@ def test_a_reasoning_answer_without_conclusion_is_made_to_conclude(model):
     cut = "<summary> one. <reasoning> it barks. it may be 3.5 khz hi"
     prefix = "<summary> one. <reasoning> it barks. <conclusion>"
     prompt, windows, counts = item
-    forced = model.generate([prompt], windows, torch.tensor(counts), max_new_tokens=4, answer_prefix=prefix)[0]
+    options = {"max_new_tokens": 4, "answer_prefix": prefix}
+    forced = model.generate([prompt], windows, torch.tensor(counts), **options)[0]
     assert force_conclusion(model, item, cut, sampling) == forced
     *_, last = stream_text(model, item, None, sampling, reasoning=True)
     assert "<conclusion>" in last

@@ -19,7 +19,8 @@ SMALL = ["--lang_encoder_path=HuggingFaceTB/SmolLM2-135M", "--clap_embed_dim=96"
          "--precision=fp32"]
 CASES = {  # clips, windows, tokens, answers, micro-batches | settings
     "table trains": (2, 2, 64, 30, 2, "--cross_attn_every_n_layers=3"),
-    "encoder trains, recomputed": (3, 1, 96, 60, 1, "--gradient_checkpointing", "--clap_gradient_checkpointing",
+    "encoder trains, recomputed": (3, 1, 96, 60, 1, "--gradient_checkpointing",
+                                   "--clap_gradient_checkpointing",
                                    "--clap_finetune", "--freeze_lm_embeddings=true",
                                    "--cross_attn_every_n_layers=5")}
 
@@ -42,8 +43,10 @@ def test_the_command_prints_the_planned_figures():
         "audio encoder": 364, "audio transformer": 30, "gated cross-attention": 195, "language model": 356,
         "head and loss": 12}, rel=0.04)
     planned = {
-        "gpus": 8, "gpu_gb": 80, "batch_size": 16, "windows": 3, "trained": 1.74e9, "flops_per_sample": 1.8e12,
-        "samples_per_s": 8 * 175, "windows_per_s": 4200, "host_to_device_mb_s": 4200 * 0.32, "all_reduce_gb": 7.0}
+        "gpus": 8, "gpu_gb": 80, "batch_size": 16, "windows": 3, "trained": 1.74e9,
+        "flops_per_sample": 1.8e12,
+        "samples_per_s": 8 * 175, "windows_per_s": 4200,
+        "host_to_device_mb_s": 4200 * 0.32, "all_reduce_gb": 7.0}
     planned |= {"trained weights": 7.0, "gradients": 7.0, "Adam's moments": 13.9, "frozen weights": 6.2}
     figures = f | f["memory_gb"]
     assert {name: figures[name] for name in planned} == pytest.approx(planned, rel=0.03)
@@ -67,7 +70,8 @@ def test_a_config_names_its_hardware_and_a_release_its_language_model(tmp_path, 
 
 
 @pytest.mark.parametrize("wrong", [
-    "gpu=0", "gpus=0", "windows=-1", "tokens=0", "answers=65", "items=-5", "mfu=1.5", "tflops=-1", "precision=fp8",
+    "gpu=0", "gpus=0", "windows=-1", "tokens=0", "answers=65", "items=-5", "mfu=1.5", "tflops=-1",
+    "precision=fp8",
     "lang_encoder_path=some/where"])
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=wrong.split("=")[0]):

@@ -20,7 +20,8 @@ from tools.common import UserError
 
 
 def run_sample(trained, *options, **kw):
-    return run("sample.py", f"--init_from={trained}/tiny", "--max_new_tokens=4", "--precision=fp32", *options, **kw)
+    common = (f"--init_from={trained}/tiny", "--max_new_tokens=4", "--precision=fp32")
+    return run("sample.py", *common, *options, **kw)
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +54,22 @@ def read_lines(path):
 def test_a_line_of_output_for_every_line_of_input(trained, tiny_data, expected, tmp_path):
     """Clips of all kinds, several clips, bad ones, a prompt that is too long: in order, with their keys."""
     rng = np.random.default_rng(0)
-    clips = {"silent": (np.zeros(16000), 16000), "short": (np.ones(160) * 0.1, 16000), "empty": (np.zeros(0), 16000),
-             "seven": (rng.standard_normal((8000, 7)) * 0.1, 16000), "fast": (rng.standard_normal(19200), 192000)}
+    clips = {"silent": (np.zeros(16000), 16000), "short": (np.ones(160) * 0.1, 16000),
+             "empty": (np.zeros(0), 16000),
+             "seven": (rng.standard_normal((8000, 7)) * 0.1, 16000),
+             "fast": (rng.standard_normal(19200), 192000)}
     for name, (samples, rate) in clips.items():
         soundfile.write(tmp_path / f"{name}.wav", samples * 0.5, rate)
     (tmp_path / "text.wav").write_text("no audio")
     pair = [f"{tiny_data}/1.wav", f"{tiny_data}/4.wav"]
-    paths = [f"{name}.wav" for name in clips] + ["text.wav", "gone.wav", pair, pair[0], pair[0]]  # beside the file
+    paths = [f"{name}.wav" for name in clips]  # beside the file of questions
+    paths += ["text.wav", "gone.wav", pair, pair[0], pair[0]]
     questions = [{"path": path, "prompt": f"Question {i}?", "id": [i]} for i, path in enumerate(paths)]
     questions[-1]["prompt"] = "long " * 600
     write_lines(tmp_path / "q.jsonl", questions)
     output = tmp_path / "a.jsonl"
-    done = run_sample(trained, "--input", tmp_path / "q.jsonl", "--output", output, "--batch_size=3", ok=False)
+    files = ("--input", tmp_path / "q.jsonl", "--output", output)
+    done = run_sample(trained, *files, "--batch_size=3", ok=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     answers = read_lines(output)
     assert [json.loads(line) for line in done.stdout.splitlines()] == answers
@@ -94,7 +99,8 @@ def test_what_is_done_survives_a_kill(trained, tiny_data, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = read_lines(part)
-    assert len(done) >= 20 and [line["prompt"] for line in done] == [q["prompt"] for q in questions[:len(done)]]
+    assert len(done) >= 20
+    assert [line["prompt"] for line in done] == [q["prompt"] for q in questions[:len(done)]]
 
 
 @pytest.mark.slow
@@ -102,7 +108,8 @@ def test_clips_of_one_question_and_follow_ups(trained, tiny_data, expected, tmp_
     """Each question of a chat is answered as if it were asked alone; the newest run is the default."""
     clips = [f"{tiny_data}/1.wav", f"{tiny_data}/4.wav"]
     command = [sys.executable, "sample.py", f"--expdir={trained}", "--precision=fp32", "--max_new_tokens=4",
-               f"--audio={clips[0]}", f"--audio={clips[1]}", "--chat", "--prompt=One?", f"--output={tmp_path}/a.jsonl"]
+               f"--audio={clips[0]}", f"--audio={clips[1]}", "--chat", "--prompt=One?",
+               f"--output={tmp_path}/a.jsonl"]
     chat = subprocess.run(command, cwd=ROOT, text=True, input="Two?\n\nThree?\n", capture_output=True)
     answers = [expected(prompt, *clips) for prompt in ("One?", "Two?", "Three?")]
     assert chat.returncode == 0 and chat.stdout == "".join(answer + "\n" for answer in answers), chat.stderr
@@ -112,7 +119,8 @@ def test_clips_of_one_question_and_follow_ups(trained, tiny_data, expected, tmp_
 @pytest.mark.slow
 def test_a_truncated_clip_is_reported_once_with_its_seconds(trained, tiny_data, expected, tmp_path):
     soundfile.write(tmp_path / "long.wav", np.random.default_rng(2).standard_normal(12 * 16000) * 0.1, 16000)
-    result = run_sample(trained, "--audio", tmp_path / "long.wav", "--prompt", "What?", "--timeline", tmp_path / "t")
+    options = ("--audio", tmp_path / "long.wav", "--prompt", "What?", "--timeline", tmp_path / "t")
+    result = run_sample(trained, *options)
     lines = [line for line in result.stderr.splitlines() if "max_num_window" in line]
     assert len(lines) == 1 and "7.0 s" in lines[0]  # 12 s, two windows of 2.5 s
     assert result.stdout == expected("What?", tmp_path / "long.wav") + "\n"
@@ -126,12 +134,14 @@ def test_a_truncated_clip_is_reported_once_with_its_seconds(trained, tiny_data, 
 def test_a_wrong_question_is_named_with_its_line(tmp_path, line):
     (tmp_path / "q.jsonl").write_text('{"path": "a.wav", "prompt": "x"}\n' + line)
     with pytest.raises(UserError, match="q.jsonl line 2"):
-        sample.main(config.load([f"--input={tmp_path}/q.jsonl", "--init_from=none"], "sample.py", sample.READS))
+        options = [f"--input={tmp_path}/q.jsonl", "--init_from=none"]
+        sample.main(config.load(options, "sample.py", sample.READS))
 
 
 @pytest.mark.parametrize("options, name", [
     ([], "--audio"), (["--audio={clip}", "--serve"], "--serve"),
-    (["--audio={clip}", "--output={tmp}"], "{tmp}"), (["--audio={clip}", "--output=/dev/null/x.jsonl"], "/dev/null"),
+    (["--audio={clip}", "--output={tmp}"], "{tmp}"),
+    (["--audio={clip}", "--output=/dev/null/x.jsonl"], "/dev/null"),
     (["--audio={clip}", "--timeline=/dev/null/x"], "/dev/null"), (["--export=/dev/null/x"], "/dev/null/x"),
     (["--audio={clip}", "--top_p=2"], "top_p"), (["--audio={clip}", "--temperature=-1"], "temperature"),
     (["--serve", "--port=70000"], "port"), (["--serve", "--port=-1"], "port"),

@@ -1,4 +1,4 @@
-"""What the benches share: timing of functions that take turns, a table, the model that decode and train run."""
+"""What the benches share: timing of functions in turns, a table, the model of decode and train."""
 import time
 from types import SimpleNamespace
 
@@ -13,7 +13,8 @@ ROUNDS = 20
 CACHE_BYTES = 2 ** 28  # more than any GPU's L2 cache
 SMOLLM2 = SimpleNamespace(
     width=576, layers=30, inner=1536, heads=9, kv_heads=3, d=64, vocab=49152, eps=1e-5, rope_theta=1e5,
-    rope_stretch=None, qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False, tied=True, positions=8192)
+    rope_stretch=None, qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
+    positions=8192)
 HTSAT_TINY = {"clap_embed_dim": 96, "clap_depths": [2, 2, 6, 2], "clap_num_heads": [4, 8, 16, 32]}
 
 
@@ -37,8 +38,8 @@ def seconds_of(run, device):
 
 
 def time_in_turns(runs, device, rounds=ROUNDS, warmup=2):
-    """{name: function} -> {name: [20th percentile, median, 80th] of its seconds}. The functions take turns, so
-    that a slow moment of the machine slows all of them."""
+    """{name: function} -> {name: [20th percentile, median, 80th] of its seconds}. The functions take turns,
+    so that a slow moment of the machine slows all of them."""
     seconds = {name: [] for name in runs}
     for _ in range(warmup + rounds):
         for name, run in runs.items():

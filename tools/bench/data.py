@@ -28,20 +28,23 @@ WINDOWS = {"window_length": 10.0, "window_overlap": 0.0, "max_num_window": 30}
 
 
 def write_manifests(folder, total):
-    """MANIFESTS files, the largest a quarter of all: clips of 1-300 s, texts of the standard library's manual."""
+    """MANIFESTS files, the largest a quarter of all: clips of 1-300 s, texts of Python's manual."""
     from pydoc_data.topics import topics
     words, rng = " ".join(topics.values()).split(), np.random.default_rng(0)
     shares = 1 / np.arange(1, MANIFESTS + 1)
     names = [f"Set{i}-AQA/train" for i in range(MANIFESTS)]
     for name, share in zip(names, shares / shares.sum()):
         n = max(1, int(total * share))
-        seconds, first = rng.uniform(1, 10 ** rng.uniform(0.5, 2.5, n)).round(3), rng.integers(0, len(words) - 40, n)
-        data = {str(i): {"name": f"{i % 997}/clip-{i}.flac", "prompt": "Describe the sound.", "duration": duration,
+        seconds = rng.uniform(1, 10 ** rng.uniform(0.5, 2.5, n)).round(3)
+        first = rng.integers(0, len(words) - 40, n)
+        data = {str(i): {"name": f"{i % 997}/clip-{i}.flac", "prompt": "Describe the sound.",
+                         "duration": duration,
                          "output": " ".join(words[at:at + 3 + i % 37])}
                 for i, (duration, at) in enumerate(zip(seconds.tolist(), first.tolist()))}
         os.makedirs(os.path.dirname(f"{folder}/{name}"))
         with open(f"{folder}/{name}.json", "w") as f:
-            json.dump({"split": "train", "split_path": "a", "flamingo_task": name.split("/")[0], "total_num": n,
+            json.dump({"split": "train", "split_path": "a", "flamingo_task": name.split("/")[0],
+                       "total_num": n,
                        "data": data}, f)
     return names
 
@@ -98,7 +101,8 @@ def start_training(folder, names, tokenizer, total):
     bare_worker = worker_mb([])
     c = SimpleNamespace(**config.defaults() | {
         "dataset_file_root": folder, "data_root": folder, "max_windows_per_batch": 48, "batch_size": 16,
-        "dataset_blending_config": dict.fromkeys(names, 1.0), "dataset_blending_global_weight": EPOCH / total})
+        "dataset_blending_config": dict.fromkeys(names, 1.0),
+        "dataset_blending_global_weight": EPOCH / total})
     start = time.perf_counter()
     manifests = open_manifests(c, c.dataset_blending_config)
     opened = time.perf_counter()
@@ -119,7 +123,8 @@ def plan_padding(file, tokenizer):
     rows = np.stack([np.zeros_like(chosen), chosen], 1)
     sizes = Clips([manifest], rows, WINDOWS).sizes(tokenizer)  # estimated, by which the batches are made
     plan = plan_batches(sizes, 16, [0, 0], WORLD, max_windows=48)
-    texts = [f"{item['prompt']}\n{item['output']}".lower() for item in (manifest.items[i] for i in chosen.tolist())]
+    items = [manifest.items[i] for i in chosen.tolist()]
+    texts = [f"{item['prompt']}\n{item['output']}".lower() for item in items]
     sizes[:, 1] = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     return padding_stats(sizes, plan)
 

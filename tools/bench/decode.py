@@ -1,7 +1,7 @@
 """tools/bench.py decode: what a token of an answer costs, beside the published way and the machine's limits.
 
-SmolLM2-135M with all 30 blocks gated, HTSAT-tiny, random weights and noise: no time depends on them. All variants
-decode side by side, a token each in turns; figures are medians.
+SmolLM2-135M with all 30 blocks gated, HTSAT-tiny, random weights and noise: no time depends on them. All
+variants decode side by side, a token each in turns; figures are medians.
 """
 import torch
 import torch.nn.functional as F

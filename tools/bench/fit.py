@@ -6,9 +6,9 @@
 
 Memory is counted in closed form from the shapes: weights, gradients, Adam's moments, and the activations that
 autograd keeps for the backward pass. tests/test_fit.py compares it with the peak of real steps on a CPU. The
-sizes of Qwen2.5-0.5B, -1.5B, -3B and SmolLM2-135M are known here, those of another language model are read from
-its local folder; nothing is downloaded. What is not counted is kept free: 1 GB for CUDA's context and libraries,
-5 % for fragmentation.
+sizes of Qwen2.5-0.5B, -1.5B, -3B and SmolLM2-135M are known here, those of another language model are read
+from its local folder; nothing is downloaded. What is not counted is kept free: 1 GB for CUDA's context and
+libraries, 5 % for fragmentation.
 """
 import ast
 import bisect
@@ -67,7 +67,8 @@ def sizes_and_tokenizer(c):
         return load_lm_config_and_tokenizer(c)
     if name not in LANGUAGE_MODELS:
         known = ", ".join(LANGUAGE_MODELS)
-        raise UserError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder; known by name are {known}")
+        raise UserError(f"lang_encoder_path = {c.lang_encoder_path!r}: no such folder; known by name are "
+                        f"{known}")
     sizes = SimpleNamespace(**vars(SMOLLM2) | LANGUAGE_MODELS[name])
     return None, sizes, ByteTokenizer(sizes.vocab)
 
@@ -121,7 +122,7 @@ def copies(p, products):
 
 
 def encoder_activations(clap, p):
-    """-> bytes that a window keeps, and those while its widest block is recomputed: blocks after it are done."""
+    """-> bytes that a window keeps, and those while its widest block is recomputed, after all others."""
     L, C = (clap.htsat.spec_size // 4) ** 2, clap.htsat.embed_dim
     total, peak = L * (16 * p + 4 * C), 0  # patches of 4 x 4, their norm
     for stage in clap.htsat.layers:
@@ -179,8 +180,8 @@ def text_activations(model, p, T, S):
 
 
 def step_memory(model, B, W, T, A, p, accumulates=False, shards=1):
-    """-> {what: bytes} at the peak of an optimizer step: micro-batches of B clips with W windows and texts of T
-    tokens, A of them with labels, one at a time on the device. accumulates: gradients are there before the
+    """-> {what: bytes} at the peak of an optimizer step: micro-batches of B clips with W windows and texts of
+    T tokens, A of them with labels, one at a time on the device. accumulates: gradients are there before the
     backward pass, those of an earlier micro-batch or the buckets in which ranks reduce them; shards: in which
     the optimizer's state is."""
     S = W * model.clap.tokens_per_window

@@ -65,9 +65,9 @@ def spilled_bytes(compiled):
 
 
 def compile_all():
-    """Compile the table of block sizes; bfloat16 stands for float16: the same bytes. Short texts take less."""
+    """Compile the table of block sizes; bfloat16 stands for float16: the same bytes. Short texts use less."""
     if model.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it to compile them")
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
     entries = product(ARCHITECTURES, KERNELS, (torch.bfloat16, torch.float32), (32, 64, 128))
     with ProcessPoolExecutor() as pool:
         return list(pool.map(compile_kernel, *zip(*entries)))

@@ -1,8 +1,9 @@
 """Training and decoding written the published way, on the weights of an AudioFlamingo: what ours is compared
 with, in value (tests/test_model.py) and in time (tools/bench.py train and decode).
 
-Windows are padded to those of the longest clip and encoded clip by clip, by laion-clap's own blocks. Attention
-forms all scores. The head runs at every position. Decoding computes the audio's keys and values at every token.
+Windows are padded to those of the longest clip and encoded clip by clip, by laion-clap's own blocks.
+Attention forms all scores. The head runs at every position. Decoding computes the audio's keys and values at
+every token.
 Weights and log-mel are the model's; nothing else is.
 """
 import math
@@ -15,7 +16,7 @@ from model import log_mel
 
 
 def padded(windows, n_windows):
-    """windows (sum W, L) int16 or float32 -> (B, max W, L) float32, and a mask (B, max W) of the real ones."""
+    """windows (sum W, L) int16 or float32 -> (B, max W, L) float32, and a mask (B, max W) of real ones."""
     if windows.dtype == torch.int16:
         windows = windows.float() / 32767
     clips = windows.split(n_windows.tolist())

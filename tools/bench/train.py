@@ -1,8 +1,8 @@
 """tools/bench.py train: what an optimizer step costs, beside one written the published way (reference.py).
 
 SmolLM2-135M with all 30 blocks gated, HTSAT-tiny, random weights; 4 clips, 64 text tokens of which 44 are
-answers; what pretraining trains, with AdamW. The two take turns; figures are medians. Peak memory is that of a
-process of its own that takes two steps: weights, gradients and optimizer state included.
+answers; what pretraining trains, with AdamW. The two take turns; figures are medians. Peak memory is that of
+a process of its own that takes two steps: weights, gradients and optimizer state included.
 """
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial

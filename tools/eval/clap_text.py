@@ -60,12 +60,13 @@ def load_text_encoder(state, t5="google/flan-t5-large", device="cpu"):
                 if name.startswith(prefix)}
 
     branch, linear = part("module.text_branch."), part("module.text_projection.")
+    embedding = branch.get("shared.weight", branch.get("encoder.embed_tokens.weight"))
+    branch |= dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), embedding)
     encoder.load_state_dict({name: branch[name] for name in encoder.state_dict()})
     d, hidden = linear["0.weight"].shape
     project = torch.nn.Sequential(torch.nn.Linear(hidden, d), torch.nn.ReLU(), torch.nn.Linear(d, d))
     project.load_state_dict(linear)
-    encoder.to(device).eval()
-    project.to(device)
+    encoder, project = encoder.to(device).eval(), project.to(device).eval()
 
     @torch.inference_mode()
     def embed(texts):

@@ -36,10 +36,17 @@ def normalise(text):
     return ARTICLE.sub("", plain) or " ".join(text.split())
 
 
-def labels_of(text):
-    """The set of normalised labels in "dog, bark; door"."""
-    parts = re.split(r"[;\n]|,(?!\d)", text)
-    labels = set(map(normalise, parts)) - {""}
+def labels_of(text, with_comma=()):
+    """The set of normalised labels in "dog, bark; door". with_comma: normalised labels that hold a comma; the
+    longest run of parts that is one of them is one label."""
+    parts = [part for part in re.split(r"[;\n]|,(?!\d)", text) if part.strip()]
+    labels = set()
+    while parts:
+        size = min(len(parts), 8) if with_comma else 1
+        while size > 1 and normalise(",".join(parts[:size])) not in with_comma:
+            size -= 1
+        labels.add(normalise(",".join(parts[:size])))
+        parts = parts[size:]
     return frozenset(labels or {normalise(text)} - {""})
 
 

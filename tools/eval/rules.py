@@ -42,15 +42,20 @@ def similarities(embed, texts, labels):
 def closed_set(items, labels=None, embed=None):
     """One label, or the same several in any order."""
     names = sorted(set(labels or [item["output"] for item in items]))
-    known = {labels_of(name): name for name in names}  # spellings of one label are one
+    with_comma = {normalise(name) for name in names if "," in name}
+    known = {labels_of(name, with_comma): name for name in names}  # spellings of one label are one
+
+    def find(text):
+        return known.get(labels_of(text, with_comma))
+
     answers = [answer_text(item) for item in items]
     if embed is not None:
         cosines = similarities(embed, answers, names)
         answers = [names[row.argmax()] if row.max() > -1 else "" for row in cosines]
     right = []
     for item, answer in zip(items, answers):
-        item["predicted"] = known.get(labels_of(answer))
-        reference = known.get(labels_of(item["output"]))
+        item["predicted"] = find(answer)
+        reference = find(item["output"])
         right.append(reference is not None and item["predicted"] == reference)
     return {"accuracy": right, "chance": 1 / len(known)}
 
@@ -77,23 +82,26 @@ def nsynth(items, labels=None, embed=None):
 def multi_label(items, labels=None, embed=None):
     """Several labels: mAP over the labels. The scores are the similarities of the answer to every label, or 1
     for the labels that it lists. An item's own score: the share of its labels that rank above all others."""
-    references = [item["output"] for item in items]
-    names = sorted(frozenset().union(*map(labels_of, labels or references)))
-    truth = indicators(references, names) > 0
+    with_comma = {normalise(label) for label in labels or () if "," in label}
+    references = [labels_of(item["output"], with_comma) for item in items]
+    names = sorted(frozenset(map(normalise, labels or ())) or frozenset().union(*references))
+    truth = indicators(references, names)
     answers = [answer_text(item) for item in items]
-    scores = similarities(embed, answers, names) if embed else indicators(answers, names)
-    for item, answer, row, mask in zip(items, answers, scores, truth):
+    if embed is None:
+        scores = indicators([labels_of(answer, with_comma) for answer in answers], names)
+    else:
+        scores = similarities(embed, answers, names)
+    for item, answer, row, mask in zip(items, answers, scores, truth > 0):
         ranks = (row >= row[mask][:, None]).sum(1)  # of its labels; equal scores rank last
         item["score"] = float((ranks <= len(ranks)).mean()) if answer and len(ranks) else 0.0
     try:
-        return {"mAP": mean_average_precision(truth, scores, clips_of(items))}
+        return {"mAP": mean_average_precision(truth > 0, scores, clips_of(items))}
     except UserError as error:  # no scikit-learn
         return {"mAP": None, "not computed": str(error)}
 
 
-def indicators(texts, names):
-    """(texts, names): 1 where the text lists the name."""
-    label_sets = map(labels_of, texts)
+def indicators(label_sets, names):
+    """(items, names): 1 where the item's set holds the name."""
     return np.array([[name in labels for name in names] for labels in label_sets], float)
 
 

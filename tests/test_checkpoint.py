@@ -110,9 +110,10 @@ def test_only_the_models_own_weights_are_read(tiny_lm, tiny_settings, tmp_path):
 
 
 PEAK = """
-import resource, sys, torch, config, checkpoint
+import sys, torch, config, checkpoint
 from types import SimpleNamespace
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from tools.train.log import peak_memory
+peak = lambda: int(peak_memory() * 2 ** 30)
 c = SimpleNamespace(**(config.defaults() | eval(sys.argv[1])))
 before = peak()
 model = checkpoint.new_model(c, dtype=torch.bfloat16)

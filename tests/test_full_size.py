@@ -13,11 +13,12 @@ from tests.helpers import run, write_manifest
 pytestmark = pytest.mark.slow
 REPO = "nvidia/audio-flamingo-2-0.5B"
 LOAD_AND_ANSWER = """
-import resource, sys, time, torch
+import sys, time, torch
 import checkpoint, transformers
 from data import load_audio
 from transformers import AutoConfig, AutoTokenizer
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from tools.train.log import peak_memory
+peak = lambda: peak_memory() * 2 ** 30
 cache, source, clip = sys.argv[1:]
 before, start = peak(), time.time()
 model = checkpoint.load(source, dtype=torch.bfloat16, cache_dir=cache)
@@ -58,8 +59,8 @@ def test_trains_and_is_written_again(cache):
         f"--expdir={cache}", f"--data_root={cache}", f"--dataset_file_root={cache}", "--num_epochs=1",
         "--max_num_window=2", "--dataset_blending_config={'noise-AQA/train': 1}",
         "--dataset_blending_global_weight=1", "--valid_dataset_config={}", "--num_workers=0",
-         "--batch_size=1",
-        "--gradient_accumulation_steps=1", "--clap_finetune=false", "--freeze_lm_embeddings=added")
+        "--batch_size=1", "--gradient_accumulation_steps=1", "--clap_finetune=false",
+        "--freeze_lm_embeddings=added")
     done = [json.loads(line) for line in open(f"{cache}/sft/log.jsonl")]
     count = lambda shapes: sum(math.prod(shape) for shape in shapes.values())
     trained = 24 * count(gated_shapes(896)) + count(transformer_shapes())

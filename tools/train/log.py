@@ -2,7 +2,6 @@
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from collections import Counter
@@ -208,7 +207,9 @@ def peak_flops(device):
 
 
 def peak_memory(device=torch.device("cpu")):
-    """GiB: the most allocated on a GPU, the largest resident size of this process on a CPU."""
+    """GiB: the most allocated on a GPU, the largest resident size of this process on a CPU (VmHWM: unlike
+    ru_maxrss it does not start at the size of the process that started this one)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 20

@@ -153,12 +153,12 @@ def format_line(entry, total_steps):
     """A log entry for the terminal."""
     mfu = f"{entry['mfu']:.0%}" if entry["mfu"] else "n/a"
     eta = (total_steps - entry["step"]) * entry["ms"] / 1000
+    truncated = f"truncated answers {entry['truncated_answers']} | " if entry["truncated_answers"] else ""
     return (f"step {entry['step']}/{total_steps} | loss {entry['loss']:.4f} | lr {entry['lr']:.1e} | "
             f"gnorm {entry['gnorm']:.2f} | gate {entry['gate']:.3f} | {entry['ms']:.0f} ms | "
             f"{entry['tok_s'] / 1000:.1f}k tok/s | {entry['audio_s']:.0f} s-audio/s | "
             f"pad {entry['pad']:.0%} | mfu {mfu} | mem {entry['mem_gb']:.1f}G | "
-            f"truncated answers {entry['truncated_answers']} | "
-            f"eta {eta // 3600:.0f}h{eta % 3600 // 60:02.0f}m")
+            f"{truncated}eta {eta // 3600:.0f}h{eta % 3600 // 60:02.0f}m")
 
 
 # ------------------------------------------------------------------------------------------------------------

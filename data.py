@@ -389,29 +389,21 @@ def init_worker(_):
 
 
 def select_rows(manifests, config, epoch):
-    """-> (n, 2) rows (manifest, item) that an epoch takes of the blend; a record of each manifest's share."""
-    rows, record = [], []
+    """-> (n, 2) rows (manifest, item) that an epoch takes of the blend."""
+    rows = []
     for m, (name, manifest) in enumerate(manifests.items()):
         weight = config.dataset_blending_global_weight * config.dataset_blending_config[name]
         items = manifest.epoch(epoch, weight)
         rows.append(np.stack([np.full(len(items), m), items], 1))
-        first = int(epoch * len(manifest) * weight)
-        record.append({
-            "epoch": epoch,
-            "dataset": name,
-            "total_num": len(manifest),
-            "weight": weight,
-            "first": first,
-            "stop": first + len(items)})
-    return np.concatenate(rows), record
+    return np.concatenate(rows)
 
 
 def plan_epoch(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, only=None):
     """Plan one epoch, or `only` some of its rows (an array of row numbers), from micro-step `start` on.
 
     -> this rank's micro-batches, lists of (manifest, item); the row numbers of every micro-step, of all ranks
-    and from 0 on; padding_stats; what dataset_blending_output records."""
-    rows, record = select_rows(manifests, config, epoch)
+    and from 0 on; padding_stats."""
+    rows = select_rows(manifests, config, epoch)
     if not len(rows):
         raise UserError(f"epoch {epoch} selects no item: dataset_blending_global_weight = "
                         f"{config.dataset_blending_global_weight} is too small for these manifests")
@@ -432,12 +424,12 @@ def plan_epoch(manifests, config, tokenizer, audio_config, epoch, rank=0, world=
     mine = [micro[(rank + k) % world] for k, micro in enumerate(plan)]  # ranks take turns
     mine = [list(map(tuple, rows[batch].tolist())) for batch in mine[start:]]
     all_ranks = [only[np.concatenate(micro)] for micro in plan]
-    return mine, all_ranks, padding_stats(sizes, plan), record
+    return mine, all_ranks, padding_stats(sizes, plan)
 
 
 def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, world=1, start=0, loader=None,
                  only=None):
-    """-> DataLoader of this rank's micro-batches of an epoch, what dataset_blending_output records of it.
+    """-> DataLoader of this rank's micro-batches of an epoch.
 
     loader: the one of the epoch before, which goes on: its workers and what they cached stay, its list of
     batches is replaced. loader.rows: row numbers of each micro-step of all ranks; loader.stats:
@@ -450,13 +442,13 @@ def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, worl
         iter(loader)  # forks the workers now: not while the planning thread holds a lock of the tokenizer
     planned = loader.planned.get(epoch) if start == 0 and only is None else None
     if planned:
-        batches, loader.rows, loader.stats, record = planned.result()
+        batches, loader.rows, loader.stats = planned.result()
     else:
-        batches, loader.rows, loader.stats, record = plan(epoch, start=start, only=only)
+        batches, loader.rows, loader.stats = plan(epoch, start=start, only=only)
     loader.batch_sampler[:] = batches
     if config.num_workers and epoch + 1 < config.num_epochs:  # else this process uses the tokenizer itself
         loader.planned = {epoch + 1: planning_thread.submit(plan, epoch + 1)}
-    return loader, record
+    return loader
 
 
 def valid_loader(manifest, config, tokenizer, audio_config, rank=0, world=1):

@@ -106,8 +106,8 @@ def optimizer_steps(c, run, manifests, model, state):
     while not state.finished(c):
         epoch = state.epoch
         first = state.step_in_epoch * accumulation
-        loader, _ = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
-                                 run.world, first, loader, state.remaining)
+        loader = train_loader(manifests, c, model.tokenizer, model.audio_config, epoch, run.rank,
+                              run.world, first, loader, state.remaining)
         if state.between_epochs():
             run.log(epoch=epoch, step=state.step + 1, **loader.stats)
         batches = iter(loader)

@@ -594,7 +594,8 @@ class AudioFlamingo(nn.Module):
         """windows (sum W, L) int16 or float32 -> audio tokens (B, S, C) and n_keys, the valid audio tokens of
         each text: (B,), as n_windows, or (B, K) cumulative over its K clips (0 windows: fewer clips)."""
         small = windows.device.type == "cpu" and not self.clap.training  # fits the CPU's caches
-        parts = windows.split(4 if small else 64)
+        n_parts = math.ceil(len(windows) / (4 if small else 64))
+        parts = windows.tensor_split(n_parts)  # of equal size, else a remainder of one would feed BatchNorm
         tokens = torch.cat([self.clap(to_float(part)) for part in parts])  # (sum W, 64, C)
         _, S, C = tokens.shape
         device = tokens.device

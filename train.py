@@ -34,14 +34,16 @@ from tools.train.resume import (PER_RANK_SETTINGS, TrainState, check_same_run, c
 from tools.train.run import INTERIM, Run, catch_signals
 
 
-def lr_factor(c, state, samples_per_step, total_samples):
-    """Factor on the learning rates of the next step: linear warm-up over warmup_steps, then constant, cosine
-    or linear in the share of the samples taken, which another batch size does not move."""
+def lr_factor(c, state, samples, total_samples):
+    """Factor on the learning rates of the next step, which takes `samples` items: linear warm-up over
+    warmup_steps, then constant, or cosine or linear down to 0 at the last step. Progress is the share of the
+    run's items taken at the end of the step, or of max_steps where that is further: another batch size moves
+    neither."""
     if state.step < c.warmup_steps:
         return (state.step + 1) / c.warmup_steps
-    warmup = c.warmup_steps * samples_per_step
-    progress = (state.samples - warmup) / max(1, total_samples - warmup)
-    progress = min(1.0, max(0.0, progress))
+    progress = (state.samples + samples - state.warmup_samples) / (total_samples - state.warmup_samples)
+    if c.max_steps:
+        progress = max(progress, (state.step + 1 - c.warmup_steps) / (c.max_steps - c.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return {"constant": 1.0, "cosine": cosine, "linear": 1 - progress}[c.lr_scheduler]
 
@@ -240,11 +242,9 @@ def save_checkpoint(c, run, model, optimizer, state, facts):
 def train(c, run):
     # --- data, model, optimizer, state
     run.say(describe_machine(run.device, run.world))
-    torch.backends.cuda.matmul.allow_tf32 = True
     manifests = open_manifests(c, c.dataset_blending_config)
     valid = open_manifests(c, c.valid_dataset_config)
-    samples_per_step = c.batch_size * c.gradient_accumulation_steps * run.world  # at most
-    total_samples = count_samples(c, run, manifests, samples_per_step)
+    total_samples = count_samples(c, run, manifests)
     model, optimizer, state, manifests, facts = start_or_resume(c, run, manifests)
     run.say(parameter_table(model))
     valid = {name: valid_loader(manifest, c, model.tokenizer, model.audio_config, run.rank, run.world)
@@ -267,12 +267,12 @@ def train(c, run):
         validated = validate(c, run, model, valid, state, signals)
     for micro_batches, samples, next_epoch in optimizer_steps(c, run, manifests, model, state):
         epoch = state.epoch
-        factor = lr_factor(c, state, samples_per_step, total_samples)
+        factor = lr_factor(c, state, samples, total_samples)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         seed_step(c, run.rank, state.step)
         result = train_step(ddp, optimizer, micro_batches, run, c.grad_clip)
-        state.advance(samples, next_epoch)
+        state.advance(c, samples, next_epoch)
         stats.add(result, micro_batches)
         bar.update()
 
@@ -281,7 +281,8 @@ def train(c, run):
         finished = state.finished(c)
         save_due = finished or stop or overdue or state.epoch_save_due(c)
         if save_due or state.step % c.logging_steps == 0:
-            bar.total = math.ceil(total_samples * state.step / state.samples)  # estimated
+            steps = math.ceil(total_samples * state.step / state.samples)  # estimated
+            bar.total = min(steps, c.max_steps or steps)
             stats.log_line(epoch, c.learning_rate * factor, bar.total)  # raises where training diverged
         if save_due:
             save_checkpoint(c, run, model, optimizer, state, facts)

@@ -10,9 +10,11 @@ import torch
 import checkpoint
 import config
 from tests.helpers import run
+from model import matrix_sizes
 from tools.bench import fit
+from tools.checkpoint.devices import pick_precision
 from tools.common import UserError
-from tools.train.log import peak_memory
+from tools.train.log import flops_per_step, peak_memory
 from tools.train.optim import parameter_groups
 
 SMALL = ["--lang_encoder_path=HuggingFaceTB/SmolLM2-135M", "--clap_embed_dim=96", "--clap_depths=[2,2,6,2]",
@@ -125,3 +127,19 @@ def measure_steps(B, W, T, A, micro_batches, *argv):
 
 if __name__ == "__main__":
     print(json.dumps(measure_steps(*CASES[sys.argv[1]])))
+
+
+def test_a_gradient_that_reaches_the_table_passes_the_blocks_below_the_first_gated_one():
+    flops = {}
+    for frozen in (True, False):
+        options = settings("--cross_attn_every_n_layers=[20]", f"--freeze_lm_embeddings={frozen}")
+        model = fit.build_sized_model(options)
+        flops[frozen] = flops_per_step(model, 64, 3, 20)
+    assert flops[False] - flops[True] == 2 * 64 * matrix_sizes(model.lm.layers[:20])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_fp32_is_float32_everywhere(precision):
+    pick_precision(precision, torch.device("cpu"))
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        assert backend.allow_tf32 == (precision != "fp32")

@@ -23,9 +23,11 @@ def pick_device(name="auto"):
 
 def pick_precision(precision, device):
     """-> (dtype of products and frozen weights, reason). bf16 where the hardware multiplies it faster than
-    float32."""
+    float32; with fp32, float32 everywhere: no TF32 either."""
     if precision not in ("amp_bf16", "fp32"):
         raise UserError(f"precision = {precision!r}, expected amp_bf16 or fp32")
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if precision == "fp32":
         return torch.float32, "asked for"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -183,10 +183,13 @@ def flops_per_step(model, tokens, windows, answers):
     gradient of the input where anything below trains, and again for that of the weight where it trains
     itself. Attention's own products are left out: a few percent."""
     audio_tokens, first = model.clap.tokens_per_window * windows, min(map(int, model.xattn))
+    below = any(p.requires_grad for p in model.lm.embed_tokens.parameters())  # whether anything there trains
     lm = 0
     for i, block in enumerate(model.lm.layers):
-        passes = 1 + (i >= first) + next(block.parameters()).requires_grad
-        lm += 2 * tokens * matrix_sizes(block) * passes
+        trains = next(block.parameters()).requires_grad
+        below = below or i >= first
+        lm += 2 * tokens * matrix_sizes(block) * (1 + below + trains)
+        below = below or trains
     to_kv = sum(x.attn.to_kv.weight.numel() for x in model.xattn.values())
     gated = 2 * 3 * (tokens * (matrix_sizes(model.xattn) - to_kv) + audio_tokens * to_kv)
     head = 2 * 2 * answers * model.lm.embed_tokens.weight.numel()

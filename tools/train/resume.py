@@ -1,6 +1,5 @@
 """Resume a run: the training state in a checkpoint, and whether today's settings can go on from it."""
 import json
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -29,13 +28,16 @@ class TrainState:
     epoch: int = 0  # the epoch of the next step
     step_in_epoch: int = 0  # steps taken of that epoch
     samples: int = 0  # items of the blend taken
+    warmup_samples: int = 0  # of them during warm-up
     skipped_steps: int = 0  # steps without an update
     remaining: list | None = None  # rows of the epoch to take, where its rest was divided anew; None: all
     log_size: int = 0  # bytes of log.jsonl: what follows is logged again
     counts: dict = field(default_factory=dict)  # of StepStats
 
-    def advance(self, samples, next_epoch):
+    def advance(self, c, samples, next_epoch):
         """Count a step of so many items; next_epoch: the epoch of the step after it."""
+        if self.step < c.warmup_steps:
+            self.warmup_samples += samples
         self.step += 1
         self.samples += samples
         self.step_in_epoch += 1
@@ -72,8 +74,8 @@ def blending_record(c, manifests):
     return record
 
 
-def count_samples(c, run, manifests, samples_per_step):
-    """-> number of items that the run takes; UserError where an epoch takes none. Writes
+def count_samples(c, run, manifests):
+    """-> number of items in all epochs of the run; UserError where an epoch takes none. Writes
     dataset_blending_output."""
     record = blending_record(c, manifests)
     items = Counter()  # of every epoch
@@ -90,7 +92,7 @@ def count_samples(c, run, manifests, samples_per_step):
     passes = c.num_epochs * c.dataset_blending_global_weight
     if abs(passes - 1) > 1e-6:
         run.say(f"note: num_epochs x dataset_blending_global_weight = {passes:g} passes over the blend")
-    return min(items.total(), c.max_steps * samples_per_step or math.inf)
+    return items.total()
 
 
 def check_same_run(saved, file, facts, trained):
@@ -141,6 +143,8 @@ def what_is_left(c, state, validated, signals, stopped):
     missing = "the last validation"
     if state.epoch < c.num_epochs:
         missing = f"epoch {state.epoch} of {c.num_epochs}"
+        if c.valid_dataset_config and not state.between_epochs():
+            missing += ", and its validation,"
     elif validated or not c.valid_dataset_config:
         return "all epochs are finished"
     signal = signals[0].name if signals else "a signal to another rank"

@@ -23,9 +23,9 @@ from tools.common import UserError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
-FAMILIES = {"Qwen2": {"tie_word_embeddings": False},
-            "Qwen3": {"head_dim": 24},
-            "Mistral": {"sliding_window": None},
+FAMILIES = {"Qwen2": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},  # not read
+            "Qwen3": {"head_dim": 24, "mlp_bias": True},
+            "Mistral": {"sliding_window": None, "attention_bias": True},
             "Llama": {"rope_scaling": LLAMA3, "max_position_embeddings": 256,
                       "attention_bias": True, "mlp_bias": True}}
 

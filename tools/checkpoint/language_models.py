@@ -78,15 +78,17 @@ def lm_config_of(hf, folder):
     for name, value in found.items():
         if value not in SUPPORTED[name]:
             raise UserError(f"{folder}: {name} = {value!r} is not supported, only {SUPPORTED[name]}")
+    family = hf.model_type  # reads some of the settings below, whatever else its config.json holds
+    bias = family in ("llama", "qwen3") and get("attention_bias", False)
     scaling = {name: rope[name] for name in LLAMA3_SCALING} if found["rope_type"] == "llama3" else None
     return SimpleNamespace(
         width=hf.hidden_size, layers=hf.num_hidden_layers, inner=hf.intermediate_size,
         heads=hf.num_attention_heads, kv_heads=hf.num_key_value_heads,
         d=get("head_dim", hf.hidden_size // hf.num_attention_heads),
         eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta", getattr(hf, "rope_theta", 10000.0)),
-        rope_stretch=scaling, qkv_bias=get("attention_bias", hf.model_type == "qwen2"),
-        out_bias=get("attention_bias", False), mlp_bias=get("mlp_bias", False),
-        qk_norm=hf.model_type == "qwen3", tied=hf.tie_word_embeddings, positions=hf.max_position_embeddings)
+        rope_stretch=scaling, qkv_bias=bias or family == "qwen2",
+        out_bias=bias, mlp_bias=family == "llama" and get("mlp_bias", False),
+        qk_norm=family == "qwen3", tied=hf.tie_word_embeddings, positions=hf.max_position_embeddings)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ import config as settings
 from checkpoint import fingerprint
 from data import Clips, Manifest
 from sample import load_weights, read_model
-from tools.common import UserError, check_folder_writable, check_writable, commit, name_disk_errors
+from tools.common import (RANK_TIMEOUT, UserError, check_folder_writable, check_writable, commit,
+                          name_disk_errors)
 from tools.eval import records
 from tools.eval.captions import captioning
 from tools.eval.clap_text import pick_text_encoder
@@ -214,7 +215,7 @@ def start_ranks(c):
     """-> rank, number of ranks, from torchrun's environment; each rank takes a GPU of its own."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=RANK_TIMEOUT)
         if c.device == "auto" and torch.cuda.is_available():
             c.device = f"cuda:{os.environ['LOCAL_RANK']}"
     return rank, world

@@ -14,6 +14,12 @@ import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+
+# How long a rank waits for another one: for its disk, its share of a validation, its scoring. A dead one is
+# noticed at once.
+RANK_TIMEOUT = timedelta(days=7)
 
 
 class UserError(ValueError):

@@ -18,7 +18,7 @@ import config as settings
 from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.files import save_atomically
 from tools.checkpoint.run_dir import checkpoints
-from tools.common import UserError, name_disk_errors
+from tools.common import RANK_TIMEOUT, UserError, name_disk_errors
 
 INTERIM = "checkpoint_interim.pt"  # saved inside an epoch, removed at its end
 
@@ -32,8 +32,8 @@ def init_process_group(device, rank, world):
     store, _, _ = next(rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return dist.new_group(backend="gloo")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=RANK_TIMEOUT)
 
 
 def catch_signals():

@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import soundfile
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.environ.get("SHARED", os.path.join(os.path.dirname(ROOT), "shared"))
 GOLDEN_SPEC, GOLDEN = f"{SHARED}/spec", f"{SHARED}/golden/af2_nano"
@@ -21,6 +24,20 @@ def write_manifest(folder, name, items):
     with open(path, "w") as f:
         json.dump(manifest, f)
     return path
+
+
+def lay_out(folder, files, clips=()):
+    """files: {path: lines of text, bytes, or something for JSON}; clips: paths of sounds of 0.2 s."""
+    for path in [*files, *clips]:
+        os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
+    for path, content in files.items():
+        if isinstance(content, list) and all(isinstance(line, str) for line in content):
+            content = "".join(line + "\n" for line in content).encode()
+        with open(f"{folder}/{path}", "wb") as f:
+            f.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+    for path in clips:
+        soundfile.write(f"{folder}/{path}", np.zeros(1600), 8000)
+    return str(folder)
 
 
 def run(*command, ok=True, **environment):

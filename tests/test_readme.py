@@ -21,7 +21,7 @@ NOT_HERE = {  # beginning of a command: why it is not run here
     "pip": "needs a package registry; the Makefile's setup ran it",
     "python sample.py --serve": "is run by test_page.py",
     "python prepare/datasets.py": "is run by test_datasets.py",
-    "python prepare/table.py": "is run by test_datasets.py",
+    "python prepare/table.py": "is run by test_table.py",
     "python prepare/clap.py": "is run by test_clap.py",
     "python eval.py score": "is run by test_scores.py",
     "python eval.py compare": "is run by test_scores.py",

@@ -145,18 +145,25 @@ def choose_rule(task, items, metric=None):
     return multiple_choice if rule in (exact_match, closed_set) and with_options > len(items) / 2 else rule
 
 
-def score_split(name, items, c, clap_checkpoint=None):
-    """Set "score" on the items by their task's rule, print the results row and return it. Items without a
-    reference (MMAU's test split) are not scored. clap_checkpoint: its text encoder is used for closed
-    sets."""
+def scored_part(name, items, c):
+    """-> the rule of the task, the items that it counts, and the label set of a file. Items without a
+    reference (MMAU's test split) do not count."""
     rule = choose_rule(name.split("/")[0], items, c.metric)
-    counted, context = [], {}
+    counted = [item for item in items if item["output"].strip() or rule is captioning]
+    labelled = counted if rule in (closed_set, multi_label) else ()
+    return rule, counted, records.read_labels(c.labels, labelled, several=rule is multi_label)
+
+
+def score_split(name, items, c, clap_checkpoint=None):
+    """Set "score" on the items by their task's rule, print the results row and return it. clap_checkpoint:
+    its text encoder is used for closed sets."""
+    rule, counted, labels = scored_part(name, items, c)
+    context = {}
     for item in items:
         item["score"] = None
-        if item["output"].strip() or rule is captioning:
-            counted.append(item)
+        item.pop("predicted", None)  # by an earlier rule
     if rule in (closed_set, multi_label, nsynth):
-        context = {"labels": records.read_labels(c.labels), "embed": pick_text_encoder(clap_checkpoint, c)}
+        context = {"labels": labels, "embed": pick_text_encoder(clap_checkpoint, c)}
     figures = rule(counted, **context) if counted else {"accuracy": None}
     if context:
         figures["matching"] = "retrieval" if context["embed"] else "exact"
@@ -198,7 +205,7 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
                     records.append_answer(f, keys[i], {"answer": "", "error": clip["error"]})
                     continue
                 pending.append((keys[i], round(clip["truncated_seconds"], 2)))
-                yield clip["prompt"], clip["windows"], clip["n_windows"]
+                yield records.plain_json(clip["prompt"]), clip["windows"], clip["n_windows"]
 
         sampling = Sampling(max_new_tokens=c.max_new_tokens)
         for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
@@ -227,13 +234,16 @@ def wait_for_ranks():
 
 
 def open_split(name, c):
-    """The manifest Name-Task/split; also MMAU's official question file in its place."""
+    """The manifest Name-Task/split, also MMAU's official question file in its place, with its items checked
+    as scoring needs them."""
     path = os.path.join(settings.resolve_path(c.dataset_file_root), name + ".json")
     data_root = settings.resolve_path(c.data_root)
-    official = os.path.isfile(path) and records.is_official(path)
+    official = os.path.isfile(path) and records.is_json_list(path)
     manifest = records.open_questions(path, name, data_root) if official else Manifest(path, data_root)
-    if not len(manifest):
+    items = [records.item_of(manifest, i, {"answer": ""}) for i in range(len(manifest))]
+    if not items:
         raise UserError(f"{path}: holds no item to score")
+    scored_part(name, items, c)
     return manifest
 
 
@@ -247,14 +257,22 @@ def results_folder(c, source):
     return settings.resolve_path(c.results or folder)
 
 
-def check_files(c, folder):
-    """Fail before the long work where results cannot be written or labels not be read."""
+def check_files(c, folder, names, inputs):
+    """Fail before the long work where results cannot be written, or would replace a file that is read. names:
+    of the files that will be written into the folder."""
+    outputs = []
     if folder:
         check_folder_writable(folder)
+        outputs = [os.path.join(folder, name) for name in ["report.html", *names]]
     if c.scores:
-        check_writable(settings.resolve_path(c.scores))
-        records.read_scores(settings.resolve_path(c.scores))
-    records.read_labels(c.labels)
+        outputs.append(settings.resolve_path(c.scores))
+        check_writable(outputs[-1])
+        records.read_scores(outputs[-1])
+    for output in outputs:
+        for file in filter(None, [*inputs, c.labels]):
+            for written in (output, output + ".tmp"):
+                if os.path.exists(written) and os.path.samefile(written, file):
+                    raise UserError(f"{file} would be replaced by results: give other --results or --scores")
 
 
 def save_scores(c, folder, rows, items, sound_of):
@@ -275,14 +293,16 @@ def main(c):
         setattr(c, root, getattr(model.config, root))
     manifests = {name: open_split(name, c) for name in names}
     folder = results_folder(c, source)
-    check_files(c, folder)
+    stems = {name: os.path.join(folder, name.replace("/", "--")) for name in names}
+    written = [stem + ending for stem in stems.values() for ending in (".jsonl", ".json")]
+    check_files(c, folder, written, [manifest.file for manifest in manifests.values()])
     model = load_weights(c, source, model, state)
     identity = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
                 "max_new_tokens": c.max_new_tokens, "audio": model.audio_config}
     os.makedirs(folder, exist_ok=True)
     rows, items = {}, {}
     for name, manifest in manifests.items():
-        stem = os.path.join(folder, name.replace("/", "--"))
+        stem = stems[name]
         items[name] = answer_split(model, manifest, stem, identity, c, rank, world)
         if rank == 0:
             rows[name] = score_split(name, items[name], c, model.config.clap_checkpoint)
@@ -295,7 +315,7 @@ def main(c):
 
     def sound_of(name, item):
         """The windows as the model got them."""
-        clip = Clips([manifests[name]], None, model.audio_config)[item["id"]]
+        clip = Clips([manifests[name]], None, model.audio_config)[items[name].index(item)]
         return "" if "error" in clip else clip_html(clip["windows"], model.audio_config["sample_rate"])
 
     if rank == 0:
@@ -309,11 +329,12 @@ def score_file(c):
         raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
     items = records.read_answers(c.files[0])
     folder = c.results and settings.resolve_path(c.results)
-    check_files(c, folder)
+    results = c.task.replace("/", "--") + ".jsonl"
+    check_files(c, folder, [results], c.files)
     row = score_split(c.task, items, c, c.clap_checkpoint)
     if folder:
         os.makedirs(folder, exist_ok=True)
-        records.write_items(os.path.join(folder, c.task.replace("/", "--") + ".jsonl"), items)
+        records.write_items(os.path.join(folder, results), items)
     save_scores(c, folder, {c.task: row}, {c.task: items}, lambda name, item: "")
 
 

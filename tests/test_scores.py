@@ -308,8 +308,8 @@ def test_score_and_compare_commands(tmp_path, capsys):
     row = json.load(open(tmp_path / "scores.json"))["tasks"]["Toy-AQA"]
     assert row["n"] == 60 and row["chance"] == 0.5 and {"accuracy", "intervals", "groups"} <= set(row)
     first = results["a"].read_bytes()
-    again = command(scoring.score_file, "--task", "Toy-AQA", results["a"], f"--results={tmp_path}/a")
-    assert again == printed["a"] and results["a"].read_bytes() == first
+    again = command(scoring.score_file, "--task", "Toy-AQA", results["a"], f"--results={tmp_path}/again")
+    assert again == printed["a"] and (tmp_path / "again/Toy-AQA.jsonl").read_bytes() == first
     gained = sum(a != b for a, b in zip(open(tmp_path / "a.jsonl"), open(tmp_path / "b.jsonl")))
     unscored = command(scoring.compare_files, tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--task=Toy-AQA")
     for compared in (command(scoring.compare_files, *results.values()), unscored):
@@ -320,9 +320,7 @@ def test_score_and_compare_commands(tmp_path, capsys):
 @pytest.mark.parametrize("line, key", [
     ('{"prompt": "q", "output": "x"}', "answer"), ('{"prompt": "q", "answer": "x"}', "output"),
     ('{"output": "q", "answer": "x"}', "prompt"), ("{", "JSON"), ("[1]", "list"),
-    ('{"prompt": "q", "output": 3, "answer": "x"}', "output"),
-    ('{"prompt": "q", "output": "x", "answer": "x", "choices": ["a", 1]}', "choices"),
-    ('{"prompt": "q", "output": "x", "answer": "x", "references": "x"}', "references")])
+    ('{"prompt": "q", "output": {}, "answer": "x"}', "output")])
 def test_a_wrong_line_of_answers_is_named(tmp_path, line, key):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "q", "output": "x", "answer": "x"}\n' + line + "\n")
     with pytest.raises(UserError, match=f"bad.jsonl line 2.*{key}"):
@@ -336,7 +334,7 @@ def test_answers_by_other_names(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     first, second = records.read_answers(str(tmp_path / "a.jsonl"))
     assert (first["output"], first["references"], first["answer"]) == ("x", ["x", "y"], "")
-    assert (second["output"], second["audio"], second["mine"], second["id"]) == ("x", "a.wav", 1, 1)
+    assert (second["output"], second["audio"], second["mine"]) == ("x", "a.wav", 1)
 
 
 @pytest.mark.slow

@@ -8,45 +8,47 @@ from html import escape
 
 from tools.common import atomic_write, optional_import
 from tools.eval.parsing import answer_text, normalise
-from tools.eval.records import GROUPS
+from tools.eval.records import GROUPS, to_list
 from tools.eval.stats import clips_of, interval
 from tools.html_page import html_page, html_table, image, new_figure, plain_label
 
 NOT_PERCENT = ("CIDEr-D", "SPIDEr", "SPICE", "BLEU-4", "ROUGE-L", "METEOR")
-# Scores of the published 3B model, reported by its authors, not measured here; MMAU's are of its first
-# release. A pattern of Name-Task/split, then figures.
+# Figures of the published 3B model on test splits, reported by its authors, not measured here; MMAU's are of
+# its first release. A pattern of Name-Task/split, the figure, its value.
 PUBLISHED_3B = """
-    Clotho-AQA | unanimous 86.9 | non-binary 52.6
-    Music-AVQA | accuracy 72.3
-    Clotho-v2.*Caption | CIDEr-D 0.46
-    AudioCaps.*Caption | CIDEr-D 0.58
-    FSD50k | mAP 49.2
-    CochlScene | accuracy 82.1
-    NonSpeech7k | accuracy 84.3
-    NSynth | source 62.0 | instrument 71.1
-    US8K|UrbanSound8K | accuracy 68.0
-    ESC-?50 | accuracy 83.9
-    GTZAN | accuracy 69.1
-    Medley-solos | accuracy 85.8
-    CREMA-?D | accuracy 36.6
-    RAVDESS | accuracy 26.3
-    MMAU.*mini | task: sound 61.56 | task: music 73.95 | task: speech 30.93
-    MMAU(?!.*mini) | task: sound 65.1 | task: music 72.9
-    MuChoMusic | accuracy 56.5
-    Entailment | dataset: clotho 92.5 | dataset: audiocaps 93.3
-    CMM | accuracy 82.0"""
+    Clotho-AQA | unanimous | 86.9
+    Clotho-AQA | non-binary | 52.6
+    Music-AVQA | accuracy | 72.3
+    Clotho-v2.*Caption | CIDEr-D | 0.46
+    AudioCaps.*Caption | CIDEr-D | 0.58
+    FSD50k | mAP | 49.2
+    CochlScene | accuracy | 82.1
+    NonSpeech7k | accuracy | 84.3
+    NSynth | source | 62.0
+    NSynth | instrument | 71.1
+    US8K|UrbanSound8K | accuracy | 68.0
+    ESC-?50 | accuracy | 83.9
+    GTZAN | accuracy | 69.1
+    Medley-solos | accuracy | 85.8
+    CREMA-?D | accuracy | 36.6
+    RAVDESS | accuracy | 26.3
+    MMAU.*mini | task: sound | 61.56
+    MMAU.*mini | task: music | 73.95
+    MMAU.*mini | task: speech | 30.93
+    MMAU(?!.*mini) | task: sound | 65.1
+    MMAU(?!.*mini) | task: music | 72.9
+    MuChoMusic | accuracy | 56.5
+    Entailment | dataset: clotho | 92.5
+    Entailment | dataset: audiocaps | 93.3
+    CMM | accuracy | 82.0"""
 
 
 def published_score(name, figure):
-    """", published 3B 72.3" for a figure of a test split, "" where none is known."""
-    if not re.search(r"(?:^[^/]*|/test[^/]*)$", name):
-        return ""
+    """" (published 3B 72.3)" for a figure of a test split, "" where none is known."""
     for line in PUBLISHED_3B.strip().splitlines():
-        pattern, *scores = line.strip().split(" | ")
-        if re.search(pattern, name, re.I):
-            known = dict(score.rsplit(" ", 1) for score in scores)
-            group = figure.lower() if ":" in figure else figure
-            return f" (published 3B {known[group]})" if group in known else ""
+        pattern, known, value = line.strip().split(" | ")
+        if known.lower() == figure.lower() and re.search(pattern, name, re.I):
+            return f" (published 3B {value})" if re.search(r"^[^/]*$|/test", name) else ""
     return ""
 
 
@@ -54,8 +56,7 @@ def results_row(figures, items, rule):
     """{figure: value, ..., "n", "rule", "intervals": {figure: [low, high]}, "groups": {...}} of a rule's
     figures: each a list of values per item, a value, or value and interval. A figure without a scored item is
     None."""
-    clips = clips_of(items)
-    row, intervals = {}, {}
+    clips, row, intervals = clips_of(items), {}, {}
     for figure, value in figures.items():
         if isinstance(value, list):
             value = interval(value, clips)
@@ -78,19 +79,15 @@ def failure_of(item):
 
 def sub_categories(items, clips, bounds):
     """{"key: value": {"value", "interval", "n"}} of the items' scores, for every key with several values."""
-    members = defaultdict(list)
-    for number, item in enumerate(items):
-        for key in GROUPS if item["score"] is not None else ():
-            values = item.get(key)
-            for value in values if isinstance(values, list) else [values]:
-                if value not in (None, "", "[]"):
-                    members[key, str(value)].append(number)
-    n_values = Counter(key for key, _ in members)
     groups = {}
-    for (key, value), numbers in sorted(members.items()):
-        if n_values[key] > 1:
-            mean, spread = interval([items[i]["score"] for i in numbers], [clips[i] for i in numbers], bounds)
-            groups[f"{key.lower()}: {value}"] = {"value": mean, "interval": spread, "n": len(numbers)}
+    for key in GROUPS:
+        members = defaultdict(list)  # value: [(score, clip)]
+        for item, clip in zip(items, clips):
+            for value in to_list(item.get(key)) if item["score"] is not None else ():
+                members[str(value)].append((item["score"], clip))
+        for value, scored in sorted(members.items()) if len(members) > 1 else ():
+            mean, spread = interval(*zip(*scored), bounds)
+            groups[f"{key.lower()}: {value}"] = {"value": mean, "interval": spread, "n": len(scored)}
     return groups
 
 
@@ -112,7 +109,7 @@ def result_lines(name, row):
             parts.append(format_figure(name, figure, value, spread, figure not in NOT_PERCENT))
         elif value is None:
             lines.append(f"    {figure}: no item to score")
-        elif isinstance(value, (str, int)):
+        elif not isinstance(value, dict):
             parts.append(f"{figure} {value}")
     percent = next(iter(row)) not in NOT_PERCENT
     for group, found in row["groups"].items():

@@ -22,7 +22,7 @@ def clips_of(items):
     clips = []
     for number, item in enumerate(items):
         path = item.get("audio")
-        clips.append((str(path), item.get("audio_start", 0)) if path else number)
+        clips.append((str(path), item.get("start") or 0) if path else number)
     return clips
 
 
@@ -84,36 +84,51 @@ def mean_average_precision(truth, scores, clips, draws=50):
 
 
 def pair_items(first, second):
-    """[(item of the first, item of the second)] of the same clip, prompt and, where both files have it,
-    start; items that recur are paired in their order."""
+    """-> [(item of the first, item of the second)] and what they are paired by. Ids are believed where both
+    files have unique ones, unless an item has another's in the other file (a line number, say). Items whose
+    clip and prompt recur are paired in their order."""
+    sides = first, second
     with_start = all("start" in item for item in [*first, *second])
-    groups = defaultdict(lambda: ([], []))
-    for side, items in enumerate((first, second)):
-        for item in items:
-            clip = str(item.get("audio") or item["output"])
-            key = item["prompt"], clip, with_start and item["start"]
-            groups[key][side].append(item)
-    return [pair for group in groups.values() for pair in zip(*group)]
+
+    def question(item):
+        clip = item.get("audio") or item["output"]
+        return str(clip), with_start and item["start"], item["prompt"]
+
+    def pair_by(key):
+        groups = defaultdict(lambda: ([], []))
+        for side, items in enumerate(sides):
+            for item in items:
+                groups[key(item)][side].append(item)
+        return [pair for group in groups.values() for pair in zip(*group)]
+
+    by_question, by_id = pair_by(question), pair_by(lambda item: str(item.get("id")))
+    unique = all(len({str(item.get("id")) for item in items} - {"None"}) == len(items) for items in sides)
+    questions = set(map(question, second))
+    false = any(question(a) != question(b) and question(a) in questions for a, b in by_id)
+    if unique and not false and len(by_id) >= len(by_question):
+        return by_id, "id"
+    if by_question:
+        return by_question, "clip and prompt"
+    same = [a["output"] for a in first] == [b["output"] for b in second]
+    return list(zip(first, second)) if same else [], "order"
 
 
 def compare_systems(first, second, names=("a", "b")):
     """Print the difference of the mean scores with its interval over clips, and the items that changed."""
-    scored = []
-    for pair in pair_items(first, second):
-        if all(item.get("score") is not None for item in pair):
-            scored.append(pair)
-    if not scored:
-        raise UserError(f"{names[0]} and {names[1]} share no scored item (same clip and prompt); "
+    scored = [[item for item in items if item.get("score") is not None] for items in (first, second)]
+    pairs, key = pair_items(*scored)
+    if not pairs:
+        raise UserError(f"{names[0]} and {names[1]} share no scored item (same id, or same clip and prompt); "
                         f"--task=Name-Task scores them first")
-    clips = clips_of([a for a, _ in scored])
-    before, after = np.array([[item["score"] for item in pair] for pair in scored], float).T
+    clips = clips_of([a for a, _ in pairs])
+    before, after = np.array([[item["score"] for item in pair] for pair in pairs], float).T
     changes = after - before
     value, (low, high) = interval(changes, clips, bounds=None)
-    print(f"{len(scored)} items scored in both, of {len(first)} and {len(second)}: "
+    print(f"{len(pairs)} items scored in both, of {len(first)} and {len(second)}, paired by {key}: "
           f"{names[0]} {before.mean():.4f}, {names[1]} {after.mean():.4f} | "
           f"difference {value:+.4f} [{low:+.4f}, {high:+.4f}] over {len(set(clips))} clips | "
           f"gained {sum(changes > 0)}, lost {sum(changes < 0)}")
-    for (a, b), change in zip(scored, changes):
+    for (a, b), change in zip(pairs, changes):
         if change:
             word = "gained" if change > 0 else "lost"
             print(f"{word} | {a.get('audio', '')} | {a['prompt']!r} | {a['output']!r} | "

@@ -8,21 +8,23 @@
     python sample.py --serve                                  # a page to record or drop a clip, and to ask
 """
 import itertools
-import json
 import os
 import sys
+from contextlib import suppress
+from dataclasses import asdict
 
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import export_release, materialize, open_checkpoint
+from checkpoint import export_release, fingerprint, materialize, open_checkpoint
 from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.run_dir import newest_run
-from tools.common import UserError, check_folder_writable, check_writable, name_disk_errors
-from tools.sample.asking import load_item, read_questions, sampling_of, truncation_note
+from tools.common import UserError, atomic_write, check_folder_writable, check_writable
+from tools.sample.asking import (answer_key, append_line, load_item, read_part, read_questions, sampling_of,
+                                 to_json_line, truncation_note)
 from tools.sample.attention_map import attention_timeline, write_timeline
-from tools.sample.decoding import (answer_items, compile_decoding, encode_audio_kv, encode_questions,
-                                   force_conclusion, stream_text)
+from tools.sample.decoding import (answer_items, check_text, compile_decoding, encode_audio_kv,
+                                   encode_questions, force_conclusion, stream_text)
 from tools.sample.int8 import quantize
 from tools.sample.page import import_gradio, serve_page
 
@@ -91,66 +93,95 @@ def print_truncation(seconds, model):
         print(note, file=sys.stderr)
 
 
+def prompts_of(c):
+    """--prompt, and with --chat the lines of standard input; at a terminal after a prompt sign."""
+    if c.prompt or not c.chat:
+        yield c.prompt
+    while c.chat:
+        print("> " if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
 def answer_audio(model, c):
-    """--audio: one clip, or several of one prompt; with --chat one question after the other."""
+    """--audio: one clip, or several of one prompt; with --chat one question after the other. A question of a
+    chat that cannot be answered does not end it -> exit code."""
     (_, windows, counts), truncated = load_item("", c.audio, model)
     print_truncation(truncated, model)
     audio_kv = encode_audio_kv(model, [("", windows, counts)])
-    for prompt in itertools.chain([c.prompt], map(str.strip, sys.stdin) if c.chat else []):
-        if not prompt:
+    sampling, failed = sampling_of(c), 0
+    for number, prompt in enumerate(prompts_of(c)):
+        try:
+            item = prompt, windows, counts
+            text = print_stream(stream_text(model, item, audio_kv, sampling, c.reasoning))
+        except (UserError, KeyboardInterrupt) as error:
+            if not c.chat:
+                raise
+            failed = 1
+            print(f"not answered: {str(error) or 'interrupted'}", file=sys.stderr)
             continue
-        texts = stream_text(model, (prompt, windows, counts), audio_kv, sampling_of(c), c.reasoning)
-        text = print_stream(texts)
         if c.timeline:
-            write_timeline(c.timeline, attention_timeline(model, prompt, text, windows, audio_kv), windows)
+            base = f"{c.timeline}-{number}" if number else c.timeline
+            write_timeline(base, attention_timeline(model, prompt, text, windows, audio_kv), windows)
         if c.output:
-            with name_disk_errors(c.output), open(c.output, "a") as f:
-                f.write(to_json_line({"path": c.audio, "prompt": prompt, "output": text}))
+            append_line(c.output, {"path": c.audio, "prompt": prompt, "answer": text})
+    return failed
 
 
 def answer_input(model, questions, c):
-    """--input: print and write a line for every question, in their order, to <output>.part until all are
-    there -> exit code."""
-    sampling, lines, asked, seconds = sampling_of(c), {}, [], []  # lines: {number of the question: its line}
+    """--input: print a line for every question, in their order. Answers are kept in <output>.part as they
+    end, where a killed run goes on; <output> is written when all are there -> exit code."""
+    sampling = sampling_of(c)
+    identity = [fingerprint(model.state_dict()), str(model.lm.norm.weight.dtype), model.audio_config,
+                asdict(sampling), c.reasoning]
+    keys = [answer_key(identity, question["prompt"], paths) for question, paths in questions]
+    part = f"{c.output}.part"
+    kept = read_part(part, keys) if c.output else {}
+    lines, asked, seconds = {}, [], []  # lines: {number of the question: its line}
 
     def items():
         for number, (question, paths) in enumerate(questions):
+            if line := kept.get(keys[number]):
+                lines[number] = question | {"answer": line["answer"]}
+                seconds.extend(line["truncated_seconds"])
+                continue
             try:
                 item, truncated = load_item(question["prompt"], paths, model)
                 encode_questions(model, [item], c.answer_prefix)
             except (UserError, FileNotFoundError) as error:
-                lines[number] = question | {"output": None, "error": str(error)}
+                lines[number] = question | {"answer": None, "error": str(error)}
                 continue
-            seconds.extend(truncated)
-            asked.append((number, item))
+            asked.append((number, item, truncated))
             yield item
 
-    answers = answer_items(model, items(), c.batch_size, sampling)
-    with open(c.output + ".part" if c.output else os.devnull, "w") as f:
-        for number in tqdm(range(len(questions)), desc="answer", unit="question", disable=None):
-            while number not in lines:  # answers end in any order
-                for index, text in itertools.islice(answers, 1):
-                    answered, item = asked[index]
-                    asked[index] = None  # its windows are not needed any more
-                    if c.reasoning:
-                        text = force_conclusion(model, item, text, sampling)
-                    lines[answered] = questions[answered][0] | {"output": text}
-            line = to_json_line(lines[number])
-            tqdm.write(line, end="")
-            with name_disk_errors(c.output):
-                f.write(line)
-                f.flush()
+    answers = answer_items(model, items(), min(c.batch_size, len(questions)), sampling)
+    printed = []
+    for number in tqdm(range(len(questions)), desc="answer", unit="question", disable=None):
+        while number not in lines:  # answers end in any order
+            for index, text in itertools.islice(answers, 1):
+                done, item, truncated = asked[index]
+                asked[index] = None  # its windows are not needed any more
+                if c.reasoning:
+                    text = force_conclusion(model, item, text, sampling)
+                lines[done] = questions[done][0] | {"answer": text}
+                seconds.extend(truncated)
+                if c.output:
+                    append_line(part, lines[done] | {"key": keys[done], "truncated_seconds": truncated})
+        printed.append(to_json_line(lines[number]))
+        tqdm.write(printed[-1], end="")
     if c.output:
-        os.replace(c.output + ".part", c.output)
+        with atomic_write(c.output, "wb") as f:
+            f.write("".join(printed).encode())
+        with suppress(FileNotFoundError):  # nothing was answered
+            os.remove(part)
     print_truncation(seconds, model)
     errors = [line["error"] for line in lines.values() if "error" in line]
     if errors:
         print(f"{len(errors)} of {len(questions)} could not be answered, e.g. {errors[0]}", file=sys.stderr)
     return 1 if errors else 0
-
-
-def to_json_line(answer):
-    return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,6 +199,7 @@ def check_arguments(c):
     if not 0 <= c.port < 2 ** 16:
         raise UserError(f"port = {c.port}, expected 0 to 65535")
     sampling_of(c)
+    check_text(c.prompt)
 
 
 def main(c):

@@ -78,11 +78,11 @@ def test_a_line_of_output_for_every_line_of_input(trained, tiny_data, expected, 
     for question, answer in zip(questions, answers, strict=True):
         assert question.items() <= answer.items()
         if str(question["path"]) in bad or question is questions[-1]:
-            assert answer["output"] is None and bad.get(question["path"], "tokens") in answer["error"]
+            assert answer["answer"] is None and bad.get(question["path"], "tokens") in answer["error"]
         else:
             names = question["path"] if isinstance(question["path"], list) else [question["path"]]
             files = [os.path.join(tmp_path, name) for name in names]
-            assert answer["output"] == expected(question["prompt"], *files) and "error" not in answer
+            assert answer["answer"] == expected(question["prompt"], *files) and "error" not in answer
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_clips_of_one_question_and_follow_ups(trained, tiny_data, expected, tmp_
     chat = subprocess.run(command, cwd=ROOT, text=True, input="Two?\n\nThree?\n", capture_output=True)
     answers = [expected(prompt, *clips) for prompt in ("One?", "Two?", "Three?")]
     assert chat.returncode == 0 and chat.stdout == "".join(answer + "\n" for answer in answers), chat.stderr
-    assert [line["output"] for line in read_lines(tmp_path / "a.jsonl")] == answers
+    assert [line["answer"] for line in read_lines(tmp_path / "a.jsonl")] == answers
 
 
 @pytest.mark.slow

@@ -1,11 +1,15 @@
-"""From paths of clips and questions about them to the items of decoding.py; for sample.py and its page."""
+"""From paths of clips and questions about them to the items of decoding.py, and files of questions and
+answers; for sample.py and its page."""
+import hashlib
+import json
 import os
+import sys
 from dataclasses import fields
 
 import torch
 
 from data import read_clip, truncation_warning
-from tools.common import UserError, read_json_lines
+from tools.common import UserError, atomic_write, name_disk_errors, parse_json_line, read_json_lines
 from tools.sample.decoding import Sampling
 
 
@@ -27,16 +31,64 @@ def truncation_note(seconds, model):
     return truncation_warning(len(seconds), sum(s > 0 for s in seconds), sum(seconds), model.audio_config)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
 def read_questions(path):
     """JSONL of {"path": str or list, "prompt": str, ...} -> [(question, paths of its clips)]. A path that
     does not exist is looked for in the folder of the file. UserError names the first wrong line."""
-    questions = []
+    questions, folder, answered = [], os.path.dirname(path), 0
     for number, question in read_json_lines(path):
         names = question.get("path")
         names = names if isinstance(names, list) else [names]
-        if not names or not all(isinstance(text, str) for text in [*names, question.get("prompt")]):
-            raise UserError(f"{path} line {number}: expected path, a clip or list of clips, and prompt, text")
-        folder = os.path.dirname(path)
+        expected = {"path, a clip or a list of clips": names, "prompt, a text": [question.get("prompt")]}
+        for key, texts in expected.items():
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{path} line {number}: {texts!r:.80}, expected {key}")
         paths = [name if os.path.exists(name) else os.path.join(folder, name) for name in names]
+        question.pop("error", None)  # of an earlier answer
+        answered += "answer" in question
         questions.append((question, paths))
+    if not questions:
+        raise UserError(f"{path}: holds no question")
+    if answered:
+        print(f"{path}: {answered} questions hold an answer already, which is replaced", file=sys.stderr)
     return questions
+
+
+def to_json_line(line):
+    """Also of half a surrogate pair, which stays escaped: UTF-8 cannot encode it."""
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def append_line(path, line):
+    with name_disk_errors(path), open(path, "a", encoding="utf-8") as f:
+        f.write(to_json_line(line))
+
+
+def answer_key(identity, prompt, paths):
+    """A hash of what an answer depends on: identity (weights and settings), prompt and clips, which count by
+    name, size and time."""
+    clips = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths if os.path.exists(path)]
+    parts = json.dumps([identity, prompt, clips])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def read_part(part, keys):
+    """{key: line} of the answers that a killed run left in a file, where they have one of the keys; other
+    lines, e.g. a torn last one, are removed from it."""
+    if not os.path.exists(part):
+        return {}
+    with open(part, "rb") as f:
+        lines = [parse_json_line(line) for line in f]
+    wanted = set(keys)
+    kept = {line["key"]: line for line in lines if line and str(line.get("key")) in wanted}
+    with atomic_write(part, "wb") as f:
+        for line in kept.values():
+            f.write(to_json_line(line).encode())
+    begin = "goes on" if kept else "begins anew"
+    print(f"{part}: {begin}, {len(kept)} of its {len(lines)} lines are answers to these questions with these "
+          "weights, settings and clips", file=sys.stderr)
+    return kept

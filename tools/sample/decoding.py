@@ -34,9 +34,18 @@ class Sampling:
 
     def __post_init__(self):
         top_p = 1 if self.top_p is None else self.top_p
-        not_negative = (self.max_new_tokens, self.temperature, self.top_k or 0)
-        if not all(value >= 0 for value in not_negative) or not 0 < top_p <= 1:  # also where one is NaN
-            raise UserError(f"{self}: expected nothing below 0 but the seed, and 0 < top_p <= 1")
+        fits = (self.max_new_tokens > 0, self.temperature >= 0, (self.top_k or 0) >= 0, 0 < top_p <= 1)
+        if not all(fits):  # also where one is NaN
+            raise UserError(f"{self}: expected max_new_tokens above 0, nothing below 0, 0 < top_p <= 1")
+        check_text(self.answer_prefix)
+
+
+def check_text(text):
+    """UserError for half a surrogate pair: JSON can spell it, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text!r:.80}: character {error.start} is half a surrogate pair") from error
 
 
 def sample_tokens(logits, sampling, generators):
@@ -44,13 +53,15 @@ def sample_tokens(logits, sampling, generators):
     (argmax of logits + Gumbel noise). generators: {row: torch.Generator}; other rows are not in use."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(sampling.temperature, 1e-6)  # which is greedy
     if sampling.top_k:
         least = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if sampling.top_p:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token is always kept
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        beyond[:, 0] = False  # also of a top_p that is 0 in float32
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -math.inf)
     uniform = torch.full(logits.shape, 0.5)
     for row, generator in generators.items():
@@ -82,14 +93,17 @@ def encode_audio_kv(model, items):
 
 def encode_questions(model, items, answer_prefix=""):
     """The prompts of items -> lists of token ids, with the beginning of the answer. UserError where one is
-    too long for the model."""
+    no text, or too long for the model."""
     prompts, _, counts = zip(*items)
+    for prompt in prompts:
+        check_text(prompt)
     (prefix,) = encode_text(model.tokenizer, [answer_prefix])
     rows = encode_prompts(model.tokenizer, prompts, list(map(len, counts)))
-    longest, most = max(map(len, rows)) + len(prefix), model.lm.config.positions
+    rows = [row + prefix for row in rows]
+    longest, most = max(map(len, rows)), model.lm.config.positions
     if longest > most:
         raise UserError(f"a prompt of {longest} tokens: the language model takes at most {most}")
-    return [row + prefix for row in rows]
+    return rows
 
 
 def pad_to(x, dim, size):
@@ -105,12 +119,14 @@ class DecodingBatch:
     kv_cache (layers, 2, B, H_kv, length, d): the KV cache of the text
     lengths (B,): tokens in the cache; longest: an upper bound of them that needs no look at the device
     x (B, D): hidden state at the last token, whose logits choose the next; tokens (B,): that one
+    room [B]: how many tokens more the model has positions for, after the prompts
     """
 
     def __init__(self, model, items, sampling, audio_kv=None):
         """Prefill: the prompts pass through the model at once and fill the KV cache."""
         rows = encode_questions(model, items, sampling.answer_prefix)
         self.model = model
+        self.room = [model.lm.config.positions + 1 - len(row) for row in rows]  # the last token needs none
         self.kv, n_keys = audio_kv or encode_audio_kv(model, items)
         ids = pad_rows(rows, model.pad_id).to(n_keys.device)  # (B, T)
         B, self.longest = ids.shape
@@ -183,10 +199,21 @@ def compile_decoding(model):
 class Answer:
     """The answer to an item, while it is generated."""
     index: int  # of the item
+    most: int  # tokens
     generator: torch.Generator | None  # noise of its tokens; None: greedy
     ids: list = field(default_factory=list)  # tokens so far
     token: int = -1  # the latest; -1: a stop token
     ended: bool = False
+
+
+def start_answers(model, numbered, sampling, audio_kv):
+    """Prefill [(index, item)] -> DecodingBatch, [Answer]."""
+    batch = DecodingBatch(model, [item for _, item in numbered], sampling, audio_kv)
+    answers = []
+    for (index, item), room in zip(numbered, batch.room):
+        generator = item_generator(item, sampling.seed) if sampling.temperature else None
+        answers.append(Answer(index, min(room, sampling.max_new_tokens), generator))
+    return batch, answers
 
 
 @torch.no_grad()
@@ -201,32 +228,30 @@ def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None)
     model.eval()
     if sync_every is None:
         sync_every = 1 if model.lm.norm.weight.device.type == "cpu" else SYNC_EVERY
-    queue, more = enumerate(items), sampling.max_new_tokens > 0
+    queue, more = enumerate(items), True
     batch, active = None, {}  # row of the batch: its Answer
     try:
         while True:
-            free_slots = [row for row in range(slots) if row not in active]
-            if more and len(free_slots) >= max(1, slots // 4):  # a few prompts take the time of one
-                new = list(itertools.islice(queue, len(free_slots)))
-                more = len(new) == len(free_slots)
-                if new:
-                    fresh = DecodingBatch(model, [item for _, item in new], sampling, audio_kv)
-                    batch = batch.insert_rows(free_slots[:len(new)], fresh) if active else fresh
-                for row, (index, item) in zip(free_slots, new):
-                    generator = item_generator(item, sampling.seed) if sampling.temperature else None
-                    active[row] = Answer(index, generator)
+            free_slots = [row for row in range(slots if more else 0) if row not in active]
+            if len(free_slots) >= max(1, slots // 4):  # a few prompts take the time of one
+                numbered = list(itertools.islice(queue, len(free_slots)))
+                more = len(numbered) == len(free_slots)
+                if numbered:
+                    fresh, answers = start_answers(model, numbered, sampling, audio_kv)
+                    batch = batch.insert_rows(free_slots[:len(answers)], fresh) if active else fresh
+                    active |= zip(free_slots, answers)
             if not active:
                 return
             for tokens in batch.choose_tokens(sampling, active, sync_every):
                 if active:
-                    yield append_tokens(active, tokens, model.stop_ids, sampling.max_new_tokens)
+                    yield append_tokens(active, tokens, model.stop_ids)
             if active:
                 batch.step()
     finally:
         model.train(was_training)
 
 
-def append_tokens(active, tokens, stop_ids, max_new_tokens):
+def append_tokens(active, tokens, stop_ids):
     """Append a token to each active answer, and remove those that end -> all of them."""
     answers = list(active.values())
     for row, answer in list(active.items()):
@@ -235,7 +260,7 @@ def append_tokens(active, tokens, stop_ids, max_new_tokens):
         else:
             answer.token = tokens[row]
             answer.ids.append(answer.token)
-            answer.ended = len(answer.ids) == max_new_tokens
+            answer.ended = len(answer.ids) == answer.most
         if answer.ended:
             del active[row]
     return answers
@@ -246,8 +271,9 @@ def append_tokens(active, tokens, stop_ids, max_new_tokens):
 
 
 def decode_text(model, answer, sampling):
-    text = model.tokenizer.decode(answer.ids, skip_special_tokens=True)
-    return sampling.answer_prefix.strip().lower() + text
+    """An answer's text after its prefix, decoded together: some tokenizers drop a space at the beginning."""
+    (prefix,) = encode_text(model.tokenizer, [sampling.answer_prefix])
+    return model.tokenizer.decode(prefix + answer.ids, skip_special_tokens=True)
 
 
 def answer_items(model, items, slots, sampling, audio_kv=None):

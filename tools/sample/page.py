@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from tools.common import UserError, optional_import
 from tools.sample.asking import load_item, sampling_of, truncation_note
 from tools.sample.attention_map import attention_timeline, timeline_figure
-from tools.sample.decoding import encode_audio_kv, stream_text
+from tools.sample.decoding import check_text, encode_audio_kv, stream_text
 
 MAX_QUEUE = 64  # questions that may wait
 CACHED_CLIPS = 4  # half a gigabyte each, of a 3B model and 5 minutes
@@ -49,6 +49,11 @@ def build_page(model, c):
         prompt = (prompt or "").strip()
         if not path or not prompt:
             yield chat, about, gr.skip(), "Record or drop a clip, and ask a question.", prompt
+            return
+        try:
+            check_text(prompt)
+        except UserError as error:
+            yield chat, about, gr.skip(), str(error), ""
             return
         before = list(chat or []) if path == about else []
         reply = {"role": "assistant", "content": "…"}

@@ -97,6 +97,8 @@ def prompts_of(c):
     """--prompt, and with --chat the lines of standard input; at a terminal after a prompt sign."""
     if c.prompt or not c.chat:
         yield c.prompt
+    if c.chat:
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is not answered
     while c.chat:
         print("> " if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()

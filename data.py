@@ -191,6 +191,9 @@ class Manifest:
             seconds = item.get(field, 0)
             if type(seconds) not in (int, float) or not 0 <= seconds < MAX_SECONDS:
                 self._fail(field, seconds, f"seconds, not negative, below {MAX_SECONDS:g}", i)
+        choices = item.get("choices") or []
+        if type(choices) is not list or not all(type(choice) is str for choice in choices):
+            self._fail("choices", choices, "a list of texts", i)
         if ".." in "".join(names) and any(leaves_root(folder, name) for name in names):
             self._fail("name", names, "a path inside data_root", i)
 

@@ -26,6 +26,7 @@ from data import cut_windows, read_clip, read_samples
 from prepare.check import audio_config_of, map_items, open_all_manifests, output_paths
 from prepare.manifests import save_manifest
 from tools.common import UserError, check_folder_writable, name_disk_errors
+from tools.data.audio import find_file
 
 to: str | None = None  # folder of the copies and their manifests
 workers: int = 0  # processes; 0: one a core
@@ -33,7 +34,7 @@ workers: int = 0  # processes; 0: one a core
 
 def copy_name(path, start, duration, audio_config):
     """Name of a copy: another one for another content, part or audio_config."""
-    stat = os.stat(path)
+    stat = os.stat(find_file(path))
     key = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns, start, duration, *audio_config.values()]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     stem = os.path.splitext(os.path.basename(path))[0][:100]

@@ -1,9 +1,11 @@
 """Audio, manifests, blending, batches: on real files."""
+import gzip
 import io
 import json
 import multiprocessing
 import os
 import struct
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,7 @@ import data
 from data import Clips, Collate, Manifest, make_labels, open_manifests, train_loader
 from tests.helpers import GOLDEN_SPEC, fails_with_one_line, write_manifest
 from tools.common import UserError
-from tools.data.audio import count_frames
+from tools.data.audio import count_frames, missing_seconds
 from tools.data.batches import estimate_tokens, padding_stats, plan_batches
 
 rng = np.random.default_rng(0)
@@ -58,24 +60,64 @@ def test_formats(tmp_path, form, subtype, rate):
     assert np.abs(later[0, :7000]).max() > 0.9 * 32767 and not later[0, 8500:].any()
 
 
-@pytest.mark.parametrize("form", ["WAV", "FLAC"])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_headers_without_a_length(tmp_path, form, channels):
-    """As encoders write them that stream."""
-    path = str(tmp_path / "a")
-    soundfile.write(path, rng.standard_normal((12 * 44100, channels)) * 0.1, 44100, format=form)
-    whole = {start: load_audio(path, start) for start in (0, 2.5, 11.9)}
-    raw = bytearray(open(path, "rb").read())
-    if form == "WAV":
-        raw[4:8] = raw[40:44] = b"\xff" * 4
-    else:  # 36 bits of its first block
-        raw[21] &= 0xF0
-        raw[22:26] = bytes(4)
-    open(path, "wb").write(raw)
-    for start, windows in whole.items():
-        assert np.array_equal(load_audio(path, start), windows)
-    assert data.read_clip(path, 2.5, 4.0, **AUDIO_CONFIG)[0].shape == (1, 160000)
-    assert count_frames(path) == (12 * 44100, 44100)
+def encoded(form, subtype=None, seconds=3, rate=44100, channels=1, hz=440):
+    f = io.BytesIO()
+    soundfile.write(f, tone(seconds, rate, channels, hz), rate, format=form, subtype=subtype)
+    return f.getvalue()
+
+
+def next_sound(form, subtype=None, rate=48000):
+    """Another pitch, rate and number of channels."""
+    return encoded(form, subtype, 2, rate, 2, 880)
+
+
+def without_header(mp3):
+    return mp3[mp3.index(mp3[:2], 2):]  # frames begin alike
+
+
+def with_sizes(riff, data):
+    wav = bytearray(encoded("WAV"))
+    struct.pack_into("<I", wav, 4, riff)
+    struct.pack_into("<I", wav, 40, data)
+    return bytes(wav)
+
+
+def with_rate(rate):
+    wav = bytearray(encoded("WAV"))
+    struct.pack_into("<I", wav, 24, rate)
+    return bytes(wav)
+
+
+MP3, WAV, FLAC, OGG, OPUS = map(encoded, ["MP3", "WAV", "FLAC", "OGG", "OGG"], [None] * 4 + ["OPUS"], [3] * 5, [48000] * 5)
+TAG = b"ID3\4\0\0\0\7\0\0" + bytes(7 << 14)
+NEXT_MP3 = next_sound("MP3")
+WHOLE = {  # files of 3 s
+    "mp3.wav": MP3, "wav.mp3": WAV, "tag.mp3": TAG + MP3, "tag.flac": TAG + FLAC, "zeros.mp3": bytes(3000) + MP3,
+    "caf.wav": encoded("CAF"), "aifc.au": encoded("AIFF", "ULAW"), "rf64.gsm": encoded("RF64"), "w64.raw": encoded("W64"),
+    "garbage.flac": FLAC + rng.bytes(9000), "garbage.ogg": OGG + rng.bytes(9000),
+    "0 0.wav": with_sizes(0, 0), "36 0.wav": with_sizes(36, 0), "-1 -1.wav": with_sizes(2 ** 32 - 1, 2 ** 32 - 1)}
+SEVERAL = {  # 3 s, then 2 s of another pitch
+    "ogg": OGG + next_sound("OGG"), "opus": OPUS + next_sound("OGG", "OPUS"), "ogg opus": OGG + next_sound("OGG", "OPUS"),
+    "wav": WAV + next_sound("WAV", "PCM_24"), "flac": FLAC + next_sound("FLAC"), "mp3": MP3 + NEXT_MP3,
+    "mp3 tag": MP3 + b"TAG" + bytes(125) + TAG + NEXT_MP3,
+    "bare mp3": without_header(MP3) + without_header(NEXT_MP3),
+    "bare mp3 other rate": without_header(MP3) + without_header(next_sound("MP3", rate=22050))}
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *SEVERAL])
+def test_a_file_is_what_its_content_says_to_its_end(tmp_path, name):
+    path, seconds = str(tmp_path / name), 3 + 2 * (name in SEVERAL)
+    (tmp_path / name).write_bytes((WHOLE | SEVERAL)[name])
+    frames, rate = count_frames(path)
+    assert frames / rate == pytest.approx(seconds, abs=0.2) and missing_seconds(path) == 0
+    for start in (0.0, 1.5, 3.5)[:seconds - 2]:
+        samples, truncated = data.read_samples(path, start, None, **AUDIO_CONFIG)
+        assert len(samples) / 16000 == pytest.approx(frames / rate - start, abs=1e-3) and truncated == 0
+        last = np.abs(np.fft.rfft(samples[-16000:])).argmax()
+        assert abs(last - (880 if name in SEVERAL else 440)) < 3
+    if not name.startswith("bare"):  # else an estimate
+        options = AUDIO_CONFIG | {"max_num_window": 1, "window_length": 1.0}
+        assert data.read_clip(path, **options)[1] == pytest.approx(frames / rate - 1, abs=1e-3)
 
 
 @pytest.mark.parametrize("seconds, overlap, most, n", [
@@ -139,30 +181,34 @@ def test_the_loudest_channel_replaces_a_silent_first_one(tmp_path, name, capfd):
     assert load_audio(path).shape == (1, 160000) and not capfd.readouterr().err
 
 
-def cut_in_half(path):
-    """A file whose second half was not written."""
-    raw = open(path, "rb").read()
-    open(path, "wb").write(raw[:len(raw) // 2] + bytes(len(raw) // 2))
+PAGE = b"<!DOCTYPE html>\n<html><body>Access to this file is restricted.</body></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\nsize 132\n"
+CUT = {name: raw[:len(raw) // 2] + bytes(len(raw) // 2) for name, raw in
+       [("flac", encoded("FLAC", seconds=12)), ("mp3", encoded("MP3", seconds=12))]}
+BAD = {  # name: content, what the error says
+    "no.wav": (b"", "an empty file"), "a.wav": (b"not a sound", "text, no sound"),
+    "page.au": (PAGE, "an HTML page"), "page.mp3": (b"\xef\xbb\xbf" + PAGE, "an HTML page"), "json.vox": (b'{"error": 404}', "text"),
+    "pointer.snd": (POINTER, "a Git LFS pointer"), "pointer.gsm": (POINTER, "a Git LFS pointer"),
+    "pointer.raw": (POINTER, "a Git LFS pointer"), "noise.au": (rng.bytes(5000), "no header"), "gzip.wav": (gzip.compress(WAV), ""),
+    "0 Hz.wav": (with_rate(0), ""), "1 Hz.wav": (with_rate(1), "1 Hz"), "2 GHz.wav": (with_rate(2 ** 31 - 1), "2147483647 Hz"),
+    "half.flac": (CUT["flac"], ""), "half.mp3": (CUT["mp3"], ""), "empty.wav": (encoded("WAV", seconds=0), "")}
+NO_FILE = {"missing": lambda path: None, "folder": os.mkdir, "fifo": os.mkfifo, "loop": lambda path: os.symlink(path, path)}
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "no bytes", "text", "nan", "cut flac",
-                                  "cut mp3", "late"])
-def test_bad_audio_is_one_named_error(tmp_path, kind):
-    path, start = str(tmp_path / ("a.mp3" if "mp3" in kind else "a.wav")), 0.0
-    x = rng.standard_normal(12 * 16000) * 0.1
-    if kind == "folder":
-        os.mkdir(path)
-    elif kind in ("no bytes", "text"):
-        open(path, "w").write("not a sound" * (kind == "text"))
-    elif kind == "nan":
-        soundfile.write(path, np.where(np.arange(len(x)) == 7, np.nan, x), 16000, subtype="FLOAT")
-    elif kind != "missing":
-        form = {"cut flac": "FLAC", "cut mp3": "MP3"}.get(kind, "WAV")
-        soundfile.write(path, x[:0] if kind == "empty" else x, 16000, format=form)
-        start = 13.0 if kind == "late" else 0.0
-        if kind.startswith("cut"):
-            cut_in_half(path)
-    with pytest.raises((UserError, FileNotFoundError)) as error:
+@pytest.mark.parametrize("name", [*BAD, *NO_FILE, "nan", "late"])
+def test_bad_audio_is_one_named_error(tmp_path, name):
+    path, cause, start = str(tmp_path / name), "", 0.0
+    if name in BAD:
+        content, cause = BAD[name]
+        (tmp_path / name).write_bytes(content)
+    elif name in NO_FILE:
+        NO_FILE[name](path)
+    elif name == "nan":
+        soundfile.write(path, np.array([0.1, np.nan]), 16000, format="WAV", subtype="FLOAT")
+    else:
+        start = 13.0
+        (tmp_path / name).write_bytes(WAV)
+    with pytest.raises((UserError, FileNotFoundError), match=cause) as error:
         load_audio(path, start)
     assert str(error.value).startswith(path + ": ") and "\n" not in str(error.value)
 
@@ -223,7 +269,7 @@ SECONDS = [float("nan"), float("inf"), 1e300, 10 ** 400, -1, True, None, "3", [1
 
 @pytest.mark.parametrize("key, value", [
     ("name", ["a"]), ("name", ["a", 3]), ("name", "../../x.wav"), ("name", None), ("prompt", None),
-    ("output", 3),
+    ("output", 3), ("prompt", ["p"]), ("output", ["o"]), ("choices", [1, 2]), ("choices", "a"), ("choices", {"A": "a"}),
     *(("duration", value) for value in SECONDS), ("audio_start", float("nan"))])
 def test_a_wrong_key_of_an_item_is_named(tmp_path, key, value):
     path = edit_manifest(tmp_path, lambda content: content["data"]["11"].update({key: value}))
@@ -240,11 +286,32 @@ def test_a_wrong_item_is_named(tmp_path, change):
         Manifest(edit_manifest(tmp_path, lambda content: change(content["data"])))
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"7", b"\x00" * 9, '{"split": "\xfc"}'.encode("latin-1")])
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"7", b"\x00" * 9, '{"split": 1}'.encode("utf-16"), '{"split": "\xfc"}'.encode("latin-1")])
 def test_what_is_no_manifest_is_named(tmp_path, raw):
     (tmp_path / "train.json").write_bytes(raw)
     with pytest.raises(UserError, match=r"train\.json: "):
         Manifest(str(tmp_path / "train.json"))
+
+
+@pytest.mark.parametrize("split", ["validation", "dev", "valid", "eval", "test-mini"])
+def test_files_of_other_systems(tmp_path, split):
+    """Byte-order mark and CRLF of Windows, composed and decomposed letters, half a surrogate pair."""
+    def change(content):
+        content["split"] = split
+        for i, name in enumerate(["ü\u1e69.wav", "u\u0308s\u0323\u0307.wav", "\ud83d.wav"]):
+            content["data"][str(i)] = {"name": name, "prompt": "\ud83d what?", "output": "😀 \ude00"}
+
+    raw = open(edit_manifest(tmp_path, change, 3), "rb").read()
+    path = f"{tmp_path}/a-AQA/{split}.json"
+    open(path, "wb").write(b"\xef\xbb\xbf" + raw.replace(b", ", b",\r\n"))
+    for form in ("NFC", "NFD"):
+        os.mkdir(tmp_path / form)
+        soundfile.write(tmp_path / form / unicodedata.normalize(form, "üṩ.wav"), tone(1, 16000), 16000)
+        c = SimpleNamespace(dataset_file_root=str(tmp_path), data_root=f"{tmp_path}/{form}", cache_dir=None)
+        (manifest,) = open_manifests(c, [f"a-AQA/{split}"]).values()
+        clips = Clips([manifest], None, AUDIO_CONFIG)
+        assert [clips[i]["windows"] is not None for i in range(3)] == [True, True, False]
+        assert clips[0]["prompt"] == "\ufffd what?" and clips[0]["output"] == "😀 \ufffd"
 
 
 def test_names_are_taken_as_they_are(tmp_path):

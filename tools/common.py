@@ -138,7 +138,7 @@ def read_json(path):
         with open(path, encoding="utf-8-sig") as f:
             return json.load(f)
     except ValueError as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from error
+        raise UserError(f"{path}: not readable JSON in UTF-8 ({error})") from error
 
 
 def read_json_object(path):

@@ -55,7 +55,12 @@ class Items(Sequence):
             raise IndexError(f"item {i} of {self.n}")
         offset = self.offsets + 8 * (int(i) % self.n)
         begin, end = struct.unpack("=2q", self._read(offset, offset + 16))
-        return json.loads(self._read(self.lines + begin, self.lines + end))
+        line = self._read(self.lines + begin, self.lines + end)
+        item = json.loads(line)
+        if b"\\ud" in line:  # a surrogate: half a pair, which JSON can spell, is no text for a tokenizer
+            text = json.dumps(item, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            item = json.loads(text.decode("utf-16", "replace"))
+        return item
 
     def __reduce__(self):  # pickled for a process that is not forked
         if isinstance(self.source, bytes):

@@ -196,13 +196,11 @@ def main(c):
     data_root = settings.resolve_path(c.data_root)
     to = settings.resolve_path(c.to)
     check_folder_writable(to)
-    manifests = defaultdict(list)
-    for name, item in source_items(c.files[0], source):
-        manifests[f"{to}/{name}.json"].append(item)
+    items = ((f"{to}/{name}.json", item) for name, item in source_items(c.files[0], source))
     folder = os.path.relpath(source.path, data_root)
     if folder.startswith(".."):  # not inside data_root: absolute
         folder = source.path
-    return write_manifests(manifests, folder, data_root, source.path)
+    return write_manifests(items, folder, data_root, source.path) or int(source.incomplete)
 
 
 def print_sources():

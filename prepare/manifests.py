@@ -13,13 +13,17 @@ import io
 import json
 import os
 import re
-from collections import defaultdict
+import shutil
+import tempfile
+import unicodedata
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 from tqdm import tqdm
 
-from tools.common import (UserError, atomic_write, join_names, optional_import, read_json, read_json_lines,
-                          shorten)
+from tools.common import (UserError, atomic_write, existing_folder, join_names, name_disk_errors,
+                          optional_import, read_json_lines, read_json_rows, shorten)
 from tools.data.audio import count_frames
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
@@ -83,11 +87,9 @@ def read_table(path):
     elif ending == ".jsonl":
         rows = (row for _, row in read_json_lines(path))
     elif ending == ".json":
-        rows = read_json(path)
+        rows = read_json_rows(path)
     else:
         rows = read_csv(path)
-    if isinstance(rows, dict):
-        rows = rows.get("data", rows.values())
     for number, row in enumerate(rows, 1):
         where = f"{path} row {number}"
         if not isinstance(row, dict):
@@ -98,62 +100,106 @@ def read_table(path):
 # ------------------------------------------------------------------------------------------------------------
 # Clips
 
+LOSSLESS = {".wav", ".flac", ".aif", ".aiff", ".caf", ".w64", ".rf64"}
+VIDEOS = set(".3gp .asf .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
+
+
+def ending(name):
+    return os.path.splitext(name)[1].lower()
+
 
 def stem(name):
-    """A file's name without the ending of a sound: "18.44.wav" -> "18.44"; "meta.csv" as it is."""
-    base, ending = os.path.splitext(name)
-    return base if ending.lower() in SOUNDS else name
+    """A file's name without the ending of a sound: "18.44.wav" -> "18.44"; "meta.csv" as it is. In NFC: macOS
+    decomposes the letters of names."""
+    name = unicodedata.normalize("NFC", name)
+    return os.path.splitext(name)[0] if ending(name) in SOUNDS else name
 
 
 def parents(path):
     """The folders of a path in lower case, the innermost first."""
-    return path.casefold().split("/")[-2::-1]
+    return unicodedata.normalize("NFC", path).casefold().split("/")[-2::-1]
+
+
+def find_placeholder(path):
+    """What there is instead of a file that was not downloaded, or None."""
+    with open(path, "rb") as f:
+        head = f.read(99).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run git lfs pull"
+    return "an HTML page" if head.startswith((b"<!doctype", b"<html")) else None
 
 
 class Folder:
-    """A source as it was unpacked. Names are never stripped: some begin with a space, or end with one."""
+    """A source as it was unpacked. Names are never stripped: some begin with a space, or end with one.
+    incomplete: whether something was left out, which is printed."""
 
     def __init__(self, path):
         self.path = os.path.abspath(path)
+        self.incomplete = False
         self.files = defaultdict(list)  # stem: paths below the folder
         for file in sorted(glob.glob("**", root_dir=path, recursive=True)):  # without .hidden ones
             if os.path.isfile(os.path.join(path, file)):
                 self.files[stem(os.path.basename(file))].append(file)
 
-    def find(self, *wanted):
-        """The file of the first wanted "name" or "folder/name" that is there; None: none, or several.
+    def leave_out(self, what):
+        print(f"{self.path}: left out: {what}")
+        self.incomplete = True
 
-        Of a sound the ending does not matter. Where folders are named the file's own folder must be the last
-        of them (archives unpack into folders of their own: train/train); the more agree the better."""
-        for path in wanted:
-            matches = defaultdict(dict)  # number of folders that agree: {folder: its first file}
-            for file in self.files.get(stem(os.path.basename(path)), ()):
-                agree = len(os.path.commonprefix([parents(path), parents(file)]))
-                if agree or "/" not in path:
-                    matches[agree].setdefault(os.path.dirname(file), file)
-            nearest = matches[max(matches, default=0)]
-            if len(nearest) == 1:
-                return nearest.popitem()[1]
-        return None
+    def format_rank(self, file, wanted):
+        """Sorts the formats of a clip: sounds before videos, downloaded, as wanted, lossless."""
+        pointer = find_placeholder(os.path.join(self.path, file)) is not None
+        return ending(file) in VIDEOS, pointer, ending(file) != ending(wanted), ending(file) not in LOSSLESS
+
+    def find_nearest(self, path):
+        """The file of a "name" or "folder/name"; None: there is none, or several.
+
+        Of a sound the ending does not matter; the wanted one is taken first, then lossless ones. Where
+        folders are named the file's own folder must be the last of them (archives unpack into folders of
+        their own: train/train); the more agree the better."""
+        folders, name = parents(path), os.path.basename(path)
+        matches = defaultdict(list)  # (number of folders that agree, whether there are no others): files
+        for file in self.files.get(stem(name), ()):
+            own = parents(file)
+            agree = len(os.path.commonprefix([folders, own]))
+            if agree or not folders:
+                matches[agree, agree == len(own)].append(file)
+        files = matches[max(matches, default=None)]
+        if len(files) > 1:
+            ranks = [self.format_rank(file, name) for file in files]
+            files = [file for file, rank in zip(files, ranks) if rank == min(ranks)]
+        return files[0] if len(set(map(os.path.dirname, files))) == 1 else None
+
+    def find(self, *wanted):
+        """The file of the first wanted name that is there: a sound, else a video. None: there is none."""
+        found = [file for file in map(self.find_nearest, wanted) if file]
+        return min(found, key=lambda file: ending(file) in VIDEOS, default=None)
 
     def clip(self, *wanted):
         """The clip's file; without one the first name that was wanted, which is then reported as missing."""
         return self.find(*wanted) or wanted[0]
 
     def parts(self, files, *names):
-        """Yield (part, absolute path of its file) of the named parts of a source, at least of one. files:
+        """[(part, absolute path of its file)] of the named parts of a source, at least of one. files:
         templates of the file's name, of which the first that is there is taken; {}: the part's name."""
-        empty = True
+        found, unusable = [], []
         for part in names:
             wanted = [file.format(part) for file in files]
-            path = self.find(*wanted)
-            if path:
-                yield part, os.path.join(self.path, path)
-                empty = False
-            else:
+            file = self.find(*wanted)
+            if file is None:
                 print(f"note: {self.path} has no {' or '.join(wanted)}")
-        if empty:
-            raise UserError(f"{self.path}: expected {' or '.join(files)} of {join_names(names)} in it")
+                continue
+            path = os.path.join(self.path, file)
+            problem = find_placeholder(path)
+            if problem:
+                unusable.append(f"{path} is {problem}")
+            else:
+                found.append((part, path))
+        if not found:
+            expected = f"{self.path}: expected {' or '.join(files)} of {join_names(names)} in it"
+            raise UserError(", ".join(unusable) or expected)
+        for problem in unusable:
+            self.leave_out(problem)
+        return found
 
     def rows(self, files, *names):
         """Yield the rows of the parts' tables, with "part", and "split" where there is no such column."""
@@ -164,17 +210,34 @@ class Folder:
                 yield row
 
     def match(self, pattern, example):
-        """Rows with "clip" and the named groups of the pattern, of files whose path fits; of one name the
-        first. example: what is expected."""
-        rows = {}
-        for name, files in self.files.items():
-            for file in files:
-                fit = re.search(pattern, "/" + file)
-                if fit:
-                    rows.setdefault(name, {"clip": file} | fit.groupdict())
+        """Rows with "clip" and the named groups of the pattern, of sounds whose path fits. example: what is
+        expected; of a clip in several folders or formats the one that shares most folders with it is
+        taken."""
+        rows = []
+        for files in self.files.values():
+            fits = {file: re.search(pattern, "/" + file) for file in files if ending(file) in SOUNDS}
+            fits = {file: fit for file, fit in fits.items() if fit}
+            if len(fits) > 1:
+                shared = {file: len({*parents(file)} & {*parents(example)}) for file in fits}
+                best = min(fits, key=lambda file: (-shared[file], *self.format_rank(file, example)))
+                fits = {best: fits[best]}
+            rows += [{"clip": file} | fit.groupdict() for file, fit in fits.items()]
         if not rows:
             raise UserError(f"{self.path}: expected files such as {example} in it")
-        return list(rows.values())
+        return rows
+
+    def consistent(self, rows, ident, content):
+        """The rows without those whose id stands for several contents, which are counted. ident, content:
+        functions of a row."""
+        rows_of = defaultdict(list)
+        for row in rows:
+            rows_of[ident(row)].append(row)
+        contradictory = [key for key, same in rows_of.items() if len(set(map(content, same))) > 1]
+        if contradictory:
+            n = sum(len(rows_of.pop(key)) for key in contradictory)
+            self.leave_out(f"{n} rows that contradict each other, of {len(contradictory)} ids: "
+                           f"{join_names(contradictory)}")
+        return [row for same in rows_of.values() for row in same]
 
 
 @functools.cache
@@ -185,7 +248,7 @@ def measure_clip(path):
     except FileNotFoundError:
         return "missing, or one name of several files"
     except UserError:
-        return "not readable as sound"
+        return find_placeholder(path) or "not readable as sound"
     return frames / rate if frames else "empty"
 
 
@@ -213,37 +276,67 @@ def measure_item(item, folder):
     return None
 
 
+class ManifestWriter:
+    """A manifest on its way to the disk: items wait in a file without a name, which ends with the process."""
+
+    def __init__(self, file, split_path):
+        self.file, self.split_path, self.total = file, split_path, 0
+        self.items = tempfile.TemporaryFile("w+", dir=existing_folder(os.path.dirname(file)))
+
+    def add(self, item):
+        text = json.dumps(item, indent=1).replace("\n", "\n  ")
+        self.items.write(f'{"," * (self.total > 0)}\n  "{self.total}": {text}')
+        self.total += 1
+
+    def save(self):
+        """Write <...>/<Name-Task>/<split>.json, whole or not at all."""
+        task, split = self.file.removesuffix(".json").split("/")[-2:]
+        head = json.dumps({"split": split, "split_path": self.split_path, "flamingo_task": task,
+                           "total_num": self.total, "data": {}}, indent=1)
+        os.makedirs(os.path.dirname(self.file), exist_ok=True)
+        with self.items, atomic_write(self.file) as f:
+            self.items.seek(0)
+            f.write(head.removesuffix("}\n}"))
+            shutil.copyfileobj(self.items, f)
+            f.write("\n }\n}" if self.total else "}\n}")
+
+
 def save_manifest(file, split_path, items):
-    """Write <...>/<Name-Task>/<split>.json, whole or not at all."""
-    task, split = file.removesuffix(".json").split("/")[-2:]
-    data = {str(i): item for i, item in enumerate(items)}
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    with atomic_write(file) as f:
-        json.dump({"split": split, "split_path": split_path, "flamingo_task": task, "total_num": len(items),
-                   "data": data}, f, indent=1)
+    """Write <...>/<Name-Task>/<split>.json, whole or not at all. items: any iterable of dicts."""
+    manifest = ManifestWriter(file, split_path)
+    with name_disk_errors(file):
+        for item in items:
+            manifest.add(item)
+        manifest.save()
 
 
-def write_manifests(manifests, split_path, data_root, source):
-    """Write the items of {file: items} whose clips can be read, and print what is left out. -> exit code: 1
-    if anything is, else 0; UserError names the source where no clip can be read."""
-    measure = functools.partial(measure_item, folder=os.path.join(data_root, split_path))
-    written, code = 0, 0
-    for file, items in manifests.items():
-        good, left_out = [], defaultdict(list)  # left_out: {reason: names}
-        with ThreadPoolExecutor(16) as pool:
-            reasons = tqdm(pool.map(measure, items), "clips", len(items), disable=None)
-            for item, reason in zip(items, reasons):
+def write_manifests(items, split_path, data_root, source):
+    """Write the items, pairs of (manifest, item), whose clips can be read, and print what is left out. Few
+    are in memory at a time; nothing is written before all are read. -> exit code: 1 if anything is left out,
+    else 0; UserError names the source where no clip can be read."""
+    folder = os.path.join(data_root, split_path)
+    manifests, totals = {}, Counter()
+    left_out, examples = Counter(), defaultdict(list)  # {(manifest, reason): number}, {...: first names}
+    items = iter(tqdm(items, "clips", disable=None))
+    with ThreadPoolExecutor(16) as pool:
+        while some := list(islice(items, 1000)):
+            for (file, item), reason in zip(some, pool.map(lambda pair: measure_item(pair[1], folder), some)):
+                totals[file] += 1
                 if reason:
-                    left_out[reason].append(repr(item["name"]))
-                else:
-                    good.append(item)
-        for reason, names in left_out.items():
-            print(f"{file}: {len(names)} of {len(items)} items are left out, {reason}: {join_names(names)}")
-            code = 1
-        if good:
-            save_manifest(file, split_path, good)
-            print(f"{file}: {len(good)} items")
-            written += len(good)
-    if not written:
+                    left_out[file, reason] += 1
+                    if left_out[file, reason] <= 5:
+                        examples[file, reason].append(repr(item["name"]))
+                    continue
+                if file not in manifests:
+                    manifests[file] = ManifestWriter(file, split_path)
+                with name_disk_errors(file):
+                    manifests[file].add(item)
+    for (file, reason), n in left_out.items():
+        names = ", ".join(examples[file, reason])
+        print(f"{file}: {n} of {totals[file]} items are left out, {reason}, e.g. {names}")
+    for file, manifest in manifests.items():
+        manifest.save()
+        print(f"{file}: {manifest.total} items")
+    if not manifests:
         raise UserError(f"{source}: no clip can be read in {data_root}/{split_path}, nothing is written")
-    return code
+    return int(bool(left_out))

@@ -81,8 +81,8 @@ def main(c):
         raise UserError(f"--to={c.to}: expected <Name-Task>/ and train.json, val.json or test.json")
     to, (path,) = settings.resolve_path(c.to), c.files
     check_writable(to)
-    items = list(table_items(c, path))
-    return write_manifests({to: items}, c.split_path, settings.resolve_path(c.data_root), path)
+    items = [(to, item) for item in table_items(c, path)]
+    return write_manifests(items, c.split_path, settings.resolve_path(c.data_root), path)
 
 
 if __name__ == "__main__":

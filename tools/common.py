@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,13 +62,18 @@ def join_names(names, most=5):
 # Writing
 
 
+def existing_folder(path):
+    """The path, or the innermost of its folders that is there."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def check_folder_writable(folder):
     """Fail fast: UserError where nothing can be written in a folder that is there or will be made."""
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
     try:
-        with tempfile.TemporaryFile(dir=existing) as f:
+        with tempfile.TemporaryFile(dir=existing_folder(folder)) as f:
             f.write(bytes(2 ** 16))
             f.flush()
             os.fsync(f.fileno())
@@ -147,6 +153,41 @@ def read_json_object(path):
     if not isinstance(content, dict):
         raise UserError(f"{path}: a {type(content).__name__}, expected an object {{name: value}}")
     return content
+
+
+def read_json_rows(path):
+    """Yield the rows of a JSON list, {"data": a list} or {name: row}. A list is read as its rows are taken:
+    of millions, few are in memory."""
+    with open(path, encoding="utf-8-sig") as f:
+        try:
+            if f.read(1) == "[":
+                yield from read_json_list(f)
+                return
+        except ValueError as error:
+            raise UserError(f"{path}: not readable JSON ({error})") from error
+    content = read_json(path)
+    if isinstance(content, dict):
+        content = content.get("data", content.values())
+    yield from content
+
+
+def read_json_list(f, size=2 ** 20, longest=2 ** 26):
+    """Yield the elements of the list that an open file goes on with behind its "[", read `size` characters
+    at a time; ValueError where one is no JSON, or longer than `longest`."""
+    decode, text, begin = json.JSONDecoder().raw_decode, "", 0
+    while True:
+        begin = re.compile(r"[\s,]*").match(text, begin).end()
+        try:
+            if text.startswith("]", begin):
+                return
+            element, begin = decode(text, begin)
+        except ValueError:  # the rest of the element is not read yet
+            more = f.read(size)
+            if not more or len(text) - begin > longest:
+                raise
+            text, begin = text[begin:] + more, 0
+        else:
+            yield element
 
 
 def parse_json_line(line):

@@ -27,10 +27,10 @@ from tools.common import (RANK_TIMEOUT, UserError, check_folder_writable, check_
 from tools.eval import records
 from tools.eval.captions import captioning
 from tools.eval.clap_text import pick_text_encoder
-from tools.eval.parsing import (answer_text, item_options, labels_of, marks_in, normalise, option_named,
-                                options_of, reference_option, split_mark)
+from tools.eval.parsing import (answer_text, fold, item_options, marks_in, normalise, option_named,
+                                options_of, reference_option, references_of, split_mark)
 from tools.eval.report import result_lines, results_row, write_report
-from tools.eval.rules import closed_set, cmm, entailment, multi_label, nsynth, per_item
+from tools.eval.rules import closed_set, cmm, entailment, exact_match, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
 from tools.html_page import clip_html
 from tools.sample.asking import truncation_note
@@ -76,13 +76,15 @@ def multiple_choice(item):
     leading mark: "(A) woman and child" is wrong officially where another option holds "a". And "as read": the
     option that the answer names to a reader, by letter, text or both."""
     options, answer = item_options(item), answer_text(item)
-    right = reference_option(item["output"], options)
+    references = [reference_option(text, options) for text in references_of(item)]
+    right = set(map(normalise, references))
     named = option_named(answer, options) if answer else None
-    without_mark = split_mark(answer, len(options))[1] or answer
-    return {"accuracy": official_mmau(right, answer, options),
-            "mark stripped": official_mmau(right, without_mark, options),
-            "as read": named is not None and normalise(options[named]) == normalise(right),
-            "chance": 1 / max(len(options), 1)}
+    without_mark = split_mark(answer, options)[1] or answer
+    official = any(official_mmau(text, answer, options) for text in references)
+    stripped = any(official_mmau(text, without_mark, options) for text in references)
+    return {"accuracy": official, "mark stripped": official or stripped,
+            "as read": named is not None and normalise(options[named]) in right,
+            "chance": sum(normalise(option) in right for option in options) / max(len(options), 1)}
 
 
 @per_item
@@ -90,38 +92,31 @@ def muchomusic(item):
     """MuChoMusic: the one option letter that stands alone, else the first option whose text is contained,
     else unanswered. An answer that is an option's text names it: the A of "A female voice" is an article."""
     options, answer = item_options(item), answer_text(item)
+    right = {normalise(reference_option(text, options)) for text in references_of(item)}
     chosen = [option for option in options if normalise(option) == normalise(answer)][:1]
     if not chosen:
-        chosen = [options[mark] for mark in marks_in(answer, len(options), capitals=True)]
+        chosen = [options[mark] for mark in marks_in(answer, options, capitals=True)]
     if len(chosen) != 1:
-        chosen = [option for option in options if option.lower() in answer.lower()]
-    right = bool(chosen) and normalise(chosen[0]) == normalise(reference_option(item["output"], options))
-    return {"accuracy": right, "unanswered": not chosen, "chance": 0.25}
+        chosen = [option for option in options if fold(option) in fold(answer)]
+    return {"accuracy": bool(chosen) and normalise(chosen[0]) in right, "unanswered": not chosen,
+            "chance": len(right) / max(len(options), 1)}
 
 
 @per_item
 def clotho_aqa(item):
-    """Three answers joined by ", ". Unanimous: the questions answered yes or no by all three alike;
-    non-binary: those that none answered with yes or no, right if the answer equals any of the three. Others
-    do not count."""
-    answer = answer_text(item)
-    three = [normalise(text) for text in item["output"].split(",")]
+    """Three answers, a list or joined by ", ". Unanimous: the questions answered yes or no by all three
+    alike; non-binary: those that none answered with yes or no, right if the answer equals any of the three.
+    Others do not count."""
+    answer, three = answer_text(item), item.get("references") or [item["output"]]
+    if len(three) == 1:
+        three = three[0].split(",")
+    three = [normalise(text) for text in three if text.strip()]
     binary = [text in ("yes", "no") for text in three]
     right = bool(answer) and normalise(answer) in three
     unanimous = right if all(binary) and len(set(three)) == 1 else None
     non_binary = None if any(binary) else right
     return {"accuracy": non_binary if unanimous is None else unanimous, "unanimous": unanimous,
             "non-binary": non_binary}
-
-
-def exact_match(items):
-    """The same labels in any order, after lower-casing and dropping punctuation and articles."""
-    right = []
-    for item in items:
-        answer = item["predicted"] = answer_text(item)
-        right.append(bool(answer) and labels_of(answer) == labels_of(item["output"]))
-    labels = {normalise(item["output"]) for item in items}
-    return {"accuracy": right, "chance": 1 / len(labels)}
 
 
 # The first pattern found in Name-Task decides; instead of the last two, prompts with options take

@@ -2,24 +2,32 @@
 
     pip install -r requirements-eval.txt; apt-get install default-jre-headless
 
-A metric whose helper is missing or fails is named, and the others are computed. The PTB tokenizer of
-published figures is Java too; without it a plain one stands in, and figures may differ a little.
+Each is computed in a process of its own: one that is missing, fails or hangs is named, and the others are
+computed. The PTB tokenizer of published figures is Java too; without it a plain one stands in, and figures
+may differ a little.
 """
-import contextlib
 import importlib.util
-import io
+import json
 import os
 import shutil
+import subprocess
+import sys
+from itertools import chain
 
 import numpy as np
+import regex as re
 
-from tools.common import UserError, shorten
-from tools.eval.parsing import answer_text
+from tools.common import UserError, parse_json_line
+from tools.eval.parsing import answer_text, fold, spaced
 from tools.eval.stats import clips_of, interval
 
 TOKENIZER = "PTB tokenizer of published figures"
+METRICS = {"CIDEr-D": "cider.cider.Cider", "BLEU-4": "bleu.bleu.Bleu", "ROUGE-L": "rouge.rouge.Rouge",
+           "METEOR": "meteor.meteor.Meteor", "SPICE": "spice.spice.Spice"}
 JAVA = "Java: apt-get install default-jre-headless"
 JARS = "Stanford's jars: python -m pycocoevalcap.spice.get_stanford_models"
+# In a German locale Java prints 0,5; in the C locale it writes ASCII
+JAVA_OPTIONS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
 PUNCTUATION = str.maketrans("", "", ".?!,:;`'\"()[]{}-")
 
 
@@ -48,30 +56,24 @@ def caption_scores(answers, references):
     An answer without a word scores 0."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return {}, {}, ["caption metrics: pip install -r requirements-eval.txt"]
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.spice import spice
-    scorers = {"CIDEr-D": Cider, "BLEU-4": Bleu, "ROUGE-L": Rouge, "METEOR": Meteor, "SPICE": spice.Spice}
     absent = {}  # metric: what is missing, or failed
     if len(answers) == 1:
         absent["CIDEr-D"] = "at least two clips, one alone has no document frequencies"
-    if not os.path.exists(os.path.join(os.path.dirname(spice.__file__), "lib/stanford-corenlp-3.6.0.jar")):
-        absent["SPICE"] = JARS  # which it would download
     if not shutil.which("java"):
         absent |= dict.fromkeys((TOKENIZER, "METEOR", "SPICE"), JAVA)
-    texts = [tokenize(side, absent) for side in (references, answers)]
+    folder = os.path.dirname(importlib.util.find_spec("pycocoevalcap.spice").origin)
+    if not os.path.exists(os.path.join(folder, "lib/stanford-corenlp-3.6.0.jar")):
+        absent["SPICE"] = JARS  # which it would download
+    texts = tokenize(references, answers, absent)
     figures, per_clip = {}, {}
-    for metric, scorer in scorers.items():
+    for metric, name in METRICS.items():
         if metric in absent:
             continue
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints
-                value, scores = scorer().compute_score(*texts)
-        except Exception as error:  # of the library, or of the Java program that it starts
-            absent[metric] = shorten(error)
+        outcome = run_library(name, "compute_score", *texts)
+        if "failed" in outcome:
+            absent[metric] = outcome["failed"]
             continue
+        value, scores = outcome["result"]
         if metric in ("BLEU-4", "METEOR"):  # the corpus figure is not the mean of the clips: no interval
             figures[metric] = float(np.ravel(value)[-1])  # the last of BLEU-1 to 4
         else:
@@ -82,17 +84,36 @@ def caption_scores(answers, references):
     return means | figures, per_clip, [f"{metric}: {reason}" for metric, reason in absent.items()]
 
 
-def tokenize(captions, absent):
-    """[[caption]] -> {index: [caption]}, tokenized, lower case and without punctuation. First every caption
-    is made one line: a break of any kind or "|||" in it would shift all later ones in the Java programs."""
-    lines = {i: [" ".join(text.replace("|||", " ").split()) for text in texts]
-             for i, texts in enumerate(captions)}
+def run_library(name, method, *arguments):
+    """{"result"} of a method of a class of pycocoevalcap, or {"failed": reason}, from metric_process.py."""
+    seconds = 120 + len(arguments[0]) // 2
+    options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} {JAVA_OPTIONS}"
+    command = [sys.executable, os.path.join(os.path.dirname(__file__), "metric_process.py")]
+    task = json.dumps([seconds, f"pycocoevalcap.{name}", method, arguments])
+    process = subprocess.run(command, input=task.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                             env=os.environ | {"JAVA_TOOL_OPTIONS": options})
+    lines = process.stdout.splitlines() or [""]
+    return parse_json_line(lines[-1]) or {"failed": f"killed, or not done after {seconds} s"}
+
+
+def tokenize(references, answers, absent):
+    """[[caption]] of both sides -> {clip: [caption]} of both, tokenized, lower case and without punctuation.
+    First every caption is made one line: a break of any kind or "|||" in it would shift all later ones in the
+    Java programs. Scripts without spaces are tokenized by character."""
+    captions, outcome = {}, {}
+    for i, texts in enumerate(zip(references, answers)):
+        captions[f"{i:07}"] = [spaced(text.replace("|||", " ")) for text in chain(*texts)]
     if TOKENIZER not in absent:
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-        wrapped = {i: [{"caption": text} for text in texts] for i, texts in lines.items()}
-        try:
-            return PTBTokenizer().tokenize(wrapped)
-        except OSError as error:  # it writes a temporary file into its own folder
-            absent[TOKENIZER] = shorten(error)
-    return {i: [" ".join(text.lower().translate(PUNCTUATION).split()) for text in texts]
-            for i, texts in lines.items()}
+        wrapped = {clip: [{"caption": text} for text in texts] for clip, texts in captions.items()}
+        outcome = run_library("tokenizer.ptbtokenizer.PTBTokenizer", "tokenize", wrapped)
+    tokens, last = outcome.get("result", {}), max(captions)
+    if len(tokens.get(last, ())) < len(captions[last]):
+        absent.setdefault(TOKENIZER, outcome.get("failed", "its Java program lost captions"))
+        tokens = {clip: list(map(plain_tokens, texts)) for clip, texts in captions.items()}
+    references = {clip: texts[:-1] for clip, texts in tokens.items()}
+    return references, {clip: texts[-1:] for clip, texts in tokens.items()}
+
+
+def plain_tokens(text):
+    text = re.sub(r"[^\P{P}\x00-\x7f]", " ", fold(text.replace("’", "'")))  # 。 « —
+    return " ".join(text.translate(PUNCTUATION).split())

@@ -2,16 +2,23 @@
 
 Plain functions on strings; the scoring rules are built from them.
 """
-import re
 import unicodedata
 from functools import lru_cache
+from itertools import pairwise
 from string import ascii_lowercase
+
+import regex as re  # \w includes combining marks (Hindi, Thai, Arabic); in the standard library it does not
 
 # A number with sign, decimals, per cent; a word, with sharps or pluses at its end (c#, f#m, c++); a lone
 # symbol.
-WORDS = re.compile(r"(?:(?<!\w)[-+±])?\d*\.?\d+%?|[^\W_]+(?:[#+]+[^\W_]*)?|[<>=±°%$€£]")
-SPELLINGS = str.maketrans({"♯": "#", "♭": "b", "−": "-", "&": " and "})
-ARTICLE = re.compile(r"\b(?:an?|the) (?!(?:(?:flat|sharp) )?(?:minor|major)$)")  # A minor keeps its A
+WORDS = re.compile(r"(?:(?<!\w)[-+±])?\d*\.?\d+%?|[^\W_]+(?:[#+]+[^\W_]*)?|[<>=±°%×÷≠≤≥≈\p{Sc}]")
+SPELLINGS = str.maketrans("♯♭−–‐٪٫٬ʼʻ", "#b---%.,''")
+# Characters that no reader sees (joiners, direction, variants of an emoji), the Arabic stretching mark
+INVISIBLE = re.compile(r"[\p{Default_Ignorable_Code_Point}\u0640\u20e3]")
+# Scripts that join words without spaces, or particles to them (Korean)
+UNSPACED = re.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}"
+                      r"\p{Khmer}\p{Myanmar}]\p{M}*")
+ARTICLE = re.compile(r"(?<!\S)(?:an?|the) (?!(?:(?:flat|sharp) )?(?:minor|major)$)")  # A minor keeps its A
 # Audio Flamingo 2 Sound-CoT answers: <SUMMARY> <CAPTION> <REASONING> <CONCLUSION>
 TAG = r"<\s*/?\s*(?:summary|caption|reasoning|conclusion)\s*>"
 CONCLUSION = re.compile(rf"<\s*conclusion\s*>(.*?)(?={TAG}|$)", re.I | re.S)
@@ -19,27 +26,40 @@ CONCLUSION = re.compile(rf"<\s*conclusion\s*>(.*?)(?={TAG}|$)", re.I | re.S)
 # What ends the last option: a new sentence (not after an initial or a title), or an instruction in the same
 # one.
 SENTENCE = re.compile(r"(?<!\b[a-z])(?<!\b[dmjs]r)(?<!\bm[rs]s)(?<!\b[dmjs]s)(?<!\bst)(?<!\bvs)(?<!\bft)"
-                      r"[.?!]\s+(?=\D)", re.I)
-INSTRUCTION = re.compile(r"[.,;:!?]*\s+(?:(?:please|now|then)\s+)*"
-                         r"(?:(?:answer|respond|reply)\s+(?:with|by|using|in|only|just)\b|"
+                      r"(?:[.?!]\s+(?=\D)|[。？！])", re.I)
+INSTRUCTION = re.compile(r"[.,;:!?]*\s+(?:(?:please|now|then)\s+)*(?:(?:your )?answer\s*:|"
+                         r"(?:answer|respond|reply)\s+(?:with|by|using|in|only|just)\b|"
                          r"(?:answer|choose|select|pick|give|return|output|write|state|provide|use)\b[^.]*"
                          r"\b(?:letters?|options?|answers?|choices?|words?|one)\b).*", re.I | re.S)
 
 
+def fold(text):
+    """One spelling of texts that differ in case (ß is ss, ς is σ, İ is i), in composed accents, full-width
+    forms, the digits of a script or invisible characters."""
+    text = re.sub(r"(?<=\d)(?=\p{No})", " ", text.replace("´", "'"))  # 10² is not 102
+    text = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
+    text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text))
+    return re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
+
+
 def normalise(text):
-    """Lower case, no punctuation, no articles, single spaces. Signs that carry meaning stay (c#, -3, c++,
-    50%), and a text that is not empty never becomes empty: "A", "the" and "?" are labels too."""
-    text = unicodedata.normalize("NFKC", text).lower().translate(SPELLINGS)
-    text = re.sub(r"(?<=\d)\s+%", "%", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)  # 1,000
-    plain = " ".join(WORDS.findall(text))
-    return ARTICLE.sub("", plain) or " ".join(text.split())
+    """Folded, no punctuation, no articles, single spaces. Signs that carry meaning stay (c#, -3, c++, 50%),
+    and a text that is not empty never becomes empty: "A", "the", "?" and an emoji are labels too."""
+    text = fold(text).translate(SPELLINGS).replace("&", " and ")
+    text = re.sub(r"(?<=\d)(?:\s+(?=%)|,(?=\d{3}\b))", "", text)  # 50 %, 1,000
+    words = WORDS.findall(text) or re.findall(r"\p{S}", text)
+    return ARTICLE.sub("", " ".join(words)) or " ".join(text.split())
+
+
+def spaced(text):
+    """Characters of scripts that are written without spaces as words of their own."""
+    return " ".join(UNSPACED.sub(r" \g<0> ", text).split())
 
 
 def labels_of(text, with_comma=()):
     """The set of normalised labels in "dog, bark; door". with_comma: normalised labels that hold a comma; the
     longest run of parts that is one of them is one label."""
-    parts = [part for part in re.split(r"[;\n]|,(?!\d)", text) if part.strip()]
+    parts = [part for part in re.split(r"[;\n；、،؛]|[,，](?!\d)", text) if part.strip()]
     labels = set()
     while parts:
         size = min(len(parts), 8) if with_comma else 1
@@ -50,6 +70,12 @@ def labels_of(text, with_comma=()):
     return frozenset(labels or {normalise(text)} - {""})
 
 
+def references_of(item):
+    """All reference answers of an item: its "output", and those of its list "references"."""
+    texts = [item["output"], *(item.get("references") or ())]
+    return [text for text in dict.fromkeys(texts) if text.strip()]
+
+
 def answer_text(item):
     """The scored part of an item's answer: all of it, or of a chain-of-thought answer its last conclusion
     that is not empty. "" for an unreadable clip, no answer, no conclusion."""
@@ -58,52 +84,81 @@ def answer_text(item):
         return ""
     if not re.search(TAG, answer, re.I):
         return answer.strip()
-    conclusions = [text.strip() for text in CONCLUSION.findall(answer)]
-    return ([""] + list(filter(None, conclusions)))[-1]
+    conclusions = list(filter(None, map(str.strip, CONCLUSION.findall(answer))))
+    return conclusions[-1] if conclusions else ""
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Options. A mark is the letter or number in front of an option.
 
-LETTERS = list(ascii_lowercase)
-DIGITS = [str(n) for n in range(1, 27)]
-MARK_STYLES = (r"\(({})\)", r"\[({})\]", r"(?<![\w(])({})\)", r"(?<![\w.'])({})\.(?=\s)",
-               r"(?<![\w.'])({}):(?=\s)", r"(?m:^[ \t]*)({})[ \t]+[-–]\s")  # (A) [A] A) A. A: A -
+MARK_STYLES = (r"\(\s*({})\s*\)", r"\[\s*({})\s*\]", r"(?<![\p{{Latin}}\d_(])({})\)",  # (A) [A] A)
+               r"(?<![\p{{Latin}}\d_.'])({})\.(?=\s|[^\x00-\x7f])", r"(?m:^[ \t]*)({})\.(?=[^\s\d])",  # A.
+               r"(?<![\p{{Latin}}\d_.'])({}):(?=\s|[^\x00-\x7f])",  # A:
+               r"(?:(?m:^[ \t]*)|(?<![\p{{Latin}}\d_])(?!\d))({})[ \t]+[-–]\s",  # A - dog
+               r"(?m:^[ \t]*)(?!\d)({})[ \t]+(?=\S)")  # lines "A dog"; of "1 dog", 1 is a number
+# Marks in other characters: <A> {{A}} 【A】 （A）, **A.** `A`, A． A、 A：, ① Ⓐ ⒈
+OTHER_MARKS = re.compile(
+    r"(?|[<＜〈《{｛（［【〔「『]\s*([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})\s*[>＞〉》}｝）］】〕」』)\]][.:]?"
+    r"|[*_`]+([A-Za-z]|\d{1,2})[.):]?[*_`]+[.):]?"
+    r"|(?<![\p{Latin}\d.'’])([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"
+    r"(?:[．、。：）](?!\s*(?:\d|[A-Za-z]\b))|(?<=[Ａ-Ｚａ-ｚ])[.):])"
+    r"|([①-⑳⑴-⒇⒈-⒛⒜-⒵Ⓐ-ⓩ🄐-🄩❶-❾🅰-🅴🅐-🅔]\ufe0f?|\d\ufe0f?\u20e3))")
+# An option's mark at the front of a text; the last form, "B dog", has an empty second group
+FRONT_MARK = re.compile(r"[\s*_`\"'“‘]*(?|[(\[]\s*([A-Za-z]|\d{1,2})\s*[)\]][.:]?"
+                        r"|([A-Za-z]|\d{1,2})(?:\)|[.:](?=\s|$|[^\x00-\x7f])|\W*$)"
+                        r"|(?![Aa]\s)([A-Za-z]|\d{1,2})()[\s.,:–-]+)[\s*_`]*")
+# Letters that name an option inside a text; those that do where the text names none otherwise
+NAMED_MARK = (r"[(\[]\s*([A-Za-z])\s*[)\]]|\b(?i:(?:option|choice|(?:answer|option|choice)\s*"
+              r"(?:is\s*[:：]?|[:：=-])(?:\s*option)?))\s*([A-Za-z])\b(?!\s+\w|['’])")
+LONE = r"(?<![\p{Latin}\p{M}\d'’])"
+NO_KEY = r"(?![\p{Latin}\p{M}\d#'’+])"
+LONE_CAPITAL = (rf"{LONE}([B-HJ-Z]){NO_KEY}|{LONE}([AI]){NO_KEY}(?!\s+\w)|"
+                rf"{LONE}(A)(?=\s+(?:is|was|because|since|as|and|or|fits|seems)\b)")
+SIGNS = str.maketrans("❶❷❸❹❺❻❼❽❾🅰🅱🅲🅳🅴🅐🅑🅒🅓🅔", "123456789ABCDEABCDE")
+
+
+def plain_marks(text):
+    """Marks in other characters as (A) or (1)."""
+
+    def bracketed(found):
+        mark = unicodedata.normalize("NFKC", found[1].translate(SIGNS)).strip("().\ufe0f\u20e3")
+        return f" ({mark}) "
+
+    return OTHER_MARKS.sub(bracketed, text)
+
+
+def mark_index(mark):
+    return int(mark) - 1 if mark.isdigit() else ascii_lowercase.index(mark.lower())
 
 
 @lru_cache(1 << 16)
 def options_of(prompt):
     """The texts of the options that a prompt lists, in order, with marks of one style and case; () if there
     are not two. Options may hold brackets and full stops; the prompt's text after the last one is cut off."""
-    best = []
+    prompt, best = plain_marks(prompt), []
     for style in MARK_STYLES:
-        for marks, pattern in ((LETTERS, "[A-Za-z]"), (DIGITS, r"\d{1,2}")):
-            found = list(re.finditer(style.format(pattern), prompt))
-            starts = [i for i, mark in enumerate(found) if mark[1].lower() == marks[0]]
-            for start in starts:
-                texts = _option_texts(prompt, found[start:], marks)
-                best = max(best, texts, key=len)  # the first longest
+        for kind in ("[A-Z]", "[a-z]", r"\d{1,2}"):
+            found = list(re.finditer(style.format(kind), prompt))
+            for start, mark in enumerate(found):
+                if mark_index(mark[1]) == 0:
+                    best = max(best, _option_texts(prompt, found[start:]), key=len)  # the first longest
     return tuple(best) if len(best) > 1 else ()
 
 
-def _option_texts(prompt, found, marks):
+def _option_texts(prompt, found):
     """Texts between the marks a, b, c … that follow each other in `found`; [] if one of them is empty."""
-    run = found[:1]
-    upper = run[0][1].isupper()
-    for mark in found[1:]:
-        letter = mark[1]
-        if marks[len(run):len(run) + 1] == [letter.lower()] and letter.isupper() == upper:
+    run = []
+    for mark in found:
+        if mark_index(mark[1]) == len(run):
             run.append(mark)
-    texts = []
-    for mark, following in zip(run, run[1:]):
-        text = prompt[mark.end():following.start()]
-        texts.append(re.sub(r"[\s,;]+(?:or|and)\s*$", "", text, flags=re.I))
+    texts = [prompt[mark.end():following.start()] for mark, following in pairwise(run)]
+    texts = [re.sub(r"[\s,;]+(?:or|and)\s*$", "", text, flags=re.I) for text in texts]
     last, _, _ = prompt[run[-1].end():].strip().partition("\n")
     last = INSTRUCTION.sub("", last)
     if not any(SENTENCE.search(text.strip()) for text in texts):  # the options are no paragraphs
         last = SENTENCE.split(last)[0]
-    texts.append(last.strip().rstrip("?"))
-    texts = [text.strip().strip(",;:").rstrip(".|/").strip() for text in texts]
+    texts.append(last.strip().rstrip("?？"))
+    texts = [text.strip(" \t\r\n*`,;:，；、").rstrip(" .|/。") for text in texts]
     return texts if all(re.search(r"[^\W_]|[^\w\s(),.]", text) for text in texts) else []
 
 
@@ -112,59 +167,53 @@ def item_options(item):
     return item.get("choices") or options_of(item["prompt"])
 
 
-def split_mark(text, n):
-    """(index, rest) of a text that begins with the mark of one of n options: "(b) dog", "b. dog", "B"; (None,
-    text) without one. "A dog" begins with an article."""
-    found = re.match(r"[\s*_\"']*(?:[(\[]\s*(\w{1,2})\s*[)\]][.:]?|(\w{1,2})(?:[.):](?=\s|$)|\s*$))\s*", text)
-    mark = (found[1] or found[2]).lower() if found else ""
-    for marks in (LETTERS, DIGITS):
-        if mark in marks[:n]:
-            return marks.index(mark), text[found.end():]
-    return None, text
+def split_mark(text, options):
+    """(index, rest) of a text that begins with the mark of an option: "(b) dog", "b. dog", "B", "B dog";
+    (None, text) without one. "A dog" begins with an article; a number is no mark where an option begins with
+    one."""
+    found = FRONT_MARK.match(plain_marks(text))
+    if not found:
+        return None, text
+    index, rest = mark_index(found[1]), found.string[found.end():]
+    numbered = found[1].isdigit() and any(re.match(r"\W*\d", option) for option in options)
+    if numbered or not 0 <= index < len(options):
+        return None, text
+    if found[2] is not None and normalise(rest) != normalise(options[index]):
+        return None, text
+    return index, rest
 
 
 def reference_option(reference, options):
     """The text of the right option; the reference may be that text, its mark, or both."""
-    for same in (str, str.lower, normalise):  # "child" and "the child" may both be options
-        for option in options:
-            if same(option) == same(reference):
-                return option
-    index, rest = split_mark(reference, len(options))
-    rest_words = normalise(rest)
-    if index is not None and rest_words in ("", normalise(options[index])):
-        return options[index]
-    return next((option for option in options if normalise(option) == rest_words), rest)
+    index, rest = split_mark(reference, options)
+    for text in (reference, rest):
+        for same in (str, str.lower, normalise):  # "child" and "the child" may both be options
+            for option in options:
+                if same(option) == same(text):
+                    return option
+    return options[index] if index is not None and not normalise(rest) else rest
 
 
-def marks_in(answer, n, capitals=False):
+def marks_in(answer, options, capitals=False):
     """Indices of the options whose mark an answer gives: in brackets, at its front, alone, after "option";
     with `capitals` any that stands alone. An A or I before another word is an article or the speaker."""
-    first, _ = split_mark(answer, n)
-    patterns = [r"[(\[]([A-Za-z])[)\]]",
-                r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer(?: is|:))\s+([A-Za-z])\b(?!\s+\w|')"]
-    if capitals:
-        patterns += [r"\b([B-HJ-Z])\b(?![#'+])", r"\b([AI])\b(?!\s+\w|[#'+])",
-                     r"\b(A)\b(?=\s+(?:is|was|because|since|as|and|or|fits|seems)\b)"]
-    marks = {first} - {None}
-    for pattern in patterns:
-        marks |= {LETTERS.index(letter.lower()) for letter in re.findall(pattern, answer)}
-    return {mark for mark in marks if mark < n}
+    first, _ = split_mark(answer, options)
+    pattern = f"{NAMED_MARK}|{LONE_CAPITAL}" if capitals else NAMED_MARK
+    found = re.finditer(f"(?|{pattern})", plain_marks(answer))
+    marks = {mark_index(mark[1]) for mark in found} | {first}
+    return marks & set(range(len(options)))
 
 
 def option_named(answer, options):
     """Index of the option that an answer names by its text, its mark or both, in a sentence too; None if it
     names none, several, or one by mark and another by text."""
-    texts, answer_words = [normalise(option) for option in options], normalise(answer)
+    texts, answer_words = [spaced(normalise(option)) for option in options], spaced(normalise(answer))
     if answer_words in texts:
         return texts.index(answer_words)
     contained = [text for text in texts if f" {text} " in f" {answer_words} "]
     longest = max(contained, key=len, default="")
     if not all(f" {text} " in f" {longest} " for text in contained):  # two, neither part of the other
         return None
-    marks = marks_in(answer, len(options))
-    if not marks and not contained:
-        marks = marks_in(answer, len(options), capitals=True)
-    if not marks:
-        return texts.index(longest) if longest else None
-    mark = min(marks)
-    return mark if len(marks) == 1 and longest in ("", texts[mark]) else None
+    marks = marks_in(answer, options) or marks_in(answer, options, capitals=not contained)
+    named = {texts[mark] for mark in marks} | set(filter(None, [longest]))
+    return texts.index(named.pop()) if len(named) == 1 else None

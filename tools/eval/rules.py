@@ -4,13 +4,14 @@ A rule takes items and returns figures, see eval.py. labels: those of a label fi
 references. embed(texts) -> (n, d): "retrieval", as in the paper; None: "exact", the normalised answer.
 """
 import functools
-import re
 import statistics
+from itertools import chain
 
 import numpy as np
+import regex as re
 
 from tools.common import UserError
-from tools.eval.parsing import answer_text, labels_of, normalise
+from tools.eval.parsing import answer_text, labels_of, normalise, references_of
 from tools.eval.stats import clips_of, mean_average_precision
 
 # The fields of NSynth's "produced by X, pitch P, velocity V, source S, and having qualities like …"
@@ -41,8 +42,9 @@ def similarities(embed, texts, labels):
 
 def closed_set(items, labels=None, embed=None):
     """One label, or the same several in any order."""
-    names = sorted(set(labels or [item["output"] for item in items]))
-    with_comma = {normalise(name) for name in names if "," in name}
+    references = [references_of(item) for item in items]
+    names = sorted(set(labels or chain.from_iterable(references)))
+    with_comma = {normalise(name) for name in labels or () if "," in name}
     known = {labels_of(name, with_comma): name for name in names}  # spellings of one label are one
 
     def find(text):
@@ -52,27 +54,31 @@ def closed_set(items, labels=None, embed=None):
     if embed is not None:
         cosines = similarities(embed, answers, names)
         answers = [names[row.argmax()] if row.max() > -1 else "" for row in cosines]
-    right = []
     for item, answer in zip(items, answers):
         item["predicted"] = find(answer)
-        reference = find(item["output"])
-        right.append(reference is not None and item["predicted"] == reference)
-    return {"accuracy": right, "chance": 1 / len(known)}
+    right = [set(map(find, texts)) - {None} for texts in references]
+    return {"accuracy": [item["predicted"] in found for item, found in zip(items, right)],
+            "chance": statistics.fmean(map(len, right)) / len(known)}
+
+
+def exact_match(items):
+    """The same labels in any order, after folding case and dropping punctuation and articles."""
+    return closed_set(items)
 
 
 def nsynth(items, labels=None, embed=None):
     """NSynth's sentences by source and instrument, two closed sets; other items as one closed set."""
     fields = {}
     for name, pattern in NSYNTH.items():
-        references = [re.search(pattern, item["output"], re.I) for item in items]
-        if not all(references):
-            continue
-        rows = []
-        for reference, item in zip(references, items):
-            answer = answer_text(item)
-            found = re.search(pattern, answer, re.I)
-            rows.append({"output": reference[1], "answer": found[1] if found else answer})
-        fields[name] = closed_set(rows, None, embed)["accuracy"]
+
+        def field(text):
+            found = re.search(pattern, text, re.I)
+            return found[1] if found else text
+
+        if all(re.search(pattern, references_of(item)[0], re.I) for item in items):
+            rows = [{"output": "", "references": list(map(field, references_of(item))),
+                     "answer": field(answer_text(item))} for item in items]
+            fields[name] = closed_set(rows, None, embed)["accuracy"]
     if not fields:
         return closed_set(items, labels, embed)
     accuracy = np.mean(list(fields.values()), 0).tolist()
@@ -80,10 +86,13 @@ def nsynth(items, labels=None, embed=None):
 
 
 def multi_label(items, labels=None, embed=None):
-    """Several labels: mAP over the labels. The scores are the similarities of the answer to every label, or 1
-    for the labels that it lists. An item's own score: the share of its labels that rank above all others."""
-    with_comma = {normalise(label) for label in labels or () if "," in label}
-    references = [labels_of(item["output"], with_comma) for item in items]
+    """Several labels, all those of all references: mAP over the labels. The scores are the similarities of
+    the answer to every label, or 1 for the labels that it lists. An item's own score: the share of its labels
+    that rank above all others."""
+    texts = [references_of(item) for item in items]
+    listed = [text for several in texts if len(several) > 1 for text in several]  # each is one label
+    with_comma = {normalise(label) for label in [*(labels or ()), *listed] if "," in label}
+    references = [labels_of("\n".join(several), with_comma) for several in texts]
     names = sorted(frozenset(map(normalise, labels or ())) or frozenset().union(*references))
     truth = indicators(references, names)
     answers = [answer_text(item) for item in items]
@@ -105,26 +114,62 @@ def indicators(label_sets, names):
     return np.array([[name in labels for name in names] for labels in label_sets], float)
 
 
+CLASS = r"(?:entail|contradict|neutral)"
+NOT = (r"(?:\b(?:not|never|cannot)\b|"
+       r"\b(?:is|are|was|were|do|does|did|ca|could|wo|would|should|has|have|had|ai)n['’]?t\b)")
+# What ends the reach of a denial: "not X; but Y", "no rain, so X", "not X (Y)", "not X, Y" (not "not X, Y or
+# Z"), and not "does not, however, X"
+BOUNDARY = (rf"[.;:!\n—–→]|\s-+>?\s|\((?=\W*(?:an?\s+)?{CLASS})|"
+            rf"\band\s+(?=(?:is|it|this|that|the)\b|{CLASS}s\b)|(?<!{NOT}(?:\s+|,[^,]*))"
+            r"(?:\b(?:but|however|instead(?! of)|rather(?! than)|so|therefore|thus|hence|because|since|"
+            r"whereas|yet)\b|,\s*(?=(?:it|its|this|that|the|they|there|which|an?)\b|"
+            rf"(?:\w+\s+)?{CLASS}(?![^.;:!\n]*\bn?or\b)))")
+NEGATOR = (rf"{NOT}(?!\s+only)|\b(?:non|un)-?(?={CLASS})|"
+           r"\b(?:no|neither|nor|nothing|none|without|hardly|barely|doubt|rather than|instead of|fail\w*|"
+           r"lack\w*|insufficient|unable|unlikely|impossible|absence|far from|rul\w+ out)\b")
+CLAIMS = re.compile(
+    rf"(?P<boundary>{BOUNDARY})|(?P<negator>{NEGATOR})|(?P<unclear>\b(?:whether|if|sure|certain)\b)|"
+    rf"(?P<named>{CLASS})\w*(?P<denied_after>(?:\s+(?:relation\w*|label))?(?:\s+\w+)?\s*(?:{NOT}|"
+    r"\s(?:is|was|are|can be)\s+(?:ruled out|excluded|unlikely|impossible|absent|wrong|incorrect|false)\b|"
+    r"\s*[:=]\s*(?:no|none|not|false)\b))?")
+
+
+def entailment_named(text):
+    """The class that a text affirms, or the third where it denies two; None where that is not decided: two
+    affirmed, one denied, a double denial, a question."""
+    text = re.sub(r"[^.!?\n]*\?", " ", text.lower())
+    names = {"entail": "entailment", "neutral": "neutral", "contradict": "contradiction"}
+    affirmed, denied = set(), set()
+    negations = new = 0  # that reach the next class named, those since the last one
+    for claim in CLAIMS.finditer(text):
+        if claim["boundary"]:
+            negations = new = 0
+        elif claim["named"]:
+            negations, new = new or negations, 0
+            total = negations + bool(claim["denied_after"])
+            if total < 2:
+                (denied if total else affirmed).add(names[claim["named"]])
+        else:
+            new += 2 if claim["unclear"] else 1
+    if len(denied) == 2:
+        affirmed |= set(names.values()) - denied
+    return affirmed.pop() if len(affirmed) == 1 and not affirmed & denied else None
+
+
 @per_item
 def entailment(item):
-    """The first of entailment, neutral, contradiction that the answer names and does not deny."""
-
-    def named(text):
-        not_denied = r"(?<!not )(?<!not an )(?<!not a )(?<!no )"
-        found = re.search(not_denied + "(?:entail|neutral|contradict)", text.lower())
-        names = ("entailment", "neutral", "contradiction")
-        return next(name for name in names if name.startswith(found[0])) if found else None
-
-    item["predicted"] = named(answer_text(item))
-    right = named(item["output"])
-    return {"accuracy": right is not None and item["predicted"] == right, "chance": 1 / 3}
+    """The class that the answer affirms and does not deny; unanswered where its wording does not decide."""
+    right = set(map(entailment_named, references_of(item))) - {None}
+    item["predicted"] = entailment_named(answer_text(item))
+    return {"accuracy": item["predicted"] in right, "unanswered": item["predicted"] is None,
+            "chance": max(len(right), 1) / 3}
 
 
 @per_item
 def cmm(item):
     """CMM: yes or no within the first five characters. Yes items measure perception, no items resistance to
     hallucination."""
-    word = normalise(item["output"])
-    right = word in answer_text(item).lower()[:5]
-    return {"accuracy": right, "perception": right if word == "yes" else None,
-            "hallucination resistance": right if word == "no" else None, "chance": 0.5}
+    words = set(map(normalise, references_of(item)))
+    right = any(word in answer_text(item).lower()[:5] for word in words)
+    return {"accuracy": right, "perception": right if words == {"yes"} else None,
+            "hallucination resistance": right if words == {"no"} else None, "chance": len(words) / 2}

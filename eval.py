@@ -33,7 +33,7 @@ from tools.eval.report import result_lines, results_row, write_report
 from tools.eval.rules import closed_set, cmm, entailment, exact_match, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
 from tools.html_page import clip_html
-from tools.sample.asking import truncation_note
+from tools.sample.asking import answer_key, truncation_note
 from tools.sample.decoding import Sampling, answer_items
 
 split: str = ""  # Name-Task/split, or several separated by commas
@@ -145,8 +145,7 @@ def scored_part(name, items, c):
     reference (MMAU's test split) do not count."""
     rule = choose_rule(name.split("/")[0], items, c.metric)
     counted = [item for item in items if item["output"].strip() or rule is captioning]
-    labelled = counted if rule in (closed_set, multi_label) else ()
-    return rule, counted, records.read_labels(c.labels, labelled, several=rule is multi_label)
+    return rule, counted, records.read_labels(c.labels, counted if rule in (closed_set, multi_label) else ())
 
 
 def score_split(name, items, c, clap_checkpoint=None):
@@ -177,27 +176,29 @@ def score_split(name, items, c, clap_checkpoint=None):
 # Answers
 
 
-def answer_split(model, manifest, stem, identity, c, rank, world):
+def answer_split(model, manifest, cache, identity, c, rank, world):
     """Answer what is not cached, this rank's share of it; -> on rank 0 all items, in the manifest's order."""
-    keys = [records.answer_key(identity, manifest[i]) for i in range(len(manifest))]
-    cached = records.read_cache(stem)
+    keys = []
+    for clip in map(manifest.__getitem__, range(len(manifest))):
+        keys.append(answer_key([identity, clip["start"], clip["duration"]], clip["prompt"], clip["paths"]))
+    cached = records.read_cache(cache)
     uncached = [i for i, key in enumerate(keys) if key not in cached]
     if rank == 0 and cached and uncached:
         print(f"{manifest.name}: asking {len(uncached)} of {len(keys)} questions that have no cached answer",
               "of these weights, dtype, token limit, audio settings, clip and prompt", file=sys.stderr)
     wait_for_ranks()  # all ranks have read the cache before one writes: the same shares
-    clips = Clips([manifest], None, model.audio_config)
     share = uncached[rank::world]
-    loader = DataLoader(clips, batch_size=None, sampler=share, num_workers=min(c.num_workers, len(share)))
+    loader = DataLoader(Clips([manifest], None, model.audio_config), batch_size=None, sampler=share,
+                        num_workers=min(c.num_workers, len(share)))
     pending = []  # (key, truncated seconds) in the order of asking
-    path = f"{stem}.cache{rank}.jsonl"
+    path = f"{cache}{rank}.jsonl"
     with name_disk_errors(path), open(path, "a") as f:
 
         def questions():
             bar = tqdm(loader, manifest.name, len(share), unit="clip", disable=rank > 0 or None)
             for i, clip in zip(share, bar):
                 if "error" in clip:  # an unreadable clip counts as wrong, and is reported
-                    records.append_answer(f, keys[i], {"answer": "", "error": clip["error"]})
+                    records.append_answer(f, keys[i], answer="", error=clip["error"])
                     continue
                 pending.append((keys[i], round(clip["truncated_seconds"], 2)))
                 yield records.plain_json(clip["prompt"]), clip["windows"], clip["n_windows"]
@@ -205,11 +206,11 @@ def answer_split(model, manifest, stem, identity, c, rank, world):
         sampling = Sampling(max_new_tokens=c.max_new_tokens)
         for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
             key, truncated = pending[index]
-            records.append_answer(f, key, {"answer": text, "truncated_seconds": truncated})
+            records.append_answer(f, key, answer=text, truncated_seconds=truncated)
     wait_for_ranks()
     if rank:
         return []
-    cached = records.read_cache(stem)
+    cached = records.read_cache(cache)
     return [records.item_of(manifest, i, cached[key]) for i, key in enumerate(keys)]
 
 
@@ -252,34 +253,30 @@ def results_folder(c, source):
     return settings.resolve_path(c.results or folder)
 
 
-def check_files(c, folder, names, inputs):
-    """Fail before the long work where results cannot be written, or would replace a file that is read. names:
-    of the files that will be written into the folder."""
-    outputs = []
+def check_files(c, folder):
+    """Fail before the long work where results cannot be written."""
     if folder:
         check_folder_writable(folder)
-        outputs = [os.path.join(folder, name) for name in ["report.html", *names]]
     if c.scores:
-        outputs.append(settings.resolve_path(c.scores))
-        check_writable(outputs[-1])
-        records.read_scores(outputs[-1])
-    for output in outputs:
-        for file in filter(None, [*inputs, c.labels]):
-            for written in (output, output + ".tmp"):
-                if os.path.exists(written) and os.path.samefile(written, file):
-                    raise UserError(f"{file} would be replaced by results: give other --results or --scores")
+        c.scores = settings.resolve_path(c.scores)
+        check_writable(c.scores)
+        records.read_scores(c.scores)
+
+
+def results_file(folder, name, ending=".jsonl"):
+    return os.path.join(folder, name.replace("/", "--") + ending)
 
 
 def save_scores(c, folder, rows, items, sound_of):
     if c.scores:
-        records.add_scores(settings.resolve_path(c.scores), rows)
+        records.add_scores(c.scores, rows)
     if c.report and folder:
         write_report(os.path.join(folder, "report.html"), rows, items, sound_of)
 
 
 def main(c):
     names = [name.strip() for name in c.split.split(",") if name.strip()]
-    if not names:
+    if not names or not all(re.fullmatch(r"[^./][^/]*/[^/]+", name) for name in names):
         raise UserError("give --split Name-Task/split, of dataset_file_root, e.g. Clotho-AQA-AQA/test")
     choose_rule("", [], c.metric)
     rank, world = start_ranks(c)
@@ -288,23 +285,21 @@ def main(c):
         setattr(c, root, getattr(model.config, root))
     manifests = {name: open_split(name, c) for name in names}
     folder = results_folder(c, source)
-    stems = {name: os.path.join(folder, name.replace("/", "--")) for name in names}
-    written = [stem + ending for stem in stems.values() for ending in (".jsonl", ".json")]
-    check_files(c, folder, written, [manifest.file for manifest in manifests.values()])
+    check_files(c, folder)
     model = load_weights(c, source, model, state)
     identity = {"weights": fingerprint(model.state_dict()), "dtype": str(model.lm.norm.weight.dtype),
                 "max_new_tokens": c.max_new_tokens, "audio": model.audio_config}
     os.makedirs(folder, exist_ok=True)
     rows, items = {}, {}
     for name, manifest in manifests.items():
-        stem = stems[name]
-        items[name] = answer_split(model, manifest, stem, identity, c, rank, world)
+        cache = results_file(folder, name, ".cache")
+        items[name] = answer_split(model, manifest, cache, identity, c, rank, world)
         if rank == 0:
             rows[name] = score_split(name, items[name], c, model.config.clap_checkpoint)
             header = {"identity": identity, "model": source, "manifest": manifest.file, "commit": commit()}
-            records.write_items(stem + ".jsonl", [header, *items[name]])
+            records.write_items(results_file(folder, name), [header, *items[name]])
             if "audio_id" in manifest.items[0]:
-                records.write_official(stem + ".json", manifest.items, items[name])
+                records.write_official(results_file(folder, name, ".json"), manifest.items, items[name])
             if note := truncation_note([item.get("truncated_seconds", 0) for item in items[name]], model):
                 print(note, flush=True)
 
@@ -324,12 +319,14 @@ def score_file(c):
         raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
     items = records.read_answers(c.files[0])
     folder = c.results and settings.resolve_path(c.results)
-    results = c.task.replace("/", "--") + ".jsonl"
-    check_files(c, folder, [results], c.files)
+    check_files(c, folder)
+    results = folder and results_file(folder, c.task)
+    if results and os.path.exists(results) and os.path.samefile(results, c.files[0]):
+        raise UserError(f"{results}: would be replaced by its own results: give another --results")
     row = score_split(c.task, items, c, c.clap_checkpoint)
-    if folder:
+    if results:
         os.makedirs(folder, exist_ok=True)
-        records.write_items(os.path.join(folder, results), items)
+        records.write_items(results, items)
     save_scores(c, folder, {c.task: row}, {c.task: items}, lambda name, item: "")
 
 

@@ -1,4 +1,4 @@
-"""eval.py on a tiny model: the cache of answers, kills, two ranks, the report, MMAU's own file."""
+"""eval.py on a tiny model: the cache of answers, kills, two ranks, the report; answers of other systems."""
 import base64
 import io
 import json
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_kills_lose_and_repeat_nothing(trained, tiny_data, tmp_path):
 def test_mistakes_are_found_before_weights_are_loaded(evaluate, tmp_path, capsys):
     (tmp_path / "list.json").write_text("[1]")
     cases = {"--split=toy-AQA/tset": "toy-AQA/tset.json", "--metric=x": "multiple_choice",
-             "--split=,": "split", "--results=/dev/null/x": "/dev/null/x",
+             "--split=,": "split", "--split=../x/q": "split", "--results=/dev/null/x": "/dev/null/x",
              f"--scores={tmp_path}": str(tmp_path), f"--scores={tmp_path}/list.json": "list.json",
              f"--labels={tmp_path}/none": "none"}
     for option, word in cases.items():
@@ -179,3 +179,116 @@ def test_mmaus_own_file(evaluate, tiny_data, tmp_path):
     assert "mark stripped" in out and "task: sound" in out and "published 3B 61.56" in out
     rows = json.load(open(tmp_path / "r/MMAU--test-mini.json"))
     assert [row["id"] for row in rows] == ["u0", "u1", "u2", "u3"] and "model_output" in rows[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers of other systems
+
+# Values in JSON, and the score of an item that has one under a key: 1, 0, n (no reference), -: refused.
+VALUES = ('"" "cow" "(C)cow" "2" 0 2 2.0 9 true null NaN Infinity [] [2] ["2"] ["cow"] ["cow","ox"] '
+          '[["cow"]] {"a":1} "[\\"dog\\",\\"ox\\"]" "[\'dog\'\\n\'ox\']" "cow\\ud83d" [1,2,3] "dog,cat"').split()
+OUTCOMES = {"prompt": "1111---------------111-1", "answer": "01110110-0000111---001-0",
+            "choices": "1--------1111---1--11-1-"}
+OUTCOMES |= dict.fromkeys(("output", "reference", "references"), "n111011--nnnn1111--001-0")
+OUTCOMES |= dict.fromkeys(("audio", "path", "id", "start", "score", "category", "mine"), "1" * 24)
+ITEM = {"prompt": "Which?", "choices": ["dog", "cat", "cow"], "output": "cow", "answer": "cow"}
+
+
+def to_lines(items):
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+@pytest.fixture
+def score(tmp_path):
+    """score(content of a file) -> its row and items by eval.py score."""
+    path = tmp_path / "answers.jsonl"
+    c = config.load([str(path), "--task=MMAU", "--report=false"], "eval.py", scoring.READS, files=True)
+
+    def main(content, **settings):
+        path.write_bytes(content.encode())
+        vars(c).update({"results": f"{tmp_path}/out", "scores": f"{tmp_path}/scores.json"} | settings)
+        try:
+            scoring.score_file(c)
+        finally:
+            assert path.read_bytes() == content.encode()
+        items = [json.loads(line) for line in open(tmp_path / f"out/{c.task}.jsonl")]
+        return json.load(open(tmp_path / "scores.json"))["tasks"][c.task], items
+
+    return main
+
+
+def test_every_value_is_scored_right_or_refused_in_one_line(score):
+    for key, outcomes in OUTCOMES.items():
+        items, expected = [], []
+        for value, outcome in zip(VALUES, outcomes, strict=True):
+            item = ITEM | {key: json.loads(value)}
+            if key in ("reference", "references"):
+                del item["output"]
+            if outcome == "-":
+                with pytest.raises(UserError, match=f"answers.jsonl line 2: '{key}'"):
+                    score(to_lines([ITEM, item]))
+            else:
+                items.append(item)
+                expected.append({"n": None}.get(outcome, outcome == "1"))
+        assert [item["score"] for item in score(to_lines(items))[1]] == expected, key
+
+
+def test_one_figure_from_every_form(score):
+    """Ours, with indices, with references as a list and as a text, sample.py's of earlier, MMAU's, and
+    MuChoMusic's; as lines, as a list, and as Windows writes lines."""
+    options, files = ITEM["choices"], [[] for _ in range(7)]
+    for right, index in ((2, 2), (0, 0), (1, 0), (2, None)):
+        reference, answer = options[right], None if index is None else options[index]
+        ask = {"prompt": "Which?", "choices": options}
+        forms = [ask | {"output": reference, "answer": answer},
+                 {"prompt": "Which? (A) dog (B) cat (C) cow", "output": right, "answer": index},
+                 ask | {"references": [reference], "answer": [answer]},
+                 ask | {"choices": str(options), "references": str([reference]), "answer": answer},
+                 ask | {"reference": str(right), "output": answer},
+                 {"question": "Which?", "audio_id": "a.wav", "choices": options, "answer": reference,
+                  "model_output": answer},
+                 {"prompt": "Which?", "answers": options, "model_output": answer,
+                  "answer_orders": [abs(right - i) for i in range(3)]}]
+        for file, item in zip(files, forms):
+            file.append(item)
+    windows = "\ufeff" + to_lines(files[0]).replace("\n", "\r\n")
+    for content in [*map(to_lines, files), *map(json.dumps, files), windows]:
+        row, _ = score(content)
+        assert (row["accuracy"], row["as read"], row["empty answers"]) == (0.5, 0.5, 1), content
+
+
+def test_compare_pairs_the_same_items(tmp_path, capsys):
+    """By ids; by clip and prompt where there are none, or line numbers; by order; not two benchmarks."""
+    c = config.load(["--task=Toy-AQA"], "eval.py", scoring.READS, files=True)
+    c.files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    items = [{"prompt": "What?", "output": "dog", "answer": ["dog", "cat"][i % 7 > 2]} for i in range(60)]
+    named = [item | {"id": f"q{i}"} for i, item in enumerate(items)]
+    asked = [item | {"audio": f"{i}.wav"} for i, item in enumerate(items)]
+    numbered = [[item | {"id": i} for i, item in enumerate(order)] for order in (asked, asked[::-1])]
+    reworded = [[item | {"prompt": "And?"} for item in order] for order in (named[::-1], items)]
+    cases = [(named, named[::-1], "id"), (named, reworded[0], "id"), (items, reworded[1], "order"),
+             (asked, asked[::-1], "clip and prompt"), (*numbered, "clip and prompt"),
+             (items, [{"prompt": "And?", "output": "cat", "answer": "cat"}] * 60, None)]
+    for first, second, key in cases:
+        (tmp_path / "a.jsonl").write_text(to_lines(first))
+        (tmp_path / "b.jsonl").write_text(to_lines(second))
+        with nullcontext() if key else pytest.raises(UserError, match="a.jsonl"):
+            scoring.compare_files(c)
+            out = capsys.readouterr().out
+            assert f"paired by {key}:" in out and "| gained 0, lost 0" in out and "\n60 items" in out
+
+
+def test_labels_that_a_file_lacks(score, tmp_path):
+    lines = to_lines({"prompt": "?", "output": text, "answer": text} for text in ("Dog, bark", "cat", "owl"))
+    labels = tmp_path / "labels.txt"
+    for content, missing in (("dog\nbark", "2 .*cat, owl"), ("cat\nowl", "2 .*bark, dog"), ("", "4 .*owl")):
+        labels.write_text(content)
+        for task in ("FSD50k-EventClassification", "Toy-SceneClassification"):
+            with pytest.raises(UserError, match=f"labels.txt.*{missing}"):
+                score(lines, task=task, labels=str(labels))
+
+
+def test_no_file_that_was_read_is_replaced(score, tmp_path):
+    for settings in ({"task": "answers", "results": str(tmp_path)}, {"scores": f"{tmp_path}/answers.jsonl"}):
+        with pytest.raises(UserError, match="answers.jsonl"):
+            score(to_lines([ITEM]), **settings)

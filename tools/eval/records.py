@@ -8,7 +8,6 @@ are kept as they are.
 """
 import ast
 import glob
-import hashlib
 import json
 import os
 import re
@@ -24,26 +23,12 @@ from tools.eval.parsing import answer_text, item_options, labels_of, normalise
 # Keys that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
           "Dataset", "genre", "music_knowledge", "music_reasoning", "knowledge", "reasoning")
-# Types of the keys that hold one value, and the keys that may hold a list, of texts and numbers. None of
-# them may be a bool.
-PLAIN, NUMBER = {str, int, float}, {int, float, type(None)}
-FIELDS = {"prompt": {str}, "answer": {str, *NUMBER}, "id": {str, *NUMBER}, "start": NUMBER, "score": NUMBER}
-LISTS = ("audio", "choices", "output", "references", *GROUPS)
 OTHER_NAMES = {"reference": "output", "references": "output", "path": "audio", "paths": "audio",
-               "audio_path": "audio", "audio_start": "start"}
-# Forms of answers: the keys that they have, those that they lack, and their names of an item's keys
-MMAU, MUCHOMUSIC, OURS = "MMAU's", "MuChoMusic's", "'output' is the reference, 'answer' the answer"
-FORMS = {MMAU: ({"question", "choices", "audio_id"}, {"prompt", "output"},
-                {"prompt": "question", "output": "answer", "answer": "model_output", "audio": "audio_id"}),
-         MUCHOMUSIC: ({"answers", "answer_orders"}, {"choices"},
-                      {"choices": "answers", "output": "answers", "answer": "model_output"}),
-         "'reference' is the reference, 'output' the answer": (
-             {"output", "reference"}, {"answer"}, {"output": "reference", "answer": "output"}),
-         "'references' are the references, 'output' is the answer": (
-             {"output", "references"}, {"answer"}, {"output": "references", "answer": "output"}),
-         OURS: (set(), set(), {})}
-INSTRUCTION = "Choose the correct option from the following options:"  # of MMAU
+               "audio_path": "audio", "audio_id": "audio", "audio_start": "start"}
+PLAIN = {str, int, float}  # types of a text, and of a number that stands for one; bool does not
 NUMBERED = re.compile(r"(?<![\w.])1\s?[).:\]].*(?<![\w.])2\s?[).:\]]", re.S)  # a prompt with options 1. 2.
+MMAU, MUCHOMUSIC = "MMAU's form", "MuChoMusic's form"
+INSTRUCTION = "Choose the correct option from the following options:"  # of MMAU
 
 # ------------------------------------------------------------------------------------------------------------
 # One item
@@ -76,16 +61,18 @@ def to_list(value):
 
 def option_text(value, item, key, where):
     """A reference or an answer as text. A number is the index of an option; without options, a text."""
-    options = list(item_options(item))
+    if type(value) not in PLAIN:
+        refuse(where, key, value, "a text, or the index of an option")
+    options, text = list(item_options(item)), str(value)
     if isinstance(value, str) or not options:
-        return str(value)
+        return text
     indexed = options[int(value)] if value in range(len(options)) else None
-    named = str(value) if str(value) in options else None
-    if NUMBERED.search(item["prompt"]) or None not in (indexed, named) and indexed != named:
-        refuse(where, key, value, "a text: the number is the index of one option, and the name of another")
-    if key != "answer" and indexed is named is None:
+    named = text in options
+    if NUMBERED.search(item["prompt"]) or (named and indexed not in (None, text)):
+        refuse(where, key, value, "the text of an option, because it is the index of another")
+    if key != "answer" and not named and indexed is None:
         refuse(where, key, value, f"an option, or its index from 0 to {len(options) - 1}")
-    return indexed or str(value)
+    return indexed or text
 
 
 def check_item(item, where):
@@ -94,32 +81,28 @@ def check_item(item, where):
     for other, key in OTHER_NAMES.items():
         if other in item:
             item.setdefault(key, item[other])
-    missing = [key for key in ("prompt", "output", "answer") if key not in item]
-    if missing:
-        raise UserError(f"{where}: no {', '.join(missing)}; expected prompt, output, answer, or in MMAU's "
-                        "form question, choices, audio_id, or in MuChoMusic's answers, answer_orders")
-    if isinstance(item["answer"], list) and len(item["answer"]) < 2:
-        item["answer"] = [*item["answer"], None][0]
-    for key, types in FIELDS.items():
-        if type(item.get(key)) not in types:
-            refuse(where, key, item[key], " or ".join(sorted(kind.__name__ for kind in types)))
-    for key in LISTS:
-        if not set(map(type, to_list(item.get(key)))) <= PLAIN:
-            refuse(where, key, item[key], "a text, or a list of texts")
-    choices = list(map(str, to_list(item.get("choices"))))
-    if len(choices) == 1 or "" in choices:
-        refuse(where, "choices", choices, "two or more texts")
+    for key in ("prompt", "output", "answer"):
+        if key not in item:
+            raise UserError(f"{where}: no {key!r}, expected prompt, output, answer; or MMAU's question, "
+                            "choices, audio_id; or MuChoMusic's answers, answer_orders")
+    if not isinstance(item["prompt"], str):
+        refuse(where, "prompt", item["prompt"], "a text")
+    choices = to_list(item.get("choices"))
+    if len(choices) == 1 or "" in choices or not set(map(type, choices)) <= PLAIN:
+        refuse(where, "choices", item["choices"], "a list of two or more texts")
     if "choices" in item:
-        item["choices"] = choices
-    found = {}
-    for key in ("output", "references"):
-        texts = [option_text(value, item, key, where) for value in to_list(item.get(key))]
-        found[key] = [text for text in texts if text.strip()]
-    item["references"] = found["references"] or found["output"]
-    item["output"] = [*found["output"], *item["references"], ""][0]
+        item["choices"] = list(map(str, choices))
+    texts = {}
+    for key in ("references", "reference", "output"):
+        values = [option_text(value, item, key, where) for value in to_list(item.get(key))]
+        texts[key] = [text for text in values if text.strip()]
+    item["references"] = texts["references"] or texts["output"]
+    item["output"] = [*texts["output"], *item["references"], ""][0]
     if len(item["references"]) < 2:
         del item["references"]
-    answer = item["answer"]  # None: the system gave none
+    answer = item["answer"]
+    if isinstance(answer, list) and len(answer) < 2:
+        answer = [*answer, None][0]
     item["answer"] = "" if answer is None else option_text(answer, item, "answer", where)
     return item
 
@@ -129,26 +112,30 @@ def check_item(item, where):
 
 
 def read_entry(where, entry):
-    """-> the item of an entry of a file, and the entry's form."""
+    """-> the item of an entry of a file, and which form it has."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: a {type(entry).__name__}, expected an object")
-    keys = set(entry)
-    form = next(form for form, (has, lacks, _) in FORMS.items() if has <= keys and not lacks & keys)
-    item = entry | {key: entry.get(other) for key, other in FORMS[form][2].items()}
-    if form == MMAU and item["answer"] is None:
-        item["answer"] = entry.get("model_prediction")
-    if form == MUCHOMUSIC:
-        options, order = to_list(entry["answers"]), to_list(entry["answer_orders"])
-        if order.count(0) != 1 or len(order) != len(options):
+    keys, changed, form = set(entry), {}, "references in 'output', answers in 'answer'"
+    if {"answers", "answer_orders"} <= keys:
+        form, options, order = MUCHOMUSIC, to_list(entry["answers"]), to_list(entry["answer_orders"])
+        if 0 not in order[:len(options)]:
             refuse(where, "answer_orders", order, "the order of the answers, 0 for the right one")
-        item["output"] = str(options[order.index(0)])
-    item = check_item(item, where)
+        answer, right = entry.get("model_output"), str(options[order.index(0)])
+        changed = {"choices": options, "output": right, "answer": answer}
+    elif {"question", "choices", "audio_id"} <= keys and not {"prompt", "output"} & keys:
+        form, answer = MMAU, entry.get("model_output", entry.get("model_prediction"))
+        changed = {"prompt": entry["question"], "output": entry.get("answer"), "answer": answer}
+    elif "output" in keys and "answer" not in keys and {"reference", "references"} & keys:
+        form = "references in 'reference' or 'references', answers in 'output'"
+        changed = {"answer": entry["output"], "output": entry.get("reference")}
+    item = check_item(entry | changed, where)
+    choices, prompt = item.get("choices", ()), item["prompt"]
     if form == MMAU:
-        item["prompt"] = item["prompt"].removesuffix(INSTRUCTION).rstrip() + " " + INSTRUCTION
-        for letter, choice in zip(ascii_uppercase, item.get("choices", ())):
+        item["prompt"] = f"{prompt.removesuffix(INSTRUCTION).rstrip()} {INSTRUCTION}"
+        for letter, choice in zip(ascii_uppercase, choices):
             item["prompt"] += f"\n({letter}) {choice}"
-    words = re.findall(r"\w+", " ".join(item.get("choices", ())))
-    if form == OURS and words and "score" not in item and not NUMBERED.search(item["prompt"]):
+    words = re.findall(r"\w+", " ".join(choices))
+    if words and form not in (MMAU, MUCHOMUSIC) and "score" not in item and not NUMBERED.search(prompt):
         for key in ("output", "answer"):  # an index as text, as tables have it
             if re.fullmatch(r"\d\d?", item[key]) and item[key] not in words:
                 item[key] = option_text(int(item[key]), item, key, where)
@@ -156,26 +143,22 @@ def read_entry(where, entry):
 
 
 def read_entries(path):
-    """Yield (item, form, the entry itself) of JSON lines or of a JSON list."""
-    if is_json_list(path):
-        entries = [(f"{path}: item {i}", entry) for i, entry in enumerate(read_json(path))]
-    else:
-        entries = ((f"{path} line {number}", entry) for number, entry in read_json_lines(path))
-    for where, entry in entries:
+    """-> the items of JSON lines or of a JSON list, and which forms they have."""
+    items, forms, is_list = [], set(), is_json_list(path)
+    for number, entry in enumerate(read_json(path)) if is_list else read_json_lines(path):
         if "identity" not in entry or "prompt" in entry:  # no header of results
-            yield *read_entry(where, entry), entry
+            item, form = read_entry(f"{path}{': item' if is_list else ' line'} {number}", entry)
+            items.append(item)
+            forms.add(form)
+    return items, sorted(forms)
 
 
 def read_answers(path):
     """The items of a file of answers; prints what was taken for the references and the answers."""
-    items, forms = [], {}
-    for item, form, _ in read_entries(path):
-        items.append(item)
-        forms[form] = forms.get(form, 0) + 1
+    items, forms = read_entries(path)
     if not items:
         raise UserError(f"{path}: holds no answer")
-    for form, n in forms.items():
-        print(f"{path}: {n} items, {form}", file=sys.stderr)
+    print(f"{path}: {len(items)} items, {'; '.join(forms)}", file=sys.stderr)
     return items
 
 
@@ -198,27 +181,22 @@ def write_items(path, items):
             f.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
-def read_labels(path, items=(), several=False):
+def read_labels(path, items=()):
     """The labels of a file, one a line, or None without a file. UserError names labels of the items'
-    references that the file lacks. several: an item may have more than one."""
+    references that the file lacks."""
     if not path:
         return None
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         labels = [line.strip() for line in f if line.strip()]
     with_comma = {normalise(label) for label in labels if "," in label}
+    references = [text for item in items for text in item.get("references", [item["output"]])]
 
-    def units(text):
-        return labels_of(text, with_comma) if several else {labels_of(text, with_comma)}
+    def parts(texts):
+        return set().union(*[labels_of(text, with_comma) for text in texts])
 
-    known = set(map(normalise, labels)) if several else set().union(*map(units, labels))
-    missing = set()
-    for item in items:
-        for text in item.get("references", [item["output"]]):
-            if not units(text) <= known:
-                missing.add(text)
+    missing = sorted(parts(references) - parts(labels))
     if missing or not labels:
-        names = join_names(sorted(missing))
-        raise UserError(f"{path}: lacks {len(missing)} labels of the references: {names}")
+        raise UserError(f"{path}: lacks {len(missing)} labels of the references: {join_names(missing)}")
     return labels
 
 
@@ -242,13 +220,9 @@ def add_scores(path, rows):
 
 
 def read_questions(path):
-    """The entries of such a file with prompt, output and name added. MMAU's test split has no answers: its
-    outputs are empty."""
-    questions = []
-    for item, _, entry in read_entries(path):
-        name = os.path.normpath(str(item["audio"]))
-        questions.append(entry | {"prompt": item["prompt"], "output": item["output"], "name": name})
-    return questions
+    """The items of such a file, with the name of their clip. MMAU's test split has no answers: its outputs
+    are empty."""
+    return [item | {"name": os.path.normpath(str(item["audio"]))} for item in read_entries(path)[0]]
 
 
 def open_questions(path, name, data_root):
@@ -265,13 +239,14 @@ def open_questions(path, name, data_root):
 
 
 def write_official(path, questions, items):
-    """Results in the official form: model_prediction, which its README asks for, and model_output, which its
-    script reads; empty where there is no answer, because that script leaves out items without the key."""
+    """Results in MMAU's form: model_prediction, which its README asks for, and model_output, which its script
+    reads; empty where there is no answer, because that script leaves out items without the key."""
     rows = []
     for question, item in zip(questions, items):
         answer = answer_text(item)
-        row = {key: value for key, value in question.items() if key not in ("name", "prompt", "output")}
-        rows.append(row | {"model_output": answer, "model_prediction": answer})
+        added = "name", "audio", "prompt", "output"
+        row = {key: value for key, value in question.items() if key not in added}
+        rows.append(row | dict(answer=question["output"], model_output=answer, model_prediction=answer))
     write_json(path, rows)
 
 
@@ -280,29 +255,17 @@ def write_official(path, questions, items):
 # at most a torn one. An answer's key is a hash of all that it depends on.
 
 
-def answer_key(identity, item):
-    """identity: weights, dtype, token limit and audio settings; item: of a Manifest. The prompt, the audio
-    files with size and time, and the part of them count."""
-    try:
-        stats = [os.stat(path) for path in item["paths"]]
-        files = [(stat.st_size, int(stat.st_mtime)) for stat in stats]
-    except OSError:  # unreadable, which is an answer too, until the file is there
-        files = None
-    parts = [identity, files, *(item[key] for key in ("paths", "start", "duration", "prompt"))]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_cache(stem):
+def read_cache(cache):
     """{key: {"answer", ...}} of all ranks' files."""
     cached = {}
-    for file in sorted(glob.glob(f"{glob.escape(stem)}.cache*.jsonl")):
+    for file in sorted(glob.glob(glob.escape(cache) + "*.jsonl")):
         with open(file, "rb") as f:
             entries = [parse_json_line(line) for line in f]
         cached |= {entry.pop("key"): entry for entry in entries if entry}
     return cached
 
 
-def append_answer(f, key, answer):
+def append_answer(f, key, **answer):
     """After a newline: the last line of a killed run may be torn."""
     f.write("\n" + json.dumps({"key": key} | answer, ensure_ascii=False))
     f.flush()

@@ -22,7 +22,7 @@ def clips_of(items):
     clips = []
     for number, item in enumerate(items):
         path = item.get("audio")
-        clips.append((str(path), item.get("start") or 0) if path else number)
+        clips.append((str(path), str(item.get("start") or 0)) if path else number)
     return clips
 
 
@@ -84,38 +84,41 @@ def mean_average_precision(truth, scores, clips, draws=50):
 
 
 def pair_items(first, second):
-    """-> [(item of the first, item of the second)] and what they are paired by. Ids are believed where both
-    files have unique ones, unless an item has another's in the other file (a line number, say). Items whose
-    clip and prompt recur are paired in their order."""
-    sides = first, second
+    """-> [(item of the first, item of the second)], and what they are paired by. Ids count where both files
+    have unique ones that name the same questions, not e.g. lines. Questions that recur are paired in their
+    order."""
     with_start = all("start" in item for item in [*first, *second])
 
     def question(item):
-        clip = item.get("audio") or item["output"]
-        return str(clip), with_start and item["start"], item["prompt"]
+        start = item["start"] if with_start else 0
+        return str(item.get("audio") or item["output"]), str(start), item["prompt"]
+
+    def id_of(item):
+        return str(item.get("id"))
 
     def pair_by(key):
         groups = defaultdict(lambda: ([], []))
-        for side, items in enumerate(sides):
+        for side, items in enumerate((first, second)):
             for item in items:
                 groups[key(item)][side].append(item)
         return [pair for group in groups.values() for pair in zip(*group)]
 
-    by_question, by_id = pair_by(question), pair_by(lambda item: str(item.get("id")))
-    unique = all(len({str(item.get("id")) for item in items} - {"None"}) == len(items) for items in sides)
-    questions = set(map(question, second))
-    false = any(question(a) != question(b) and question(a) in questions for a, b in by_id)
-    if unique and not false and len(by_id) >= len(by_question):
+    by_question, by_id = pair_by(question), pair_by(id_of)
+    unique = all(len({*map(id_of, items)} - {"None"}) == len(items) for items in (first, second))
+    same = all(question(a) == question(b) for a, b in by_id) or not by_question
+    if unique and same and len(by_id) >= len(by_question):
         return by_id, "id"
     if by_question:
         return by_question, "clip and prompt"
-    same = [a["output"] for a in first] == [b["output"] for b in second]
+    same = [item["output"] for item in first] == [item["output"] for item in second]
     return list(zip(first, second)) if same else [], "order"
 
 
 def compare_systems(first, second, names=("a", "b")):
     """Print the difference of the mean scores with its interval over clips, and the items that changed."""
-    scored = [[item for item in items if item.get("score") is not None] for items in (first, second)]
+    scored = []
+    for items in (first, second):
+        scored.append([item for item in items if isinstance(item.get("score"), (int, float))])
     pairs, key = pair_items(*scored)
     if not pairs:
         raise UserError(f"{names[0]} and {names[1]} share no scored item (same id, or same clip and prompt); "

@@ -10,7 +10,6 @@
 import itertools
 import os
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 
 from tqdm import tqdm
@@ -24,14 +23,13 @@ from tools.sample.asking import (answer_key, append_line, load_item, read_part, 
                                  to_json_line, truncation_note)
 from tools.sample.attention_map import attention_timeline, write_timeline
 from tools.sample.decoding import (answer_items, check_text, compile_decoding, encode_audio_kv,
-                                   encode_questions, force_conclusion, stream_text)
+                                   encode_questions, stream_text)
 from tools.sample.int8 import quantize
 from tools.sample.page import import_gradio, serve_page
 
 audio: list = []  # audio file; again for each further clip of the same prompt
 prompt: str = "Describe the sound in a sentence."  # what to ask
 chat: bool = False  # ask on: a question a line from standard input, about the same clips
-reasoning: bool = False  # SoundCoT checkpoints: if an answer ends without a conclusion, generate one
 answer_prefix: str = ""  # words that the answer begins with
 int8: bool = False  # int8 weights on a CPU: less time per token
 compile: bool = False  # torch.compile for the decoding step: a minute first, then less per token
@@ -118,7 +116,7 @@ def answer_audio(model, c):
     for number, prompt in enumerate(prompts_of(c)):
         try:
             item = prompt, windows, counts
-            text = print_stream(stream_text(model, item, audio_kv, sampling, c.reasoning))
+            text = print_stream(stream_text(model, item, audio_kv, sampling))
         except (UserError, KeyboardInterrupt) as error:
             if not c.chat:
                 raise
@@ -137,52 +135,45 @@ def answer_input(model, questions, c):
     """--input: print a line for every question, in their order. Answers are kept in <output>.part as they
     end, where a killed run goes on; <output> is written when all are there -> exit code."""
     sampling = sampling_of(c)
-    identity = [fingerprint(model.state_dict()), str(model.lm.norm.weight.dtype), model.audio_config,
-                asdict(sampling), c.reasoning]
+    dtype = str(model.lm.norm.weight.dtype)
+    identity = fingerprint(model.state_dict()), dtype, model.audio_config, asdict(sampling)
     keys = [answer_key(identity, question["prompt"], paths) for question, paths in questions]
     part = f"{c.output}.part"
-    kept = read_part(part, keys) if c.output else {}
-    lines, asked, seconds = {}, [], []  # lines: {number of the question: its line}
+    kept = read_part(part, keys) if c.output else {}  # {key: an answer}
+    asked, errors, lines = [], {}, []
 
     def items():
         for number, (question, paths) in enumerate(questions):
-            if line := kept.get(keys[number]):
-                lines[number] = question | {"answer": line["answer"]}
-                seconds.extend(line["truncated_seconds"])
+            if keys[number] in kept:
                 continue
             try:
                 item, truncated = load_item(question["prompt"], paths, model)
                 encode_questions(model, [item], c.answer_prefix)
             except (UserError, FileNotFoundError) as error:
-                lines[number] = question | {"answer": None, "error": str(error)}
+                errors[number] = str(error)
                 continue
-            asked.append((number, item, truncated))
+            asked.append((number, truncated))
             yield item
 
     answers = answer_items(model, items(), min(c.batch_size, len(questions)), sampling)
-    printed = []
-    for number in tqdm(range(len(questions)), desc="answer", unit="question", disable=None):
-        while number not in lines:  # answers end in any order
+    for number, key in enumerate(tqdm(keys, "answer", unit="question", disable=None)):
+        while key not in kept and number not in errors:  # answers end in any order
             for index, text in itertools.islice(answers, 1):
-                done, item, truncated = asked[index]
-                asked[index] = None  # its windows are not needed any more
-                if c.reasoning:
-                    text = force_conclusion(model, item, text, sampling)
-                lines[done] = questions[done][0] | {"answer": text}
-                seconds.extend(truncated)
+                done, truncated = asked[index]
+                answer = {"key": keys[done], "answer": text, "truncated_seconds": truncated}
+                kept[keys[done]] = answer
                 if c.output:
-                    append_line(part, lines[done] | {"key": keys[done], "truncated_seconds": truncated})
-        printed.append(to_json_line(lines[number]))
-        tqdm.write(printed[-1], end="")
+                    append_line(part, questions[done][0] | answer)
+        answer = {"answer": kept[key]["answer"]} if key in kept else {"answer": None, "error": errors[number]}
+        lines.append(to_json_line(questions[number][0] | answer))
+        tqdm.write(lines[-1], end="")
     if c.output:
         with atomic_write(c.output, "wb") as f:
-            f.write("".join(printed).encode())
-        with suppress(FileNotFoundError):  # nothing was answered
-            os.remove(part)
-    print_truncation(seconds, model)
-    errors = [line["error"] for line in lines.values() if "error" in line]
-    if errors:
-        print(f"{len(errors)} of {len(questions)} could not be answered, e.g. {errors[0]}", file=sys.stderr)
+            f.write("".join(lines).encode())
+        os.remove(part)
+    print_truncation([seconds for answer in kept.values() for seconds in answer["truncated_seconds"]], model)
+    for error in list(errors.values())[:1]:
+        print(f"{len(errors)} of {len(questions)} could not be answered, e.g. {error}", file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -13,7 +13,7 @@ from data import encode_prompts, encode_text
 from tools.common import UserError
 from tools.sample.attention_map import attention_over_time, attention_timeline, write_timeline
 from tools.sample.decoding import (Sampling, answer_items, compile_decoding, decode_stream, encode_audio_kv,
-                                   force_conclusion, sample_tokens, stream_text)
+                                   sample_tokens, stream_text)
 from tools.sample.int8 import Int8Linear, quantize
 
 
@@ -101,20 +101,6 @@ def test_an_answer_goes_on_from_its_prefix(model):
         for _ in range(5):
             ids.append(int(model(torch.tensor([ids]), windows, n)[0][0, -1].argmax()))
     assert answer == "it is a" + model.tokenizer.decode(ids[-5:], skip_special_tokens=True)
-
-
-def test_a_reasoning_answer_without_conclusion_is_made_to_conclude(model):
-    (item,), sampling = questions(model, 1), Sampling(max_new_tokens=4)
-    whole = "<summary> s. <conclusion> a cat"
-    assert force_conclusion(model, item, whole, sampling) == whole
-    cut = "<summary> one. <reasoning> it barks. it may be 3.5 khz hi"
-    prefix = "<summary> one. <reasoning> it barks. <conclusion>"
-    prompt, windows, counts = item
-    options = {"max_new_tokens": 4, "answer_prefix": prefix}
-    forced = model.generate([prompt], windows, torch.tensor(counts), **options)[0]
-    assert force_conclusion(model, item, cut, sampling) == forced
-    *_, last = stream_text(model, item, None, sampling, reasoning=True)
-    assert "<conclusion>" in last
 
 
 @pytest.mark.parametrize("prompts, n, kind", [

@@ -79,16 +79,16 @@ def answer_key(identity, prompt, paths):
 def read_part(part, keys):
     """{key: line} of the answers that a killed run left in a file, where they have one of the keys; other
     lines, e.g. a torn last one, are removed from it."""
-    if not os.path.exists(part):
-        return {}
-    with open(part, "rb") as f:
-        lines = [parse_json_line(line) for line in f]
-    wanted = set(keys)
-    kept = {line["key"]: line for line in lines if line and str(line.get("key")) in wanted}
+    lines, keys = [], set(keys)
+    if os.path.exists(part):
+        with open(part, "rb") as f:
+            lines = [parse_json_line(line) for line in f]
+    kept = {line["key"]: line for line in lines if line and str(line.get("key")) in keys}
     with atomic_write(part, "wb") as f:
         for line in kept.values():
             f.write(to_json_line(line).encode())
-    begin = "goes on" if kept else "begins anew"
-    print(f"{part}: {begin}, {len(kept)} of its {len(lines)} lines are answers to these questions with these "
-          "weights, settings and clips", file=sys.stderr)
+    if lines:
+        begin = "goes on" if kept else "begins anew"
+        print(f"{part}: {begin}, {len(kept)} of its {len(lines)} lines are answers to these questions with "
+              "these weights, settings and clips", file=sys.stderr)
     return kept

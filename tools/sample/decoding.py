@@ -9,9 +9,8 @@ follow-up question.
 """
 import itertools
 import math
-import re
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -276,9 +275,9 @@ def decode_text(model, answer, sampling):
     return model.tokenizer.decode(prefix + answer.ids, skip_special_tokens=True)
 
 
-def answer_items(model, items, slots, sampling, audio_kv=None):
+def answer_items(model, items, slots, sampling):
     """Yield (index of the item, text) as answers end."""
-    for answers in decode_stream(model, items, slots, sampling, audio_kv):
+    for answers in decode_stream(model, items, slots, sampling):
         for answer in answers:
             if answer.ended:
                 yield answer.index, decode_text(model, answer, sampling)
@@ -307,25 +306,12 @@ def generate(model, prompts, windows, n_windows, **sampling):
     """AudioFlamingo.generate: B strings."""
     items, sampling = split_batch(prompts, windows, n_windows), Sampling(**sampling)
     texts = dict(answer_items(model, items, len(items), sampling))
-    return [texts.get(index, "") for index in range(len(items))]
+    return [texts[index] for index in range(len(items))]
 
 
-def force_conclusion(model, item, text, sampling, audio_kv=None):
-    """If a chain-of-thought answer has no <conclusion>, cut it after its last sentence, force that tag and
-    continue."""
-    if "<conclusion>" in text.lower():
-        return text
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
-    thoughts = text[:ends[-1]] if ends else text
-    sampling = replace(sampling, answer_prefix=f"{thoughts} <conclusion>")
-    return dict(answer_items(model, [item], 1, sampling, audio_kv))[0]
-
-
-def stream_text(model, item, audio_kv, sampling, reasoning=False):
-    """Yield an answer as it grows; reasoning: at last with its conclusion."""
+def stream_text(model, item, audio_kv, sampling):
+    """Yield an answer as it grows."""
     for (answer,) in decode_stream(model, [item], 1, sampling, audio_kv):
         text = decode_text(model, answer, sampling)
-        if answer.ended and reasoning:
-            text = force_conclusion(model, item, text, sampling, audio_kv)
         if answer.ended or not text.endswith("\ufffd"):  # a character whose other bytes are still to come
             yield text

@@ -63,7 +63,7 @@ def build_page(model, c):
             with lock:
                 (_, windows, counts), audio_kv, note = cached_clip(path)
                 item = prompt, windows, counts
-                for text in stream_text(model, item, audio_kv, sampling_of(c), c.reasoning):
+                for text in stream_text(model, item, audio_kv, sampling_of(c)):
                     reply["content"] = as_text(text) or "…"
                     yield chat, path, gr.skip(), note, gr.skip()  # the next question may be typed by now
                 timeline = attention_timeline(model, prompt, text, windows, audio_kv)

@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from data import encode_prompts, encode_text, pad_rows, window_counts
 from tools.common import UserError
@@ -52,19 +53,20 @@ def sample_tokens(logits, sampling, generators):
     (argmax of logits + Gumbel noise). generators: {row: torch.Generator}; other rows are not in use."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    V = logits.shape[1]
     logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / max(sampling.temperature, 1e-6)  # which is greedy
-    if sampling.top_k:
-        least = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if sampling.top_p:
-        ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        beyond[:, 0] = False  # also of a top_p that is 0 in float32
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -math.inf)
+    if sampling.top_k or sampling.top_p:
+        ordered, index = logits.sort(descending=True)
+        ordered[:, sampling.top_k or V:] = -math.inf
+        share = ordered.softmax(-1)
+        beyond = share.cumsum(-1) - share >= (sampling.top_p or 1)
+        beyond[:, 0] = False  # the likeliest stays, also where top_p is 0 in float32
+        ordered[beyond] = -math.inf
+        logits = logits.scatter(1, index, ordered)
     uniform = torch.full(logits.shape, 0.5)
     for row, generator in generators.items():
-        uniform[row] = torch.rand(logits.shape[1], generator=generator)
+        uniform[row] = torch.rand(V, generator=generator)
     gumbel = -(-uniform.clamp(min=1e-20).log()).log()
     return (logits + gumbel.to(logits.device)).argmax(-1)
 
@@ -107,8 +109,8 @@ def encode_questions(model, items, answer_prefix=""):
 
 def pad_to(x, dim, size):
     """x with zeros after it, up to `size` along a dimension."""
-    more = x.new_zeros(*x.shape[:dim], size - x.shape[dim], *x.shape[dim + 1:])
-    return torch.cat([x, more], dim) if more.numel() else x
+    sizes = [0, 0] * (x.ndim - 1 - dim)  # of the padding, from the last dimension on
+    return F.pad(x, [*sizes, 0, size - x.shape[dim]])
 
 
 class DecodingBatch:
@@ -118,14 +120,15 @@ class DecodingBatch:
     kv_cache (layers, 2, B, H_kv, length, d): the KV cache of the text
     lengths (B,): tokens in the cache; longest: an upper bound of them that needs no look at the device
     x (B, D): hidden state at the last token, whose logits choose the next; tokens (B,): that one
-    room [B]: how many tokens more the model has positions for, after the prompts
+    most [B]: tokens that an answer may have
     """
 
     def __init__(self, model, items, sampling, audio_kv=None):
         """Prefill: the prompts pass through the model at once and fill the KV cache."""
         rows = encode_questions(model, items, sampling.answer_prefix)
         self.model = model
-        self.room = [model.lm.config.positions + 1 - len(row) for row in rows]  # the last token needs none
+        room = model.lm.config.positions + 1  # the last token needs no position
+        self.most = [min(sampling.max_new_tokens, room - len(row)) for row in rows]
         self.kv, n_keys = audio_kv or encode_audio_kv(model, items)
         ids = pad_rows(rows, model.pad_id).to(n_keys.device)  # (B, T)
         B, self.longest = ids.shape
@@ -168,15 +171,9 @@ class DecodingBatch:
     def insert_rows(self, rows, new):
         """Replace finished rows by the newly prefilled sequences of another batch -> self."""
         rows = torch.tensor(rows, device=self.x.device)
-        S = max(kv.shape[1] for kv in [*self.kv.values(), *new.kv.values()])
-        length = max(self.kv_cache.shape[4], new.kv_cache.shape[4])
-        kv = {}
         for i in self.kv:
-            fresh = pad_to(new.kv[i], 1, S)
-            kv[i] = pad_to(self.kv[i], 1, S).index_copy(0, rows, fresh)
-        self.kv = kv
-        fresh = pad_to(new.kv_cache, 4, length)
-        self.kv_cache = pad_to(self.kv_cache, 4, length).index_copy(2, rows, fresh)
+            self.kv[i] = replace_rows(self.kv[i], rows, new.kv[i])
+        self.kv_cache = replace_rows(self.kv_cache, rows, new.kv_cache, dim=2, padded=4)
         self.n_keys = self.n_keys.index_copy(0, rows, new.n_keys)
         self.lengths = self.lengths.index_copy(0, rows, new.lengths)
         self.x = self.x.index_copy(0, rows, new.x)
@@ -184,10 +181,18 @@ class DecodingBatch:
         return self
 
 
+def replace_rows(x, rows, new, dim=0, padded=1):
+    """x with new rows along a dimension; zeros after the shorter of the two along another."""
+    size = max(x.shape[padded], new.shape[padded])
+    x, new = pad_to(x, padded, size), pad_to(new, padded, size)
+    return x.index_copy(dim, rows, new)
+
+
 def compile_decoding(model):
-    """torch.compile for the decoding step: one graph, on a GPU launched as one CUDA graph."""
+    """torch.compile for the decoding step: one graph, on a GPU launched as one CUDA graph. Compiled for the
+    first shapes, and again, for all, when others come."""
     mode = "reduce-overhead" if model.lm.norm.weight.is_cuda else None
-    model.compiled_forward = torch.compile(model.forward_hidden, fullgraph=True, dynamic=False, mode=mode)
+    model.compiled_forward = torch.compile(model.forward_hidden, mode=mode)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,20 +204,10 @@ class Answer:
     """The answer to an item, while it is generated."""
     index: int  # of the item
     most: int  # tokens
-    generator: torch.Generator | None  # noise of its tokens; None: greedy
+    generator: torch.Generator  # noise of sampled tokens
     ids: list = field(default_factory=list)  # tokens so far
     token: int = -1  # the latest; -1: a stop token
     ended: bool = False
-
-
-def start_answers(model, numbered, sampling, audio_kv):
-    """Prefill [(index, item)] -> DecodingBatch, [Answer]."""
-    batch = DecodingBatch(model, [item for _, item in numbered], sampling, audio_kv)
-    answers = []
-    for (index, item), room in zip(numbered, batch.room):
-        generator = item_generator(item, sampling.seed) if sampling.temperature else None
-        answers.append(Answer(index, min(room, sampling.max_new_tokens), generator))
-    return batch, answers
 
 
 @torch.no_grad()
@@ -236,9 +231,10 @@ def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None)
                 numbered = list(itertools.islice(queue, len(free_slots)))
                 more = len(numbered) == len(free_slots)
                 if numbered:
-                    fresh, answers = start_answers(model, numbered, sampling, audio_kv)
-                    batch = batch.insert_rows(free_slots[:len(answers)], fresh) if active else fresh
-                    active |= zip(free_slots, answers)
+                    fresh = DecodingBatch(model, [item for _, item in numbered], sampling, audio_kv)
+                    batch = batch.insert_rows(free_slots[:len(numbered)], fresh) if active else fresh
+                    for row, (index, item), most in zip(free_slots, numbered, fresh.most):
+                        active[row] = Answer(index, most, item_generator(item, sampling.seed))
             if not active:
                 return
             for tokens in batch.choose_tokens(sampling, active, sync_every):

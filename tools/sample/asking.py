@@ -15,20 +15,25 @@ from tools.sample.decoding import Sampling
 
 def sampling_of(c):
     """The Sampling that a script's settings ask for."""
-    return Sampling(**{field.name: getattr(c, field.name) for field in fields(Sampling)})
+    names = [field.name for field in fields(Sampling)]
+    return Sampling(**{name: getattr(c, name) for name in names})
 
 
 def load_item(prompt, paths, model):
     """A prompt and its clips -> an item of decoding.py, windows in int16, and the seconds of each clip that
     are beyond the model's windows."""
-    clips = [read_clip(path, **model.audio_config) for path in paths]
-    windows = [torch.from_numpy(windows) for windows, _ in clips]
-    return (prompt, torch.cat(windows), list(map(len, windows))), [seconds for _, seconds in clips]
+    clips, seconds = [], []
+    for path in paths:
+        windows, truncated = read_clip(path, **model.audio_config)
+        clips.append(torch.from_numpy(windows))
+        seconds.append(truncated)
+    return (prompt, torch.cat(clips), list(map(len, clips))), seconds
 
 
 def truncation_note(seconds, model):
     """One line about the clips that load_item truncated; '' if none."""
-    return truncation_warning(len(seconds), sum(s > 0 for s in seconds), sum(seconds), model.audio_config)
+    n_truncated = sum(s > 0 for s in seconds)
+    return truncation_warning(len(seconds), n_truncated, sum(seconds), model.audio_config)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,9 +76,11 @@ def append_line(path, line):
 def answer_key(identity, prompt, paths):
     """A hash of what an answer depends on: identity (weights and settings), prompt and clips, which count by
     name, size and time."""
-    clips = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths if os.path.exists(path)]
-    parts = json.dumps([identity, prompt, clips])
-    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+    parts = [identity, prompt]
+    for path in filter(os.path.exists, paths):
+        parts += path, os.path.getsize(path), os.path.getmtime(path)
+    text = json.dumps(parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_part(part, keys):

@@ -28,48 +28,54 @@ def cross_attention_weights(model, ids, windows, audio_kv=None):
         q = gated.attn.to_q(gated.attn.norm(x[0]))
         q = q.view(-1, gated.heads, gated.d)  # (T, H, d)
         k = kv[i][0, :, 0]  # (N, H, d)
-        scores = torch.einsum("thd,nhd->htn", q, k) / gated.d ** 0.5
-        weights.append(scores.float().softmax(-1).mean(0))  # (T, N)
+        scores = torch.einsum("thd,nhd->htn", q, k)
+        scores = scores.float() / gated.d ** 0.5
+        mean = scores.softmax(-1).mean(0)
+        weights.append(mean)  # (T, N)
 
     ids = torch.tensor([ids], device=n_keys.device)
     model.forward_hidden(ids, kv, n_keys, inspect=inspect)
     bins = getattr(model.clap, "frequency_bins", 1)
-    weights = torch.stack(weights).mean(0).view(ids.shape[1], len(windows), bins, -1)  # (T, W, bin, step)
+    weights = torch.stack(weights).mean(0)
+    weights = weights.view(ids.shape[1], len(windows), bins, -1)  # (T, W, bin, step)
     return weights.sum(2).flatten(1).cpu()
 
 
 def attention_over_time(model, prompt, windows):
     """The weights of the position after the prompt: (time steps,), summing to 1."""
-    return cross_attention_weights(model, encode_prompts(model.tokenizer, [prompt])[0], windows)[-1]
+    (ids,) = encode_prompts(model.tokenizer, [prompt])
+    weights = cross_attention_weights(model, ids, windows)
+    return weights[-1]
 
 
 def attention_timeline(model, prompt, answer, windows, audio_kv=None):
     """-> {"tokens" of the answer, "weights" tokens x time steps, each from the position that predicts the
     token, "seconds" [start, end) of each step, "prompt", "answer", "sample_rate"}."""
-    before = encode_prompts(model.tokenizer, [prompt])[0]
+    (before,) = encode_prompts(model.tokenizer, [prompt])
     (ids,) = encode_text(model.tokenizer, [answer])
-    weights = cross_attention_weights(model, before + ids, windows, audio_kv)[len(before) - 1:-1]
+    weights = cross_attention_weights(model, before + ids, windows, audio_kv)
+    weights = weights[len(before) - 1:-1]
+    length = model.audio_config["window_length"]
+    hop = length - model.audio_config["window_overlap"]
     steps = weights.shape[1] // len(windows)  # of a window
-    length, overlap = model.audio_config["window_length"], model.audio_config["window_overlap"]
-    window_starts = torch.arange(len(windows)) * (length - overlap)
-    starts = window_starts[:, None] + torch.arange(steps) * length / steps
+    step = length / steps  # seconds
+    window_starts = torch.arange(len(windows)) * hop
+    starts = window_starts[:, None] + torch.arange(steps) * step
     starts = starts.flatten()
-    ends = starts + length / steps
     return {
         "prompt": prompt,
         "answer": answer,
         "sample_rate": model.audio_config["sample_rate"],
         "tokens": [model.tokenizer.decode([token]) for token in ids],
-        "seconds": torch.stack([starts, ends], 1).tolist(),
+        "seconds": torch.stack([starts, starts + step], 1).tolist(),
         "weights": weights.tolist(),
     }
 
 
 def timeline_figure(timeline, windows):
     """-> a matplotlib Figure: the log-mel, and under it tokens x seconds."""
-    weights = timeline["weights"][:MAX_TOKENS]
-    tokens = timeline["tokens"][:MAX_TOKENS]
-    return log_mel_figure(windows, timeline["sample_rate"], weights, tokens)
+    tokens, weights = timeline["tokens"], timeline["weights"]
+    return log_mel_figure(windows, timeline["sample_rate"], weights[:MAX_TOKENS], tokens[:MAX_TOKENS])
 
 
 def write_timeline(base, timeline, windows):
@@ -78,6 +84,7 @@ def write_timeline(base, timeline, windows):
     with atomic_write(base + ".json") as f:
         json.dump(timeline, f, ensure_ascii=False)
     figure = timeline_figure(timeline, windows)
-    figure.suptitle(plain_label(f"{timeline['prompt']} {timeline['answer']}", 100))
+    title = f"{timeline['prompt']} {timeline['answer']}"
+    figure.suptitle(plain_label(title, 100))
     with atomic_write(base + ".png", "wb") as f:
         f.write(png_bytes(figure, dpi=110))

@@ -74,7 +74,8 @@ def sample_tokens(logits, sampling, generators):
 def item_generator(item, seed):
     """Noise that depends on the seed, an item's prompt and its clips, not on its batch."""
     prompt, windows, _ = item
-    key = zlib.crc32(windows.cpu().numpy(), zlib.crc32(f"{seed} {prompt}".encode()))
+    key = zlib.crc32(f"{seed} {prompt}".encode())
+    key = zlib.crc32(windows.cpu().numpy(), key)
     return torch.Generator().manual_seed(key)
 
 
@@ -109,8 +110,9 @@ def encode_questions(model, items, answer_prefix=""):
 
 def pad_to(x, dim, size):
     """x with zeros after it, up to `size` along a dimension."""
-    sizes = [0, 0] * (x.ndim - 1 - dim)  # of the padding, from the last dimension on
-    return F.pad(x, [*sizes, 0, size - x.shape[dim]])
+    later_dims = [0, 0] * (x.ndim - 1 - dim)
+    more = size - x.shape[dim]
+    return F.pad(x, [*later_dims, 0, more])  # from the last dimension on
 
 
 class DecodingBatch:
@@ -130,13 +132,17 @@ class DecodingBatch:
         room = model.lm.config.positions + 1  # the last token needs no position
         self.most = [min(sampling.max_new_tokens, room - len(row)) for row in rows]
         self.kv, n_keys = audio_kv or encode_audio_kv(model, items)
-        ids = pad_rows(rows, model.pad_id).to(n_keys.device)  # (B, T)
+        device = n_keys.device
+        ids = pad_rows(rows, model.pad_id).to(device)  # (B, T)
         B, self.longest = ids.shape
         length = math.ceil((self.longest + 1) / CACHE_STEP) * CACHE_STEP
-        self.kv_cache = model.lm.new_kv_cache(B, length, like=next(iter(self.kv.values())))
-        positions = torch.arange(self.longest, device=ids.device).expand(B, -1)
-        x = model.forward_hidden(ids, self.kv, model.visible_keys(ids, n_keys), positions, self.kv_cache)
-        self.lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        some_kv = next(iter(self.kv.values()))
+        self.kv_cache = model.lm.new_kv_cache(B, length, like=some_kv)
+        positions = torch.arange(self.longest, device=device)
+        positions = positions.expand(B, -1)
+        visible = model.visible_keys(ids, n_keys)
+        x = model.forward_hidden(ids, self.kv, visible, positions, self.kv_cache)
+        self.lengths = torch.tensor(list(map(len, rows)), device=device)
         self.n_keys = n_keys if n_keys.ndim == 1 else n_keys[:, -1]  # an answer attends to all clips
         self.x = x[torch.arange(B), self.lengths - 1]
 
@@ -145,8 +151,10 @@ class DecodingBatch:
         if self.longest >= self.kv_cache.shape[4]:
             self.kv_cache = pad_to(self.kv_cache, 4, 2 * self.longest)
         forward = getattr(self.model, "compiled_forward", self.model.forward_hidden)
-        ids, positions = self.tokens[:, None], self.lengths[:, None]
-        self.x = forward(ids, self.kv, self.n_keys, positions, self.kv_cache)[:, 0]
+        ids = self.tokens[:, None]
+        positions = self.lengths[:, None]
+        x = forward(ids, self.kv, self.n_keys, positions, self.kv_cache)  # (B, 1, D)
+        self.x = x[:, 0]
         self.lengths = self.lengths + 1
         self.longest += 1
 
@@ -184,7 +192,8 @@ class DecodingBatch:
 def replace_rows(x, rows, new, dim=0, padded=1):
     """x with new rows along a dimension; zeros after the shorter of the two along another."""
     size = max(x.shape[padded], new.shape[padded])
-    x, new = pad_to(x, padded, size), pad_to(new, padded, size)
+    x = pad_to(x, padded, size)
+    new = pad_to(new, padded, size)
     return x.index_copy(dim, rows, new)
 
 
@@ -281,11 +290,13 @@ def answer_items(model, items, slots, sampling):
 
 def split_batch(prompts, windows, n_windows):
     """A batch as AudioFlamingo.generate takes it -> its items. ValueError where the shapes do not match."""
-    n_windows = n_windows[:, None] if n_windows.ndim == 1 else n_windows
+    if n_windows.ndim == 1:
+        n_windows = n_windows[:, None]
     clips = [[n for n in row if n] for row in n_windows.tolist()]
     if len(prompts) != len(clips) or not all(clips):
         raise ValueError(f"{len(prompts)} prompts and clips of {clips} windows: expected clips for each")
-    return list(zip(prompts, windows.split([sum(row) for row in clips]), clips))
+    windows = windows.split([sum(row) for row in clips])
+    return list(zip(prompts, windows, clips))
 
 
 def stream(model, prompts, windows, n_windows, **sampling):
@@ -300,8 +311,8 @@ def stream(model, prompts, windows, n_windows, **sampling):
 
 def generate(model, prompts, windows, n_windows, **sampling):
     """AudioFlamingo.generate: B strings."""
-    items, sampling = split_batch(prompts, windows, n_windows), Sampling(**sampling)
-    texts = dict(answer_items(model, items, len(items), sampling))
+    items = split_batch(prompts, windows, n_windows)
+    texts = dict(answer_items(model, items, len(items), Sampling(**sampling)))
     return [texts[index] for index in range(len(items))]
 
 

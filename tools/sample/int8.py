@@ -11,17 +11,21 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
+        weight = weight.float()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        weight = (weight / scale[:, None]).round()
+        self.register_buffer("weight", weight.to(torch.int8))
         self.register_buffer("scale", scale.to(torch.bfloat16))
         self.bias = bias
 
     def forward(self, x):
         rows = x.flatten(0, -2)
         if len(rows) <= 16:  # torch's int8 product is for few rows, and fast with bf16 ones alone
-            y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).to(x.dtype)
+            y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
+            y = y.to(x.dtype)
         else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+            y = F.linear(rows, self.weight.to(x.dtype))
+            y = y * self.scale.to(x.dtype)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
@@ -32,7 +36,8 @@ class Int8Head(nn.Module):
 
     def __init__(self, table):
         super().__init__()
-        self.table, self.rows = table, Int8Linear(torch.cat([table.weight, table.added]))
+        self.table = table
+        self.rows = Int8Linear(torch.cat([table.weight, table.added]))
 
     def forward(self, ids):
         return self.table(ids)

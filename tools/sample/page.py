@@ -33,9 +33,11 @@ def load_clip(path, model):
     """A visitor's clip -> item without a prompt, audio keys and values, a note if it was truncated."""
     try:
         item, truncated = load_item("", [path], model)
-    except (UserError, FileNotFoundError) as error:  # the name as the visitor knows it
-        raise UserError(str(error).replace(os.path.dirname(path) + os.sep, "")) from error
-    return item, encode_audio_kv(model, [item]), truncation_note(truncated, model)
+    except (UserError, FileNotFoundError) as error:
+        folder = os.path.dirname(path) + os.sep  # the visitor knows the name alone
+        raise UserError(str(error).replace(folder, "")) from error
+    audio_kv = encode_audio_kv(model, [item])
+    return item, audio_kv, truncation_note(truncated, model)
 
 
 def build_page(model, c):
@@ -47,13 +49,13 @@ def build_page(model, c):
     def ask(path, prompt, chat, about):
         """Yield chat, the path it is about, picture, note and the question's field, again as words come."""
         prompt = (prompt or "").strip()
-        if not path or not prompt:
-            yield chat, about, gr.skip(), "Record or drop a clip, and ask a question.", prompt
-            return
         try:
             check_text(prompt)
         except UserError as error:
             yield chat, about, gr.skip(), str(error), ""
+            return
+        if not path or not prompt:
+            yield chat, about, gr.skip(), "Record or drop a clip, and ask a question.", prompt
             return
         before = list(chat or []) if path == about else []
         reply = {"role": "assistant", "content": "…"}
@@ -62,8 +64,8 @@ def build_page(model, c):
         try:
             with lock:
                 (_, windows, counts), audio_kv, note = cached_clip(path)
-                item = prompt, windows, counts
-                for text in stream_text(model, item, audio_kv, sampling_of(c)):
+                texts = stream_text(model, (prompt, windows, counts), audio_kv, sampling_of(c))
+                for text in texts:
                     reply["content"] = as_text(text) or "…"
                     yield chat, path, gr.skip(), note, gr.skip()  # the next question may be typed by now
                 timeline = attention_timeline(model, prompt, text, windows, audio_kv)
@@ -93,9 +95,18 @@ def build_page(model, c):
 
 def serve_page(model, c):
     page = build_page(model, c)
-    theme = import_gradio().themes.Default(font=["sans-serif"], font_mono=["monospace"])  # else fetched fonts
+    themes = import_gradio().themes
+    theme = themes.Default(font=["sans-serif"], font_mono=["monospace"])  # others are fetched
     _, address, _ = page.launch(
-        server_name=c.host, server_port=c.port or None, max_file_size=c.upload_mb * 2 ** 20, share=False,
-        theme=theme, css=CSS, footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True)
+        server_name=c.host,
+        server_port=c.port or None,
+        max_file_size=c.upload_mb * 2 ** 20,
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True)
     print(address, flush=True)
     page.block_thread()

@@ -28,7 +28,7 @@ from tools.checkpoint.files import load_pickle
 from tools.checkpoint.run_dir import newest_whole
 from tools.common import UserError
 from tools.train.log import StepStats, count_labelled, describe_machine, parameter_table
-from tools.train.optim import load_optimizer, make_optimizer
+from tools.train.optim import load_optimizer, make_optimizer, set_up_training
 from tools.train.resume import (PER_RANK_SETTINGS, TrainState, check_same_run, count_samples, restore_state,
                                 what_is_left)
 from tools.train.run import INTERIM, Run, catch_signals
@@ -167,9 +167,7 @@ def build_model(c):
         model, weights = checkpoint.open_pretrained(c, overrides)
     else:
         model, weights = checkpoint.init_from_parts(c, overrides)
-    model.gradient_checkpointing = c.gradient_checkpointing
-    model.clap.gradient_checkpointing = c.clap_gradient_checkpointing
-    model.set_trainable(c)
+    set_up_training(model, c)
     stored = {name for name, p in model.named_parameters() if p.requires_grad}
     for name in model.state_dict():
         batch_norm = c.clap_finetune and name.startswith("clap.")  # its running statistics change, too

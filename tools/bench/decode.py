@@ -3,14 +3,15 @@
 SmolLM2-135M with all 30 blocks gated, HTSAT-tiny, random weights and noise: no time depends on them. All
 variants decode side by side, a token each in turns; figures are medians.
 """
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 
 from data import encode_prompts
 from tools.bench import reference
-from tools.bench.common import medians_in_turns, noise, print_table, small_model
+from tools.bench.common import time_in_turns, noise, small_model
 from tools.checkpoint.devices import pick_device
-from tools.sample import decoding
 from tools.sample.decoding import Sampling, decode_stream
 from tools.sample.int8 import quantize
 
@@ -20,16 +21,13 @@ WINDOWS = (3, 12, 30)
 
 def stream(model, W, B=1):
     """A generator of steps: B answers to a prompt about W windows."""
-    return decoding.stream(model, [PROMPT] * B, noise(B * W), torch.full((B,), W))
+    return decode_stream(model, [(PROMPT, noise(W), [W])] * B, B, Sampling())
 
 
 def plain_stream(model, W):
     device = model.lm.norm.weight.device
-    ids = encode_prompts(model.tokenizer, [PROMPT])
-    ids = torch.tensor(ids, device=device)
-    windows, mask = reference.padded(noise(W), torch.tensor([W]))
-    windows, mask = windows.to(device), mask.to(device)
-    return reference.greedy_tokens(model, ids, windows, mask)
+    ids = torch.tensor(encode_prompts(model.tokenizer, [PROMPT]), device=device)
+    return reference.greedy_tokens(model, ids, noise(W).to(device), torch.tensor([W]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -62,35 +60,29 @@ def products_alone(model):
 # Many questions whose answers have many lengths
 
 
-def end_answers(model, share=1 / 32):
-    """An answer ends with this probability at every token, which the model's state decides: the same answers
-    whichever way they are asked."""
+def continuous_speedup(model, device, questions=64, slots=8):
+    """Time of batch after batch over that of continuous batching. An answer ends with a probability of 1/32
+    at every token, which the model's state decides: the same answers either way."""
     logits, model.stop_ids = model.lm.logits, [0]
 
-    def ending(x):
+    def ending_logits(x):
         y = logits(x)
-        ends = (1e3 * x[:, 0].float()) % 1 < share
+        ends = 1e3 * x[:, 0].float() % 1 < 1 / 32
         y[ends, 0] = float("inf")
         return y
 
-    model.lm.logits = ending
-
-
-def continuous_speedup(model, device, questions=64, slots=8):
-    """Time of batch after batch over that of continuous batching."""
-    end_answers(model)
+    model.lm.logits = ending_logits
     items = [("question", window[None], [1]) for window in noise(questions)]
 
     def answer(some):
-        for _ in decode_stream(model, some, slots, Sampling(max_new_tokens=64)):
-            pass
+        list(decode_stream(model, some, slots, Sampling(max_new_tokens=64)))
 
     def batches():
         for i in range(0, questions, slots):
             answer(items[i:i + slots])
 
     runs = {"batches": batches, "continuous": lambda: answer(items)}
-    seconds = medians_in_turns(runs, device, rounds=1, warmup=0)
+    seconds = time_in_turns(runs, device, rounds=1, warmup=0)
     return seconds["batches"] / seconds["continuous"]
 
 
@@ -99,30 +91,27 @@ def decode(c):
     device = pick_device(c.device)
     float32 = small_model(device, torch.float32)
     bf16 = small_model(device, torch.bfloat16)
-    models = {"ms_per_token": float32, "bf16_ms": bf16}
-    if device.type == "cpu":
-        models["int8_ms"] = quantize(small_model(device, torch.bfloat16))
-    first = medians_in_turns({
-        "float32": lambda: next(stream(float32, 12)),
-        "bf16": lambda: next(stream(bf16, 12))}, device, rounds=3, warmup=1)
-
-    runs = {"read": read_once(float32, 12), "products": products_alone(bf16)}
-    runs["batch"] = stream(bf16, 12, B=8).__next__
+    first_token = {"float32": lambda: next(stream(float32, 12)), "bf16": lambda: next(stream(bf16, 12))}
+    first_token = time_in_turns(first_token, device, rounds=3, warmup=1)
+    figures = defaultdict(dict)
     for W in WINDOWS:
-        runs["plain_ms_per_token", W] = plain_stream(float32, W).__next__
-        for name, model in models.items():
-            runs[name, W] = stream(model, W).__next__
-    seconds = medians_in_turns(runs, device, rounds=16)  # warm-up: the audio and the prompt, and a token
-    ms = {name: 1e3 * median for name, median in seconds.items()}
-
-    figures = {"device": str(device), "int8_ms": None, "first_token_s": first}
-    for name in ("plain_ms_per_token", *models):
-        figures[name] = {str(W): ms[name, W] for W in WINDOWS}
-        print_table([name, "ms"], figures[name].items())
-    return figures | {
-        "read_ms": ms["read"],
-        "products_ms": ms["products"],
-        "float32_over_read": ms["ms_per_token", 12] / ms["read"],
-        "bf16_over_products": ms["bf16_ms", 12] / ms["products"],
-        "batch8_ms_per_token": ms["batch"] / 8,
+        runs = {
+            "read_ms": read_once(float32, W),
+            "products_ms": products_alone(bf16),
+            "plain_ms_per_token": plain_stream(float32, W).__next__,
+            "ms_per_token": stream(float32, W).__next__,
+            "bf16_ms": stream(bf16, W).__next__,
+            "batch8_ms": stream(bf16, W, B=8).__next__}
+        if device.type == "cpu":
+            int8 = quantize(small_model(device, torch.bfloat16))
+            runs["int8_ms"] = stream(int8, W).__next__
+        seconds = time_in_turns(runs, device, rounds=16)  # warm-up: the audio and the prompt, and a token
+        for name, median in seconds.items():
+            figures[name][str(W)] = 1e3 * median
+    ms = {name: of_windows["12"] for name, of_windows in figures.items()}
+    return {"device": str(device), "int8_ms": None} | figures | {
+        "first_token_s": first_token,
+        "batch8_ms_per_token": ms["batch8_ms"] / 8,
+        "float32_over_read": ms["ms_per_token"] / ms["read_ms"],
+        "bf16_over_products": ms["bf16_ms"] / ms["products_ms"],
         "continuous_speedup": continuous_speedup(bf16, device)}

@@ -11,7 +11,7 @@ import torch
 
 import model
 from model import block_sizes, gated_cross_attention, pick_backend, triton
-from tools.bench.common import print_table, time_in_turns
+from tools.bench.common import time_in_turns
 from tools.checkpoint.devices import pick_device
 
 ARCHITECTURES = {
@@ -27,30 +27,35 @@ TYPES |= dict.fromkeys(("gate_ptr", "lse_ptr", "delta_ptr", "part_ptr", "part_ls
 # Ahead of time
 
 
-def compile_kernel(arch, name, dtype, d, T=512):
+def compile_kernel(arch, name, dtype, d):
     """Compile one entry of the table of block sizes, in the form for training -> what it needs."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     kernel = getattr(model, f"{name}_kernel")
-    sizes = block_sizes(name, dtype, d, T)
+    sizes = block_sizes(name, dtype, d, T=512)
     options = {"num_warps": sizes.pop("num_warps"), "num_stages": sizes.pop("num_stages")}
     sizes |= {"H": 8, "D": d, "STORE_Y": True}
-    constants = {key: value for key, value in sizes.items() if key in kernel.arg_names}
     pointer = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-    signature, attributes = {}, {}
+    signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         is_pointer = argument.endswith("_ptr")
         signature[argument] = TYPES.get(argument, pointer if is_pointer else "i32")
+        if argument in sizes:
+            signature[argument] = "constexpr"
+            constants[argument] = sizes[argument]
         if is_pointer or re.fullmatch("[qkv]_[btnh]", argument):
             attributes[i,] = [["tt.divisibility", 16]]  # as at run time
-    signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget(*ARCHITECTURES[arch])
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[arch]), options=options)
     ptx = compiled.asm.get("ptx", "")
-    return {"arch": arch, "kernel": name, "dtype": str(dtype), "d": d, "spill_bytes": spilled_bytes(compiled),
-            "shared_bytes": compiled.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
-            "async_copies": ptx.count("cp.async.cg")}
+    return {
+        "arch": arch,
+        "kernel": name,
+        "dtype": str(dtype),
+        "spill_bytes": spilled_bytes(compiled),
+        "shared_bytes": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "async_copies": ptx.count("cp.async.cg")}
 
 
 def spilled_bytes(compiled):
@@ -66,8 +71,6 @@ def spilled_bytes(compiled):
 
 def compile_all():
     """Compile the table of block sizes; bfloat16 stands for float16: the same bytes. Short texts use less."""
-    if model.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
     entries = product(ARCHITECTURES, KERNELS, (torch.bfloat16, torch.float32), (32, 64, 128))
     with ProcessPoolExecutor() as pool:
         return list(pool.map(compile_kernel, *zip(*entries)))
@@ -86,13 +89,13 @@ def worst_entries(entries):
 # Time
 
 
-def time_backends(device, dtype, shapes, backends, heads=8, d=64):
+def time_backends(device, dtype, shapes, backends):
     """-> a row of every shape (B, T, N), pass and backend: milliseconds; on a GPU peak memory."""
     rows = []
     for (B, T, N), backward in product(shapes, (False, True)):
         make = partial(torch.randn, device=device, dtype=dtype, requires_grad=backward)
-        q = make(B, T, heads, d)
-        kv = make(B, N, 2, heads, d)
+        q = make(B, T, 8, 64)
+        kv = make(B, N, 2, 8, 64)
         gate = make(1)
         n_keys = N * torch.arange(B, 0, -1, device=device) // B  # ragged clips
 
@@ -101,23 +104,17 @@ def time_backends(device, dtype, shapes, backends, heads=8, d=64):
             if backward:
                 torch.autograd.grad(y.sum(), (q, kv, gate))
 
+        shape = {"B": B, "T": T, "N": N, "backward": backward}
+        print(shape)
         runs = {backend: partial(attend, backend) for backend in backends}
-        for backend, (low, median, high) in time_in_turns(runs, device).items():
-            rows.append({
-                "B": B, "T": T, "N": N, "backward": backward, "backend": backend,
-                "ms": 1e3 * median, "p20_ms": 1e3 * low, "p80_ms": 1e3 * high,
-                "peak_mb": peak_mb(runs[backend], device)})
+        for backend, seconds in time_in_turns(runs, device).items():
+            row = shape | {"backend": backend, "ms": 1e3 * seconds}
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                runs[backend]()
+                row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6  # with its inputs
+            rows.append(row)
     return rows
-
-
-def peak_mb(run, device):
-    """What a run allocates; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 def kernel(c):
@@ -125,14 +122,12 @@ def kernel(c):
     backend, reason = pick_backend(device)
     figures = {"auto": backend, "reason": reason, "gpu": None, "aot": {}}
     if device.type == "cuda":
-        shapes = [*product([8], (32, 128, 512), (64, 768, 1920)), (1, 1, 1920)]
-        rows = time_backends(device, torch.bfloat16, shapes, sorted({"naive", "sdpa", backend}))
-        print_table(list(rows[0]), [row.values() for row in rows])
+        shapes = product((1, 8), (1, 128, 512), (64, 768, 1920))
+        backends = sorted({"naive", "sdpa", backend})
+        rows = time_backends(device, torch.bfloat16, shapes, backends)
         figures["gpu"] = {"device": torch.cuda.get_device_name(device), "rows": rows}
     if triton.__version__:
         figures["aot"] = worst_entries(compile_all())
-        rows = [[arch, *worst.values()] for arch, worst in figures["aot"].items()]
-        print_table(["ahead of time, at most", "spilled bytes", "shared bytes"], rows)
     else:
         print("no report of the compiler: triton is not installed")
     return figures

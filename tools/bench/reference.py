@@ -12,30 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import log_mel
+from model import log_mel, to_float
 
 
-def padded(windows, n_windows):
-    """windows (sum W, L) int16 or float32 -> (B, max W, L) float32, and a mask (B, max W) of real ones."""
-    if windows.dtype == torch.int16:
-        windows = windows.float() / 32767
-    clips = windows.split(n_windows.tolist())
-    x = pad_sequence(clips, batch_first=True)
-    index = torch.arange(x.shape[1])
-    mask = index < n_windows[:, None]
-    return x, mask.to(x.device)
-
-
-def split_heads(x, d):
-    """(B, T, H d) -> (B, H, T, d)."""
-    return x.unflatten(-1, (-1, d)).transpose(1, 2)
+def heads_of(x, d, *layers):
+    """x (B, T, D) projected by each of the layers, in heads: [(B, H, T, d)]."""
+    heads = []
+    for layer in layers:
+        y = layer(x).unflatten(-1, (-1, d))
+        heads.append(y.transpose(1, 2))
+    return heads
 
 
 def attend(q, k, v, mask):
     """q (B, H, T, d), k and v (B, H, S, d), mask True where a query sees a key -> (B, T, H d)."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~mask, lowest)
+    scores = scores.masked_fill(~mask, -math.inf)
     o = scores.softmax(-1) @ v
     return o.transpose(1, 2).flatten(2)
 
@@ -45,14 +37,13 @@ def rotate(x, r, base, first=0):
     last = first + x.shape[2]
     positions = torch.arange(first, last, device=x.device)
     exponent = torch.arange(0, r, 2, device=x.device) / r
-    angle = positions[:, None] / base ** exponent
-    angle = torch.cat([angle, angle], -1)
-    head = x[..., :r].float()
-    rest = x[..., r:]
-    left, right = head.chunk(2, -1)
-    turned = torch.cat([-right, left], -1)
-    head = head * angle.cos() + turned * angle.sin()
-    return torch.cat([head.to(x.dtype), rest], -1)
+    angle = positions[:, None] / base ** exponent  # (T, r/2)
+    cos, sin = angle.cos(), angle.sin()
+    left, right = x[..., :r].float().chunk(2, -1)
+    turned_left = left * cos - right * sin
+    turned_right = right * cos + left * sin
+    x32 = torch.cat([turned_left, turned_right, x[..., r:]], -1)
+    return x32.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,9 +73,7 @@ def audio_transformer(transformer, x, mask):
     for layer in transformer.layer_stack:
         a, ff = layer.slf_attn, layer.pos_ffn
         d = x.shape[-1] // a.n_head
-        q = split_heads(a.w_qs(x), d)
-        k = split_heads(a.w_ks(x), d)
-        v = split_heads(a.w_vs(x), d)
+        q, k, v = heads_of(x, d, a.w_qs, a.w_ks, a.w_vs)
         q = rotate(q, r, 4096)
         k = rotate(k, r, 4096)
         y = a.fc(attend(q, k, v, mask))
@@ -94,12 +83,16 @@ def audio_transformer(transformer, x, mask):
     return x
 
 
-def audio_tokens(model, windows, mask):
-    """windows (B, W, L) and mask (B, W) of `padded` -> audio (B, S, C) and its mask (B, 1, 1, S)."""
-    tokens = torch.stack([encode(model.clap, clip) for clip in windows])  # (B, W, 64, C)
-    mask = mask.repeat_interleave(tokens.shape[2], 1)
-    mask = mask[:, None, None]
-    x = tokens.flatten(1, 2)
+def audio_tokens(model, windows, n_windows):
+    """windows (sum W, L), n_windows (B,) -> audio (B, S, C) and its mask (B, 1, 1, S)."""
+    clips = to_float(windows).split(n_windows.tolist())
+    clips = pad_sequence(clips, batch_first=True)  # (B, W, L)
+    tokens = [encode(model.clap, clip) for clip in clips]
+    x = torch.stack(tokens).flatten(1, 2)  # (B, S, C)
+    index = torch.arange(clips.shape[1])
+    mask = index < n_windows[:, None]  # (B, W)
+    mask = mask.repeat_interleave(len(tokens[0][0]), 1)
+    mask = mask[:, None, None].to(x.device)
     x = audio_transformer(model.audio_transformer, x, mask)
     return x, mask
 
@@ -117,9 +110,8 @@ def rms_norm(module, x):
 
 def gated_block(block, x, audio, mask):
     a, d = block.attn, block.d
-    y = a.norm(x)
-    q = split_heads(a.to_q(y), d)
-    kv = split_heads(a.to_kv(audio), d)
+    (q,) = heads_of(a.norm(x), d, a.to_q)
+    (kv,) = heads_of(audio, d, a.to_kv)
     k, v = kv.chunk(2, 1)
     y = a.to_out(attend(q, k, v, mask))
     x = x + y * block.attn_gate.tanh()
@@ -131,9 +123,7 @@ def language_block(block, x, c, kv_cache):
     a, d = block.self_attn, c.d
     first = kv_cache[0].shape[2] if kv_cache else 0
     y = rms_norm(block.input_layernorm, x)
-    q = split_heads(a.q_proj(y), d)
-    k = split_heads(a.k_proj(y), d)
-    v = split_heads(a.v_proj(y), d)
+    q, k, v = heads_of(y, d, a.q_proj, a.k_proj, a.v_proj)
     q = rotate(q, d, c.rope_theta, first)
     k = rotate(k, d, c.rope_theta, first)
     if kv_cache:
@@ -151,7 +141,7 @@ def language_block(block, x, c, kv_cache):
 
 
 def text_states(model, ids, audio, mask, caches=None):
-    """ids (B, T) -> (B, T, D) before the head."""
+    """ids (B, T) -> (B, T, D) before the head; caches: of every language block, when decoding."""
     lm = model.lm
     x = lm.embed_tokens(ids)
     for i, block in enumerate(lm.layers):
@@ -162,20 +152,20 @@ def text_states(model, ids, audio, mask, caches=None):
     return rms_norm(lm.norm, x)
 
 
-def loss(model, ids, windows, mask, labels):
-    """ids, labels (B, T); windows and mask of `padded` -> mean over the labels."""
-    audio, mask = audio_tokens(model, windows, mask)
+def loss(model, ids, windows, n_windows, labels):
+    """The arguments of AudioFlamingo.forward -> mean over the labels."""
+    audio, mask = audio_tokens(model, windows, n_windows)
     x = text_states(model, ids, audio, mask)
     logits = model.lm.logits(x).float()  # (B, T, V)
     logits = logits[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten()
-    return F.cross_entropy(logits, targets, ignore_index=-100)
+    return F.cross_entropy(logits, targets)
 
 
 @torch.no_grad()
-def greedy_tokens(model, ids, windows, mask):
+def greedy_tokens(model, ids, windows, n_windows):
     """Yield the tokens (B, 1) of greedy answers to ids (B, T), without end."""
-    audio, mask = audio_tokens(model, windows, mask)
+    audio, mask = audio_tokens(model, windows, n_windows)
     caches = [[] for _ in model.lm.layers]
     while True:
         x = text_states(model, ids, audio, mask, caches)

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import torch
 
 from tools.bench import reference
-from tools.bench.common import medians_in_turns, noise, print_table, small_model, small_settings
+from tools.bench.common import time_in_turns, noise, small_model, small_settings
 from tools.checkpoint.devices import pick_device
 from tools.train.log import peak_memory
 from tools.train.optim import parameter_groups
@@ -28,16 +28,17 @@ CASES = {
 
 def make_batch(n_windows, device):
     """-> input_ids, windows, n_windows, labels as AudioFlamingo takes them."""
-    ids = torch.arange(B * T).view(B, T)
+    ids = torch.arange(B * T, device=device).view(B, T)
     labels = ids.clone()
     labels[:, :-ANSWERS] = -100
-    windows = noise(sum(n_windows)).to(device)
-    return ids.to(device), windows, torch.tensor(n_windows), labels
+    windows = noise(sum(n_windows))
+    return ids, windows.to(device), torch.tensor(n_windows), labels.cpu()
 
 
 def make_step(ours, dtype, n_windows, device):
     """-> a function that takes one optimizer step."""
-    c, batch = small_settings(), make_batch(n_windows, device)
+    c = small_settings()
+    ids, windows, n_windows, labels = make_batch(n_windows, device)
     model = small_model(device, torch.float32, gate=0)
     model.set_trainable(c)
     for p in model.parameters():
@@ -45,21 +46,18 @@ def make_step(ours, dtype, n_windows, device):
             p.data = p.data.to(dtype)
     model.clap.htsat.bn0.float()
     model.train()
-    groups = parameter_groups(model, c)
-    optimizer = torch.optim.AdamW(groups, fused=ours or None)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(model, c), fused=ours or None)
 
-    def loss_of(ids, windows, n_windows, labels):
+    def loss():
         if ours:
             return model(ids, windows, n_windows, labels)[1]
-        windows, mask = reference.padded(windows, n_windows)
-        return reference.loss(model, ids, windows, mask, labels.to(device))
+        return reference.loss(model, ids, windows, n_windows, labels.to(device))
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            loss = loss_of(*batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
+            y = loss()
+        y.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -78,12 +76,13 @@ def train(c):
     device = pick_device(c.device)
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as process:
         ours, plain = process.map(partial(peak_of_two_steps, device), (True, False))
-    figures, rows = {"device": str(device), "peak_memory_ratio": ours / plain}, []
+    figures = {
+        "device": str(device),
+        "peak_gib": {"ours": ours, "plain": plain},
+        "peak_memory_ratio": ours / plain}
     for name, case in CASES.items():
         steps = {"ours": make_step(True, *case, device), "plain": make_step(False, *case, device)}
-        seconds = medians_in_turns(steps, device, rounds=5, warmup=1)
+        seconds = time_in_turns(steps, device, rounds=5, warmup=1)
+        figures[f"{name}_s"] = seconds
         figures[f"{name}_ratio"] = seconds["ours"] / seconds["plain"]
-        rows.append([name, *seconds.values()])
-    print_table(["seconds a step", "ours", "plain"], rows)
-    print_table(["GiB at the peak of mixed_bf16", "ours", "plain"], [["", ours, plain]])
     return figures

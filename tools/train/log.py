@@ -178,23 +178,37 @@ def parameter_table(model):
     return "\n".join(lines)
 
 
+def forward_flops(model, tokens, windows, answers):
+    """{part: operations of a forward pass}, 2 per weight and use. Attention's own products are left out: a
+    few percent."""
+    audio_tokens = model.clap.tokens_per_window * windows
+    to_kv = sum(block.attn.to_kv.weight.numel() for block in model.xattn.values())
+    gated = matrix_sizes(model.xattn) - to_kv
+    return {
+        "head and loss": 2 * answers * model.lm.embed_tokens.weight.numel(),
+        "language model": 2 * tokens * matrix_sizes(model.lm.layers),
+        "gated cross-attention": 2 * tokens * gated + 2 * audio_tokens * to_kv,
+        "audio transformer": 2 * audio_tokens * matrix_sizes(model.audio_transformer),
+        "audio encoder": model.clap.flops(windows)}
+
+
 def flops_per_step(model, tokens, windows, answers):
-    """Forward and backward operations of one step: 2 per weight and use forward, as much again for the
-    gradient of the input where anything below trains, and again for that of the weight where it trains
-    itself. Attention's own products are left out: a few percent."""
-    audio_tokens, first = model.clap.tokens_per_window * windows, min(map(int, model.xattn))
-    below = any(p.requires_grad for p in model.lm.embed_tokens.parameters())  # whether anything there trains
-    lm = 0
-    for i, block in enumerate(model.lm.layers):
-        trains = next(block.parameters()).requires_grad
-        below = below or i >= first
-        lm += 2 * tokens * matrix_sizes(block) * (1 + below + trains)
-        below = below or trains
-    to_kv = sum(x.attn.to_kv.weight.numel() for x in model.xattn.values())
-    gated = 2 * 3 * (tokens * (matrix_sizes(model.xattn) - to_kv) + audio_tokens * to_kv)
-    head = 2 * 2 * answers * model.lm.embed_tokens.weight.numel()
-    audio = 2 * 3 * audio_tokens * matrix_sizes(model.audio_transformer)
-    return lm + gated + head + audio + model.clap.flops(windows) * (3 if model.clap_trains() else 1)
+    """Forward and backward operations of one step. The backward pass takes as many as the forward pass for
+    the gradient of the input where anything below trains, and again for that of the weight where it trains
+    itself."""
+    forward = forward_flops(model, tokens, windows, answers)
+    layers = model.lm.layers
+    lm_trains = next(layers.parameters()).requires_grad
+    table_trains = any(p.requires_grad for p in model.lm.embed_tokens.parameters())
+    below = 0 if lm_trains or table_trains else min(map(int, model.xattn))  # blocks that no gradient reaches
+    block = forward["language model"] // len(layers)
+    backward = {
+        "head and loss": forward["head and loss"],
+        "language model": block * (len(layers) * (1 + lm_trains) - below),
+        "gated cross-attention": 2 * forward["gated cross-attention"],
+        "audio transformer": 2 * forward["audio transformer"],
+        "audio encoder": 2 * forward["audio encoder"] * model.clap_trains()}
+    return sum(forward.values()) + sum(backward.values())
 
 
 def describe_machine(device, world):

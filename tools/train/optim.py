@@ -6,6 +6,13 @@ import torch
 from tools.common import UserError
 
 
+def set_up_training(model, c):
+    """Choose what trains, and what is recomputed in the backward pass."""
+    model.set_trainable(c)
+    model.gradient_checkpointing = c.gradient_checkpointing
+    model.clap.gradient_checkpointing = c.clap_gradient_checkpointing
+
+
 def parameter_groups(model, c):
     """Three learning rates (CLAP, gates, the rest); weight decay on the gated blocks' matrices alone."""
     groups = {}

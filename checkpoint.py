@@ -28,7 +28,7 @@ from tools.checkpoint.language_models import lm_from_width, lm_state, load_lm_co
 from tools.checkpoint.model_card import public_name, run_facts
 from tools.checkpoint.releases import (TOKEN_TABLES, release_tensors, rename_published, save_release,
                                        split_embeddings)
-from tools.checkpoint.run_dir import moved_parts, newest_checkpoint
+from tools.checkpoint.run_dir import checkpoints, moved_parts, newest_checkpoint
 from tools.common import UserError, join_names, read_json_object
 
 RELEASE_FILES = ["safe_ckpt/*", "clap_ckpt/*", "*.json", "lm/*"]
@@ -50,9 +50,8 @@ class OnMeta(TorchFunctionMode):
 
 def infer_settings(state):
     """-> ({setting: value} that the names and shapes of a state determine, options of ClapEncoder)."""
-    inferred = infer_htsat_config({name.removeprefix("clap.htsat."): tensor for name, tensor in state.items()
-                                   if name.startswith("clap.")})
-    encoder_options = {name: inferred.pop(name) for name in ("position", "fusion") if name in inferred}
+    htsat = {name.removeprefix("clap.htsat."): tensor for name, tensor in state.items()}
+    inferred, encoder_options = infer_htsat_config(htsat)
     encoder_options["mel"] = state.get("clap.mel")
     gated = [int(name.split(".")[1]) for name in state if name.startswith("xattn.")]
     inner = [len(tensor) for name, tensor in state.items() if name.endswith("pos_ffn.w_1.weight")]
@@ -66,9 +65,9 @@ def infer_settings(state):
 
 def check_shapes(c, source):
     """Relations between settings that building the model relies on."""
-    for name in ("clap_depths", "clap_num_heads"):
-        if len(getattr(c, name)) != 4:
-            raise UserError(f"{source}: {name} = {getattr(c, name)}, expected a number for each of 4 stages")
+    if not len(c.clap_depths) == len(c.clap_num_heads) == 4:
+        raise UserError(f"{source}: clap_depths = {c.clap_depths}, clap_num_heads = {c.clap_num_heads}: "
+                        f"expected a number for each of 4 stages")
     for stage, heads in enumerate(c.clap_num_heads):
         if c.clap_embed_dim * 2 ** stage % heads:
             raise UserError(f"{source}: clap_num_heads = {c.clap_num_heads} do not divide clap_embed_dim = "
@@ -86,7 +85,7 @@ def build_meta_model(c, state, text, source, overrides=(), fresh=False):
     of the settings c, `overrides` over both. text: what load_lm_config_and_tokenizer returns; fresh:
     initialise all but the language model, on the CPU."""
     inferred, encoder_options = infer_settings(state)
-    c = SimpleNamespace(**(vars(c) | inferred | dict(overrides)))
+    c = SimpleNamespace(**vars(c) | inferred | dict(overrides))
     check_shapes(c, source or "settings")
     _, lm_config, tokenizer = text
     with torch.device("meta"):
@@ -123,8 +122,9 @@ def init_from_parts(c, overrides=(), saved=None, source=None):
 def open_checkpoint(path, overrides, setting="init_from"):
     """-> the model of a run directory (its newest checkpoint), a checkpoint, a release directory or a hub id,
     and its state. overrides: {setting: value} that win over the saved ones."""
-    found = next((p for p in (settings.resolve_path(path), path) if os.path.exists(p)), None)
-    found = found or local_or_hub(path, RELEASE_FILES, overrides.get("cache_dir"), setting)
+    found = next(filter(os.path.exists, (settings.resolve_path(path), path)), None)
+    if found is None:
+        found = local_or_hub(path, RELEASE_FILES, overrides.get("cache_dir"), setting)
     if os.path.exists(os.path.join(found, "safe_ckpt/metadata.json")):
         return read_release(found, overrides)
     file = newest_checkpoint(found) if os.path.isdir(found) else found
@@ -135,22 +135,17 @@ def open_checkpoint(path, overrides, setting="init_from"):
 
 def open_pretrained(c, overrides):
     """open_checkpoint of pretrained_path; of a run, of the file pretrained_ckpt in it."""
-    path, folder = c.pretrained_path, settings.resolve_path(c.pretrained_path)
-    if c.pretrained_ckpt and os.path.isdir(folder) and "safe_ckpt" not in os.listdir(folder):
+    path = c.pretrained_path
+    if c.pretrained_ckpt and checkpoints(settings.resolve_path(path)):
         path = os.path.join(path, c.pretrained_ckpt)
     overrides = {name: value for name, value in overrides.items() if name != "pretrained_path"}
     return open_checkpoint(path, overrides, "pretrained_path")
 
 
-def check_settings(values, where):
-    """{setting: value} in the settings' types; UserError names `where` they come from."""
-    known = settings.settings_of("config/defaults.py")
-    return {name: settings.check(name, value, known, where) for name, value in values.items()}
-
-
 def model_settings(saved, file):
     """The model's settings among those that a file holds, checked."""
-    return check_settings({name: saved[name] for name in settings.MODEL_SETTINGS if name in saved}, file)
+    values = {name: saved[name] for name in settings.MODEL_SETTINGS if name in saved}
+    return settings.check(values, file)
 
 
 def read_checkpoint(file, overrides):
@@ -162,7 +157,7 @@ def read_checkpoint(file, overrides):
     own = model_settings(config, file)
     parts = {name: config[name] for name in settings.ORIGINS if name in config}
     parts |= moved_parts(config, folder)
-    c = SimpleNamespace(**(settings.defaults() | own | parts | overrides))
+    c = SimpleNamespace(**settings.defaults() | own | parts | overrides)
     sizes = {name: value for name, value in own.items() if name not in settings.PATHS}
     try:
         if c.pretrained_path:  # the parent loads its parts from its own paths; sizes are this checkpoint's
@@ -205,7 +200,7 @@ def read_release(folder, overrides):
     clap = os.path.abspath(os.path.join(folder, "clap_ckpt/epoch_16.pt"))  # for its text tower
     saved["clap_checkpoint"] = clap if os.path.isfile(clap) else None
     decided = saved | overrides
-    c = SimpleNamespace(**(settings.defaults() | decided))
+    c = SimpleNamespace(**settings.defaults() | decided)
     text = load_lm_config_and_tokenizer(c, weights=False)
     split_embeddings(state, text[1], folder)
     model = build_meta_model(c, state, text, folder, decided)
@@ -230,17 +225,21 @@ def fingerprint(tensors):
 def find_misfits(model, state):
     """{what is wrong: names}. A state must hold every weight that is still on the meta device, all of each
     part that it holds any of, and nothing else."""
-    own, parts = model.state_dict(), {name.split(".")[0] for name in state}
-    wrong = {"missing": [name for name, tensor in own.items()
-                         if name not in state and (tensor.is_meta or name.split(".")[0] in parts)],
-             "unexpected": [name for name in state if name not in own], "wrong shape": [], "wrong type": []}
-    for name in filter(own.__contains__, state):
-        theirs, ours = state[name], own[name]
+    own = model.state_dict()
+    parts = {name.split(".")[0] for name in state}
+    unexpected = [name for name in state if name not in own]
+    missing, shapes, types = [], [], []
+    for name, ours in own.items():
+        theirs = state.get(name)
+        if theirs is None:
+            if ours.is_meta or name.split(".")[0] in parts:
+                missing.append(name)
+            continue
         if theirs.shape != ours.shape:
-            wrong["wrong shape"].append(f"{name} {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
+            shapes.append(f"{name} {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
         if theirs.is_floating_point() != ours.is_floating_point():
-            wrong["wrong type"].append(f"{name} {theirs.dtype}")
-    return wrong
+            types.append(f"{name} {theirs.dtype}")
+    return {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "wrong type": types}
 
 
 def place_weights(model, state, device, frozen, source):
@@ -250,19 +249,20 @@ def place_weights(model, state, device, frozen, source):
     wrong = [f"{what}: {join_names(names)}" for what, names in find_misfits(model, state).items() if names]
     if wrong:
         raise UserError(f"{source} does not fit the model: {'; '.join(wrong)}")
-    modules = list(model.named_modules())
-    for path, module in tqdm(modules, "load", unit="module", disable=None, delay=2, leave=False):
+    names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
+    for name in tqdm(names, "load", unit="tensor", disable=None, delay=2, leave=False):
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
         exact = isinstance(module, (nn.modules.batchnorm._BatchNorm, ClapEncoder))  # the latter's mel bands
-        for table in (module._parameters, module._buffers):
-            for name, old in table.items():
-                if old is None:
-                    continue
-                new = state.pop(f"{path}.{name}".lstrip("."), old.data)
-                dtype = new.dtype
-                if new.is_floating_point():
-                    dtype = torch.float32 if exact or old.requires_grad else frozen or dtype
-                new = new.to(device, dtype, copy=True)
-                table[name] = nn.Parameter(new, old.requires_grad) if table is module._parameters else new
+        old = getattr(module, attribute)
+        new = state.pop(name, old.data)
+        dtype = new.dtype
+        if new.is_floating_point():
+            dtype = torch.float32 if exact or old.requires_grad else frozen or dtype
+        new = new.to(device, dtype, copy=True)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        setattr(module, attribute, new)
 
 
 def materialize(model, state, device, dtype, source):
@@ -278,7 +278,8 @@ def materialize(model, state, device, dtype, source):
 def load(path, device="cpu", dtype=torch.float32, **overrides):
     """The model of a run directory, a checkpoint_<epoch>.pt, a release directory or a hub id, ready to
     answer. overrides: settings that win over the saved ones; dtype None: every weight's own."""
-    model, state = open_checkpoint(path, check_settings(overrides, "from_pretrained"))
+    overrides = settings.check(overrides, "from_pretrained")
+    model, state = open_checkpoint(path, overrides)
     return materialize(model, state, pick_device(str(device)), dtype, path)
 
 

@@ -25,13 +25,13 @@ import checkpoint
 import config as settings
 from data import open_manifests, train_loader, valid_loader
 from tools.checkpoint.files import load_pickle
-from tools.checkpoint.run_dir import newest_whole
+from tools.checkpoint.run_dir import INTERIM, is_whole, newest_checkpoint
 from tools.common import UserError
 from tools.train.log import StepStats, count_labelled, describe_machine, parameter_table
 from tools.train.optim import load_optimizer, make_optimizer, set_up_training
 from tools.train.resume import (PER_RANK_SETTINGS, TrainState, check_same_run, count_samples, restore_state,
                                 what_is_left)
-from tools.train.run import INTERIM, Run, catch_signals
+from tools.train.run import Run, catch_signals
 
 
 def lr_factor(c, state, samples, total_samples):
@@ -194,7 +194,7 @@ def start_or_resume(c, run, manifests):
         "frozen_from": source}
     shared = {name: value for name, value in facts["config"].items() if name not in PER_RANK_SETTINGS}
     run.check_same_on_all_ranks(shared | {"blend": facts["blend"], "frozen_hash": frozen_hash})
-    newest = [newest_whole(run.folder, run.say)] if run.rank == 0 else []
+    newest = [newest_checkpoint(run.folder, run.say, is_whole)] if run.rank == 0 else []
     newest = run.gather_lists(newest)[0]
     saved = load_pickle(newest) if newest else None
     if saved:

@@ -13,6 +13,7 @@ import keyword
 import math
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -43,15 +44,16 @@ def overrides(config, names=LOADING):
 
 
 def settings_of(script):
-    """{name: (type, default, reason)} of the lines `name: type = default  # reason` of a Python file."""
+    """{name: (types, default, reason)} of the lines `name: type = default  # reason` of a Python file."""
     with open(resolve_path(script)) as f:
         source = f.read()
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign):
             reason = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
-            kind = eval(ast.unparse(node.annotation), {})
-            found[node.target.id] = (kind, ast.literal_eval(node.value), reason)
+            kind = eval(ast.unparse(node.annotation))
+            allowed = typing.get_args(kind) or (kind,)  # of int | None
+            found[node.target.id] = (allowed, ast.literal_eval(node.value), reason)
     return found
 
 
@@ -60,51 +62,41 @@ def defaults():
     return {name: default for name, (_, default, _) in settings_of("config/defaults.py").items()}
 
 
-def allowed_types(kind):
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+def check(values, where, known=None):
+    """{setting: value} in the settings' types; UserError names `where` they come from, the setting, its value
+    and what was expected. known: what settings_of returns; None: the settings of config/defaults.py."""
+    known = known or settings_of("config/defaults.py")
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise UserError(f"{where}: unknown setting {name!r}; nearest: {', '.join(nearest) or 'none'}")
+        allowed = known[name][0]
+        if type(value) is int and float in allowed and int not in allowed and abs(value) < LARGEST:
+            value = float(value)
+        if expected := wrong_value(name, value, allowed):
+            raise UserError(f"{where}: {name} = {value!r:.200}, expected {expected}")
+        checked[name] = value
+    return checked
 
 
-def check(name, value, known, where):
-    """The value in the setting's type; UserError names the setting, the value and what was expected."""
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise UserError(f"{where}: unknown setting {name!r}{hint}")
-    where = f"{where}: {name} = {value!r:.200}"
-    value = check_type(value, allowed_types(known[name][0]), where)
-    if type(value) in (int, float):
-        check_number(name, value, where)
-    if type(value) is dict:
-        check_weights(value, where)
-    if name in ("run_name", "expdir") and not value.strip():
-        raise UserError(f"{where}, expected the name of a folder")
-    if name == "run_name" and (os.path.isabs(value) or ".." in value.split("/")):
-        raise UserError(f"{where}, expected the name of a folder inside expdir")
-    return value
-
-
-def check_type(value, allowed, where):
-    if type(value) is int and float in allowed and int not in allowed:
-        return float(value) if abs(value) < LARGEST else math.inf
+def wrong_value(name, value, allowed):
+    """What was expected instead of the value of a setting, if it is wrong."""
     if type(value) not in allowed:
-        expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
-        raise UserError(f"{where} is a {type(value).__name__}, expected {expected}")
-    return value
-
-
-def check_number(name, value, where):
-    if abs(value) >= LARGEST or not math.isfinite(value):
-        raise UserError(f"{where}, expected a finite number below 2^63")
-    if value < MINIMUM.get(name, value):
-        raise UserError(f"{where}, expected {MINIMUM[name]} or more")
-    if name in POSITIVE and value <= 0:
-        raise UserError(f"{where}, expected more than 0")
-
-
-def check_weights(weights, where):
-    for key, weight in weights.items():
-        if type(key) is not str or type(weight) not in (int, float) or not 0 < weight < LARGEST:
-            raise UserError(f"{where}: {key} = {weight!r:.80}, expected a name and a weight above 0")
+        return " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+    if type(value) in (int, float):
+        if not abs(value) < LARGEST:
+            return "a finite number below 2^63"
+        if value < MINIMUM.get(name, value):
+            return f"{MINIMUM[name]} or more"
+        if name in POSITIVE and value <= 0:
+            return "more than 0"
+    if type(value) is dict:
+        for key, weight in value.items():
+            if type(key) is not str or type(weight) not in (int, float) or not 0 < weight < math.inf:
+                return f"names with weights above 0, not {key!r}: {weight!r:.80}"
+    if name == "run_name" and (not value.strip() or os.path.isabs(value) or ".." in value.split("/")):
+        return "the name of a folder inside expdir"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,34 +105,28 @@ def check_weights(weights, where):
 
 def read_config_file(path):
     """{name: value} that a config file assigns; functions, classes and modules are its own."""
-    scope = {"__file__": os.path.abspath(path), "__name__": "config file"}
     try:
-        with open(path, "rb") as f:
-            exec(compile(f.read(), path, "exec"), scope)
-    except Exception as error:
-        if isinstance(error, SyntaxError):
-            line, reason = error.lineno, error.msg
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            line, reason = [frame.lineno for frame in frames if frame.filename == path][-1:], error
-            line = line[0] if line else None
-        where = f"{path} line {line}" if line else path
-        raise UserError(f"{where}: {type(error).__name__}: {reason}") from error
+        scope = runpy.run_path(path)
+    except Exception as error:  # whatever its code raises, as one line
+        lines = [getattr(error, "lineno", None)]  # of a SyntaxError
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                lines.append(frame.lineno)
+        raise UserError(f"{path} line {lines[-1]}: {type(error).__name__}: {error}") from error
     return {name: value for name, value in scope.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
 
 
-def parse_value(text, kind):
+def parse_value(text, allowed):
     """A command-line string as a Python value of one of the allowed types, if it is one; strings need no
     quotes, true, false and none may be written in any case."""
-    if kind is str:
+    if allowed == (str,):
         return text
-    word = {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
+    word = text.title() if text.lower() in ("true", "false", "none") else text
     try:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError):
         return text
-    allowed = allowed_types(kind)
     return text if str in allowed and type(value) not in allowed else value
 
 
@@ -150,10 +136,9 @@ def take_value(argv, known):
     if keyword.iskeyword(name):  # --from is the setting from_
         name += "_"
     following = argv[0] if argv else ""
-    kind = known[name][0] if name in known else None
     if equals:
         return name, os.path.expanduser(text)  # of --name=~/x, which the shell leaves as it is
-    if kind is bool and following.lower() not in ("true", "false"):
+    if name in known and known[name][0] == (bool,) and following.lower() not in ("true", "false"):
         return name, "true"
     if not following or following.startswith("--"):
         raise UserError(f"command line: --{name} has no value; write --{name}=value")
@@ -170,29 +155,28 @@ def load(argv, script, reads=None, files=False):
     known = shared | own
     if "--help" in argv or "-h" in argv:
         print_help(script, known, [*own, *(name for name in shared if reads is None or name in reads)])
-    argv, values, given, others = list(argv), {}, {}, []
+    argv, values, options, others = list(argv), {}, {}, []
     while argv:
         if argv[0].startswith("--"):
             name, text = take_value(argv, known)
-            kind, default, _ = known.get(name, (str, None, None))
-            value = parse_value(text, kind)
+            allowed, default, _ = known.get(name, ((str,), None, None))
+            value = parse_value(text, allowed)
             if default == [] and type(value) is not list:  # a list that grows with each use of its flag
-                value = [*given.get(name, []), text]
-            given[name] = check(name, value, known, "command line")
+                value = [*options.get(name, []), text]
+            options |= check({name: value}, "command line", known)
         elif argv[0].endswith(".py"):
             path = argv.pop(0)
             found = path if os.path.exists(path) else resolve_path(path)
             if not os.path.isfile(found):
                 raise UserError(f"command line: {path}: no such config file")
-            for name, value in read_config_file(found).items():
-                values[name] = check(name, value, known, path)
+            values |= check(read_config_file(found), path, known)
         elif files:
             others.append(argv.pop(0))
         else:
             raise UserError(f"command line: {argv[0]!r} is neither --name=value nor a config file (.py)")
-    values |= given
-    all_values = {name: default for name, (_, default, _) in known.items()} | values
-    return SimpleNamespace(**all_values, user_set=sorted(values), files=others)
+    values |= options
+    unset = {name: default for name, (_, default, _) in known.items()}
+    return SimpleNamespace(**unset | values, user_set=sorted(values), files=others)
 
 
 def print_help(script, known, names):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,11 +31,9 @@ class UserError(ValueError):
 
 def commit():
     """The project's git commit, for logs and headers."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:  # git is not installed
-        return "unknown"
+    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+    status, output = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
+    return "unknown" if status else output  # no git, or no repository
 
 
 def optional_import(module, purpose, extra):
@@ -73,10 +72,8 @@ def existing_folder(path):
 def check_folder_writable(folder):
     """Fail fast: UserError where nothing can be written in a folder that is there or will be made."""
     try:
-        with tempfile.TemporaryFile(dir=existing_folder(folder)) as f:
-            f.write(bytes(2 ** 16))
-            f.flush()
-            os.fsync(f.fileno())
+        with tempfile.TemporaryFile(dir=existing_folder(folder), buffering=0) as f:
+            f.write(bytes(2 ** 16))  # fails on a full disk
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror or error})") from error
 
@@ -191,7 +188,7 @@ def read_json_list(f, size=2 ** 20, longest=2 ** 26):
 
 
 def parse_json_line(line):
-    """The object of a line of a log; None for a torn line, or one that holds something else."""
+    """The object in a line of bytes; None for a torn line, or one that holds something else."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -206,12 +203,9 @@ def read_json_lines(path):
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number}: not JSON ({error})") from error
-            if not isinstance(entry, dict):
-                raise UserError(f"{path} line {number}: a {type(entry).__name__}, expected an object")
+            entry = parse_json_line(line)
+            if entry is None:
+                raise UserError(f"{path} line {number}: {line[:80]!r}, expected a JSON object in UTF-8")
             yield number, entry
 
 

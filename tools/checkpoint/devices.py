@@ -6,19 +6,12 @@ from tools.common import UserError
 
 
 def pick_device(name="auto"):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":  # asked without a CUDA context: each rank makes its own, on its own GPU
-            there = (device.index or 0) < torch.cuda.device_count()
-        else:
-            there = torch.zeros(1, device=device).item() == 0  # fails for a kind without numbers, or not here
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device = {name!r}, expected auto, cpu, cuda or cuda:<n>") from error
-    if not there:
-        raise UserError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    devices = ["cpu"]
+    if torch.cuda.is_available():  # without a CUDA context: each rank makes its own, on its own GPU
+        devices = ["cuda", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in ("auto", *devices):
+        raise UserError(f"device = {name!r}, expected auto or, on this machine, {', '.join(devices)}")
+    return torch.device(devices[0] if name == "auto" else name)
 
 
 def pick_precision(precision, device):

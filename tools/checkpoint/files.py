@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -107,24 +108,20 @@ def save_atomically(content, path):
         torch.save(content, f)
 
 
-def files_under(folder):
-    """Relative paths of all files."""
-    return {os.path.relpath(os.path.join(path, file), folder)
-            for path, _, files in os.walk(folder) for file in files}
-
-
 @contextmanager
 def replace_folder(folder):
     """A new folder to fill, which replaces the one at `folder` when the block ends. Killed at any time, the
     old one is whole: in its place or, between two renamings, beside it as .<name>.old. UserError if the old
     one holds files that the new one does not: they would be lost."""
     parent, name = os.path.split(folder)
-    new, old = os.path.join(parent, f".{name}.new"), os.path.join(parent, f".{name}.old")
+    new = os.path.join(parent, f".{name}.new")
+    old = os.path.join(parent, f".{name}.old")
     shutil.rmtree(new, ignore_errors=True)
     with new_folder(new) as filled:
         yield filled
-        if others := files_under(folder) - files_under(filled):
-            raise UserError(f"{folder} holds other files, which would be lost: {join_names(sorted(others))}")
+        files = {path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()}
+        if others := [file for file in sorted(files) if not os.path.exists(os.path.join(filled, file))]:
+            raise UserError(f"{folder} holds other files, which would be lost: {join_names(others)}")
     if os.path.isdir(folder):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)

@@ -56,9 +56,10 @@ def sample_rate_of_mel(mel):
 
 
 def infer_htsat_config(state):
-    """Settings and arguments of ClapEncoder, from the names and shapes of HTS-AT's weights {name: tensor}."""
+    """-> (settings, arguments of ClapEncoder) from the names and shapes of HTS-AT's weights {name: tensor}.
+    """
     if "patch_embed.proj.weight" not in state:
-        return {}
+        return {}, {}
     heads = [[], [], [], []]  # of the blocks of each stage
     for name, tensor in state.items():
         if name.endswith("relative_position_bias_table"):
@@ -67,11 +68,12 @@ def infer_htsat_config(state):
     inferred = {
         "clap_embed_dim": len(state["patch_embed.proj.weight"]),
         "clap_depths": [len(stage) for stage in heads],
-        "clap_num_heads": [stage[0] if stage else 1 for stage in heads],  # 1: no blocks
-        "fusion": any("fusion_model" in name for name in state)}
-    if "absolute_pos_embed" in state:  # of patches of 4 x 4
-        inferred["position"] = True
+        "clap_num_heads": [stage[0] if stage else 1 for stage in heads]}  # 1: no blocks
+    options = {
+        "fusion": any("fusion_model" in name for name in state),
+        "position": "absolute_pos_embed" in state}
+    if options["position"]:  # of patches of 4 x 4
         inferred["clap_spec_size"] = 4 * math.isqrt(state["absolute_pos_embed"].shape[1])
     elif "layers.0.blocks.1.attn_mask" in state:  # one for each window of 8 x 8 patches
         inferred["clap_spec_size"] = 32 * math.isqrt(len(state["layers.0.blocks.1.attn_mask"]))
-    return inferred
+    return inferred, options

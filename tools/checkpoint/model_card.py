@@ -50,15 +50,13 @@ def markdown_table(columns, rows):
 
 def model_card(config, model):
     """config: the content of the release's config.json -> Markdown."""
-    facts, lm, sizes = config["about"], config["lang_encoder_path"], model.lm.config
+    facts, lm = config["about"], config["lang_encoder_path"]
     minutes = config["max_num_window"] * (config["window_length"] - config["window_overlap"]) / 60
     count = sum(p.numel() for p in model.parameters())
     parts = [f"---\nbase_model: {json.dumps(lm)}\npipeline_tag: audio-text-to-text\n---\n",
              "# An Audio Flamingo 2 model\n",
-             f"Answers questions about sounds of up to {minutes:.3g} minutes. {count:,} parameters: the "
-             f"language model {lm} ({sizes.layers} blocks of width {sizes.width}), a CLAP encoder (HTS-AT) "
-             f"of width {model.clap.width}, {len(model.audio_transformer.layer_stack)} audio-transformer "
-             f"layers and {len(model.xattn)} gated cross-attention blocks. Paper: arXiv 2503.03983.\n",
+             f"Answers questions about sounds of up to {minutes:.3g} minutes. {count:,} parameters, those of "
+             f"the language model {lm} included. Paper: arXiv 2503.03983.\n",
              "```\npython sample.py --audio clip.wav --init_from <this folder>\n```\n"]
     for heading, name, columns in SECTIONS:
         if facts.get(name):

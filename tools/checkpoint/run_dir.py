@@ -1,4 +1,6 @@
 """The folder of a run and its checkpoints."""
+import glob
+import math
 import os
 import re
 import sys
@@ -7,16 +9,22 @@ import zipfile
 import config as settings
 
 
+INTERIM = "checkpoint_interim.pt"  # saved inside an epoch, removed at its end
+
+
 def checkpoints(run):
     """A run's checkpoints, newest first: the interim one is newer than any epoch's."""
-    names = os.listdir(run) if os.path.isdir(run) else []
-    epochs = [int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint_(\d+)\.pt", name))]
-    found = ["checkpoint_interim.pt"] if "checkpoint_interim.pt" in names else []
-    found += [f"checkpoint_{epoch}.pt" for epoch in sorted(epochs, reverse=True)]
-    return [os.path.join(run, name) for name in found]
+    epochs = {}
+    for name in os.listdir(run) if os.path.isdir(run) else []:
+        if name == INTERIM:
+            epochs[name] = math.inf
+        elif match := re.fullmatch(r"checkpoint_(\d+)\.pt", name):
+            epochs[name] = int(match[1])
+    newest_first = sorted(epochs, key=epochs.get, reverse=True)
+    return [os.path.join(run, name) for name in newest_first]
 
 
-def checksums_hold(file):
+def is_whole(file):
     """Whether a checkpoint is what was written: torch.save keeps a CRC-32 of every tensor."""
     try:
         with zipfile.ZipFile(file) as f:
@@ -25,33 +33,27 @@ def checksums_hold(file):
         return False
 
 
-def newest_checkpoint(run, say=lambda text: print(text, file=sys.stderr), is_whole=zipfile.is_zipfile):
-    """The newest checkpoint of a run that is whole; None without one. is_zipfile finds files that were cut
+def newest_checkpoint(run, say=lambda text: print(text, file=sys.stderr), is_usable=zipfile.is_zipfile):
+    """The newest checkpoint of a run that is usable; None without one. is_zipfile finds files that were cut
     off: the table of a zip file stands at its end."""
     for file in checkpoints(run):
-        if is_whole(file):
+        if is_usable(file):
             return file
         say(f"note: {file} is damaged (cut, or its checksum differs): not used")
     return None
 
 
-def newest_whole(run, say):
-    """The checkpoint to resume from: every tensor is read and checked."""
-    return newest_checkpoint(run, say, checksums_hold)
-
-
 def newest_run(folders):
     """The run (a folder with a checkpoint) changed last; FileNotFoundError says how to get one."""
-    newest = {}
-    for folder in map(settings.resolve_path, folders):
-        for run, _, _ in os.walk(folder):  # a run's name may have a slash
-            for file in checkpoints(run)[:1]:
-                newest[run] = os.path.getmtime(file)
-    if not newest:
+    files = []
+    for folder in folders:  # a run's name may have a slash
+        pattern = glob.escape(settings.resolve_path(folder)) + "/**/checkpoint_*.pt"
+        files += glob.glob(pattern, recursive=True)
+    if not files:
         where = " or ".join(f"{folder}/" for folder in folders)
         raise FileNotFoundError(f"no --init_from given and no run under {where}: train one (make demo, or "
                                 f"python train.py config/sft.py) or give --init_from=nvidia/audio-flamingo-2")
-    return max(newest, key=newest.get)
+    return os.path.dirname(max(files, key=os.path.getmtime))
 
 
 def moved_parts(config, run):

@@ -78,14 +78,14 @@ class StepStats:
                 self.report_skipped(step, paths, labelled)
         seconds = time.time() - self.start
         peak = self.run.world * peak_flops(self.run.device)
-        gates = gate_values(self.model)
+        gates = gate_values(self.model, "attn_gate")
         entry = dict(
             step=self.state.step,
             epoch=epoch,
             lr=lr,
             loss=mean(losses or [math.nan]),
             gnorm=grad_norm,
-            gate=mean(map(abs, gates["gates"])),
+            gate=mean(map(abs, gates)),
             ms=1000 * seconds / len(self.steps),
             tok_s=new["tokens"] / seconds,
             audio_s=new["audio_seconds"] / seconds,
@@ -95,7 +95,8 @@ class StepStats:
             samples=self.state.samples,
             skipped_steps=self.state.skipped_steps,
             **self.state.counts,
-            **gates)
+            gates=gates,
+            ff_gates=gate_values(self.model, "ff_gate"))
         self.run.say(format_line(entry, total_steps))
         self.run.log(**entry)
         self.start_line()
@@ -142,11 +143,10 @@ class StepStats:
                 f"{c.max_tokens}, {counts['unreadable_clips']} clips not read")
 
 
-def gate_values(model):
-    """tanh of the gates of every gated block: {"gates": of attention, "ff_gates": of the feed-forward}."""
-    blocks = model.xattn.values()
-    gates = {"gates": [b.attn_gate for b in blocks], "ff_gates": [b.ff_gate for b in blocks]}
-    return {name: torch.cat(values).float().tanh().tolist() for name, values in gates.items()}
+def gate_values(model, name):
+    """tanh of attn_gate or ff_gate of every gated block."""
+    gates = [getattr(block, name) for block in model.xattn.values()]
+    return torch.cat(gates).float().tanh().tolist()
 
 
 def format_line(entry, total_steps):

@@ -39,15 +39,6 @@ def read_run(run):
     return folder, steps, [entry for entry in entries if "valid" in entry]
 
 
-def plot_validations(axes, validations, color):
-    splits = {split for entry in validations for split in entry["valid"]}
-    for split in splits:
-        entries = [entry for entry in validations if split in entry["valid"]]
-        steps = [entry["step"] for entry in entries]
-        losses = [entry["valid"][split] for entry in entries]
-        axes.plot(steps, losses, "o:", color=color, markersize=4)
-
-
 def main(c):
     if not c.files:
         raise UserError("usage: python tools/train/plot.py RUN [RUN ...] [--output=FILE.png]")
@@ -65,7 +56,10 @@ def main(c):
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
     for i, (_, _, validations) in enumerate(runs):
-        plot_validations(all_axes[0], validations, f"C{i}")
+        steps = [entry["step"] for entry in validations]
+        for split in {split for entry in validations for split in entry["valid"]}:
+            losses = [entry["valid"].get(split, np.nan) for entry in validations]
+            all_axes[0].plot(steps, losses, "o:", color=f"C{i}", markersize=4)
     all_axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=100)
     print(f"wrote {path}")

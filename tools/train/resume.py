@@ -82,16 +82,13 @@ def count_samples(c, run, manifests):
     for entry in record:
         items[entry["epoch"]] += entry["stop"] - entry["first"]
     if not all(items.values()):
-        raise UserError(f"epoch {min(items, key=items.get)} takes no item of {join_names(list(manifests))}: "
+        raise UserError(f"an epoch takes no item of {join_names(list(manifests))}: "
                         f"dataset_blending_global_weight = {c.dataset_blending_global_weight:g} is too small")
     if c.dataset_blending_output and run.rank == 0:
         path = settings.resolve_path(c.dataset_blending_output)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path) as f:
             f.writelines(json.dumps(entry) + "\n" for entry in record)
-    passes = c.num_epochs * c.dataset_blending_global_weight
-    if abs(passes - 1) > 1e-6:
-        run.say(f"note: num_epochs x dataset_blending_global_weight = {passes:g} passes over the blend")
     return items.total()
 
 

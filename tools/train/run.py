@@ -17,10 +17,8 @@ from tqdm import tqdm
 import config as settings
 from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.files import save_atomically
-from tools.checkpoint.run_dir import checkpoints
+from tools.checkpoint.run_dir import INTERIM, checkpoints
 from tools.common import RANK_TIMEOUT, UserError, name_disk_errors
-
-INTERIM = "checkpoint_interim.pt"  # saved inside an epoch, removed at its end
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes

@@ -69,7 +69,7 @@ def check_shapes(c, source):
         raise UserError(f"{source}: clap_depths = {c.clap_depths}, clap_num_heads = {c.clap_num_heads}: "
                         f"expected a number for each of 4 stages")
     for stage, heads in enumerate(c.clap_num_heads):
-        if c.clap_embed_dim * 2 ** stage % heads:
+        if heads < 1 or c.clap_embed_dim * 2 ** stage % heads:
             raise UserError(f"{source}: clap_num_heads = {c.clap_num_heads} do not divide clap_embed_dim = "
                             f"{c.clap_embed_dim}, twice as wide in every further stage")
     frames = c.clap_spec_size * (c.clap_spec_size // 64)  # that HTS-AT takes, of 10 ms; a window has one more

@@ -18,6 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
+from checkpoint import open_pretrained
 from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Manifest, open_manifests
 from prepare.manifests import save_manifest
 from tools.checkpoint.clap import clap_state
@@ -50,12 +51,15 @@ def open_all_manifests(c):
 
 
 def audio_config_of(c):
-    """The model.audio_config of a config, with the sample rate of its clap_checkpoint; 30 windows (5 min)
-    where the user names no max_num_window."""
+    """The model.audio_config that training starts with: that of pretrained_path where it is on this disk, else
+    the config's, with the sample rate of its clap_checkpoint, and 30 windows (5 min) where no config or hub id
+    is known to have fewer."""
+    if c.pretrained_path and os.path.exists(settings.resolve_path(c.pretrained_path)):
+        return open_pretrained(c, settings.overrides(c))[0].audio_config
     audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": SAMPLE_RATE}
     if c.clap_checkpoint and os.path.isfile(settings.resolve_path(c.clap_checkpoint)):
         audio_config["sample_rate"] = sample_rate_of_mel(clap_state(c.clap_checkpoint).get("clap.mel"))
-    if "max_num_window" not in c.user_set:
+    if "max_num_window" not in c.user_set and (c.files or c.pretrained_path):
         audio_config["max_num_window"] = 30
     return audio_config
 

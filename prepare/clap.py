@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config as settings
-from checkpoint import load_language_model
+from checkpoint import check_shapes, load_language_model
 from data import AUDIO_SETTINGS, Clips, open_manifests
 from model import ClapEncoder, log_mel, to_float
 from tools.data.batches import plan_batches
@@ -77,25 +77,16 @@ def contrast(similarity, positive, contrasted):
     return (by_text + by_clip) / 2
 
 
-def quintic(square):
-    """x x^T -> the factor an iteration multiplies x by: 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2."""
-    factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-    factor.diagonal().add_(3.4445)
-    return factor
-
-
 def orthogonalize(x):
-    """Newton-Schulz: every singular value of a matrix to about 1, by products of the short side alone."""
+    """Newton-Schulz: every singular value of a matrix to about 1."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
     x = x / (x.norm() + 1e-7)
-    square = x @ x.T
-    factor = product = quintic(square)
-    for _ in range(4):
-        square = factor @ square @ factor
-        factor = quintic(square)
-        product = factor @ product
-    return product @ x
+    for _ in range(5):  # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
+        square = x @ x.T
+        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)
+    return x
 
 
 class Muon(torch.optim.Optimizer):
@@ -235,22 +226,26 @@ class ClapModel(nn.Module):
         return F.normalize(self.text_projection(states), dim=-1)
 
 
-def make_schedules(c, model):
-    """-> the schedules of Muon for matrices and of AdamW for the rest, one cycle each; schedule.optimizer."""
+def make_optimizers(c, model):
+    """Muon for matrices, AdamW for the rest."""
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     others = [p for p in model.parameters() if p not in set(matrices)]
-    optimizers = [
-        Muon(matrices, c.clap_muon_lr),
-        torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=WEIGHT_DECAY, fused=True)]
-    return [torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        optimizer.defaults["lr"],
-        total_steps=c.clap_steps,
-        pct_start=0.1,
-        cycle_momentum=False) for optimizer in optimizers]
+    adamw = torch.optim.AdamW(others, c.clap_peak_lr, weight_decay=WEIGHT_DECAY, fused=True)
+    return Muon(matrices, c.clap_muon_lr), adamw
+
+
+def rate_factor(step, steps):
+    """Learning rate over its peak: 10 % warm-up from 0.04, then down to 0, both along a cosine."""
+    peak = max(steps / 10 - 1, 1)
+    if step < peak:
+        return 0.52 - 0.48 * math.cos(math.pi * step / peak)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - peak) / max(steps - 1 - peak, 1))
 
 
 def main(c):
+    check_shapes(c, "settings")
+    if c.clap_temperature < 1e-3:
+        raise UserError(f"clap_temperature = {c.clap_temperature}, expected 0.001 or more")
     out = settings.resolve_path(c.clap_out)
     check_writable(out)
     os.makedirs(os.path.dirname(out), exist_ok=True)
@@ -269,7 +264,7 @@ def main(c):
     states = (states - states.mean(0)) / (states.std(0) + 1e-3)
 
     model = ClapModel(c, states.shape[1]).to(device)
-    schedules = make_schedules(c, model)
+    optimizers = make_optimizers(c, model)
     batches = LogMels(clips, c, device).endless_batches(c.clap_batch_size, c.seed)
     losses = []
     model.train()
@@ -283,13 +278,17 @@ def main(c):
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not (loss + norm).isfinite():
             raise UserError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()} (clap_peak_lr, "
-                            "clap_muon_lr), nothing is written")
-        for schedule in schedules:
-            schedule.optimizer.step()
-            schedule.optimizer.zero_grad()
-            schedule.step()
+                            "clap_muon_lr, clap_temperature), nothing is written")
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * rate_factor(step - 1, c.clap_steps)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         if step % 100 == 0 or step == c.clap_steps:
+            if not any(losses):
+                raise UserError("loss 0 at every step: a clip has no caption to be contrasted with "
+                                "(clap_batch_size, clap_text_bank), nothing is written")
             tqdm.write(f"clap step {step}/{c.clap_steps} | loss {np.mean(losses[-100:]):.3f}")
 
     state = {}

@@ -10,6 +10,7 @@ original before it counts: they are equal within one 16-bit step. Started again,
 stale. Copies suit the window settings of the config, or fewer windows. Exit code: 0 done, 1 done but for
 clips that were left out and named, 2 an error.
 """
+import glob
 import hashlib
 import os
 import sys
@@ -39,6 +40,14 @@ def copy_name(path, start, duration, audio_config):
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     stem = os.path.splitext(os.path.basename(path))[0][:100]
     return f"{digest[:2]}/{stem}-{digest[2:16]}.flac"
+
+
+def remove_leftovers(folder):
+    """Remove the temporaries of processes that have ended."""
+    for file in glob.glob(f"{glob.escape(folder)}/*/*.tmp"):
+        pid = file.split(".")[-2]
+        if not os.path.exists(f"/proc/{pid}"):
+            os.remove(file)
 
 
 def count_whole(path):
@@ -112,6 +121,7 @@ def main(c):
     folder = os.path.abspath(settings.resolve_path(c.to))
     audio = os.path.join(folder, "audio")
     check_folder_writable(audio)
+    remove_leftovers(audio)
     manifests, audio_config = open_all_manifests(c), audio_config_of(c)
     paths = output_paths(folder, manifests)
     copies = [{} for _ in manifests]

@@ -22,7 +22,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config as settings
 from prepare import datasets_qa
 from prepare.manifests import Folder, decode_text, write_manifests
-from tools.common import UserError, check_folder_writable, optional_import, read_json, read_json_object
+from tools.common import (UserError, check_folder_writable, join_names, optional_import, read_json,
+                          read_json_object)
 
 from_: str = ""  # folder of the source, unpacked
 to: str = "data/manifests"  # folder to write <Name-Task>/<split>.json in
@@ -61,22 +62,26 @@ def described_items(source, form):
         rows = source.match(form["pattern"], form["example"])
     else:
         rows = source.rows(form["files"], *form["parts"])
+    known = []
     for row in rows:
         names = [name.format_map(row) for name in form["clips"]]
-        if names[0] in form.get("left_out", ()):
-            continue
-        clip = source.clip(*names)
+        if names[0] not in form.get("left_out", ()):
+            row["clip"] = source.clip(*names)
+            row["labels of it"] = [answer.get("label", "").format_map(row)
+                                   for answer in form["manifests"].values()]
+            known.append(row)
+    for row in source.consistent(known, ["clip"], ["labels of it"]):
         for manifest, answer in form["manifests"].items():
             task, split = manifest.format_map(row).split("/")
             split = form.get("splits", {}).get(split, split)
             if "captions" in answer:
                 captions = [caption.format_map(row) for caption in answer["captions"]]
-                yield from caption_items(task, split, clip, captions, answer["prompt"])
+                yield from caption_items(task, split, row["clip"], captions, answer["prompt"])
             else:
                 label = answer["label"].format_map(row).strip().lower()
                 label = label.replace("_", " ").replace(",", ", ")
                 label = form.get("spelling", {}).get(label, label)
-                yield f"{task}/{split}", make_item(answer["prompt"], clip, label)
+                yield f"{task}/{split}", make_item(answer["prompt"], row["clip"], label)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,6 +135,8 @@ def wavcaps(source):
     for _, path in source.parts(["blacklist_exclude_{}.json"], "test_ac", "ub8k_esc50_vggsound"):
         for name, idents in read_json_object(path).items():
             blacklist.update(f"{name} {str(ident).partition('.')[0]}" for ident in idents)
+    if source.left_out:
+        raise UserError(f"{join_names(source.left_out)}: without it clips of test splits would be trained on")
     for row in source.rows(["{}_final.json"], *parts):
         name, ident = parts[row["part"]], str(row["id"]).removesuffix(".wav")
         if f"{name.removesuffix('_SL')} {ident}" in blacklist:
@@ -200,7 +207,7 @@ def main(c):
     folder = os.path.relpath(source.path, data_root)
     if folder.startswith(".."):  # not inside data_root: absolute
         folder = source.path
-    return write_manifests(items, folder, data_root, source.path) or int(source.incomplete)
+    return write_manifests(items, folder, data_root, source.path) or int(bool(source.left_out))
 
 
 def print_sources():

@@ -9,7 +9,9 @@ from collections import Counter, defaultdict
 from string import ascii_uppercase
 
 from prepare.manifests import stem
+from tools.common import join_names
 
+MUSIC_AVQA_CONTENT = ("video_id", "question_content", "templ_values", "type", "anser")  # of a question's id
 CONFIDENCE = {"yes": 1.0, "maybe": 0.6, "no": 0.1}  # weight of an answer of Clotho-AQA in the vote
 
 
@@ -46,19 +48,21 @@ def music_avqa(source):
     licence: GPL-3.0
     layout: data/json_update/avqa-{train,val,test}.json (corrected; without them data/json/), the sound of the
         videos as audio/{video_id}.wav
-    Which of the two the published score is of is not known. Deleted and repeated questions are left out.
+    Which of the two the published score is of is not known. Deleted and repeated questions are left out, and
+    ids that stand for different questions or answers: 27 of val and 55 of test in data/json/.
     """
     tasks = {"Audio": "AQA_All", "Audio-Visual": "AVQA_All"}
     files = "json_update/avqa-{}.json", "json/avqa-{}.json", "avqa-{}.json"
+    rows = [row for row in source.rows(files, "train", "val", "test") if not row.get("question_deleted")]
     known = set()
-    for row in source.rows(files, "train", "val", "test"):
+    for row in source.consistent(rows, ("part", "question_id"), MUSIC_AVQA_CONTENT):
         kind, category = json.loads(row["type"])
         question = row["question_content"].strip()
         for slot in json.loads(row["templ_values"]):
             question = re.sub(r"<[^<>]+>", slot.replace("_", " "), question, count=1)
         split, video = row["part"], row["video_id"]
         key = f"{split} {video} {question}"
-        if kind not in tasks or row.get("question_deleted") or key in known:
+        if kind not in tasks or key in known:
             continue
         known.add(key)
         clip = source.clip(f"audio/{video}.wav", f"{video}.wav")
@@ -77,9 +81,14 @@ def mmau(source):
     """
     from tools.eval.records import read_questions  # here: it imports torch, for seconds
     for split, path in source.parts(["mmau-{}.json"], "test-mini", "test"):
+        wrong = []
         for question in read_questions(path):
+            if question["output"] not in ("", *question["choices"]):
+                wrong.append(question["output"])
             clip = source.clip(question["name"], os.path.basename(question["name"]))
             yield f"MMAU/{split}", question | {"name": clip}
+        if wrong:
+            print(f"Warning: {path}: {len(wrong)} answers are none of their choices: {join_names(wrong)}")
 
 
 def muchomusic(source):

@@ -131,11 +131,11 @@ def find_placeholder(path):
 
 class Folder:
     """A source as it was unpacked. Names are never stripped: some begin with a space, or end with one.
-    incomplete: whether something was left out, which is printed."""
+    left_out: what of it can't be used, which is printed."""
 
     def __init__(self, path):
         self.path = os.path.abspath(path)
-        self.incomplete = False
+        self.left_out = []
         self.files = defaultdict(list)  # stem: paths below the folder
         for file in sorted(glob.glob("**", root_dir=path, recursive=True)):  # without .hidden ones
             if os.path.isfile(os.path.join(path, file)):
@@ -143,7 +143,7 @@ class Folder:
 
     def leave_out(self, what):
         print(f"{self.path}: left out: {what}")
-        self.incomplete = True
+        self.left_out.append(what)
 
     def format_rank(self, file, wanted):
         """Sorts the formats of a clip: sounds before videos, downloaded, as wanted, lossless."""
@@ -228,16 +228,15 @@ class Folder:
 
     def consistent(self, rows, ident, content):
         """The rows without those whose id stands for several contents, which are counted. ident, content:
-        functions of a row."""
-        rows_of = defaultdict(list)
-        for row in rows:
-            rows_of[ident(row)].append(row)
-        contradictory = [key for key, same in rows_of.items() if len(set(map(content, same))) > 1]
-        if contradictory:
-            n = sum(len(rows_of.pop(key)) for key in contradictory)
-            self.leave_out(f"{n} rows that contradict each other, of {len(contradictory)} ids: "
-                           f"{join_names(contradictory)}")
-        return [row for same in rows_of.values() for row in same]
+        columns."""
+        ids = [" ".join(str(row[column]) for column in ident) for row in rows]
+        contents = defaultdict(set)
+        for key, row in zip(ids, rows):
+            contents[key].add(str([row[column] for column in content]))
+        wrong = [key for key, several in contents.items() if len(several) > 1]
+        if wrong:
+            self.leave_out(f"{len(wrong)} ids whose rows contradict each other: {join_names(wrong)}")
+        return [row for key, row in zip(ids, rows) if len(contents[key]) == 1]
 
 
 @functools.cache

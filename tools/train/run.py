@@ -152,8 +152,9 @@ class Run:
         interim = os.path.join(self.folder, INTERIM)
         if path == interim:
             return
-        if os.path.exists(interim):
-            os.remove(interim)
+        for old in (interim, interim + ".tmp"):  # the second: of a run that was killed
+            if os.path.exists(old):
+                os.remove(old)
         if self.keep_last:
             files = checkpoints(self.folder)  # newest first; later ones than this can only be damaged
             for old in files[files.index(path) + self.keep_last:]:

@@ -51,9 +51,9 @@ def open_all_manifests(c):
 
 
 def audio_config_of(c):
-    """The model.audio_config that training starts with: that of pretrained_path where it is on this disk, else
-    the config's, with the sample rate of its clap_checkpoint, and 30 windows (5 min) where no config or hub id
-    is known to have fewer."""
+    """The model.audio_config that training starts with: that of pretrained_path where it is on this disk,
+    else the config's, with the sample rate of its clap_checkpoint; 30 windows (5 min) where there is no
+    config, or a hub id may have another number."""
     if c.pretrained_path and os.path.exists(settings.resolve_path(c.pretrained_path)):
         return open_pretrained(c, settings.overrides(c))[0].audio_config
     audio_config = {name: getattr(c, name) for name in AUDIO_SETTINGS} | {"sample_rate": SAMPLE_RATE}

@@ -3,7 +3,8 @@
     python prepare/demo.py          # a second run goes on where the first one stopped
     python prepare/demo.py --seed=43 --run_name=demo43 --clap_checkpoint=out/demo43/clap/epoch_16.pt
 
-Settings are those of prepare/clap.py and train.py. Leaves out/demo/: clap/epoch_16.pt, checkpoint_0.pt, log.jsonl, eval/*.jsonl, scores.json, demo.png.
+Settings are handed on to prepare/clap.py and train.py. Leaves out/demo/: clap/epoch_16.pt, checkpoint_0.pt,
+log.jsonl, eval/*.jsonl, scores.json, demo.png.
 """
 import json
 import os

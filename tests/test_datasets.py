@@ -1,8 +1,11 @@
 """Public datasets to manifests. tests/sources.json has small files of every source in its original
 layout, with its traps, and the (clip, output)s of the manifests that have to come out."""
+import io
 import json
 import os
 import re
+import tracemalloc
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ import eval as scoring
 from data import Manifest
 from prepare import datasets, manifests
 from tests.helpers import ROOT, fails_with_one_line, lay_out, run
-from tools.common import UserError
+from tools.common import UserError, read_json_list
 
 with open(f"{ROOT}/tests/sources.json", encoding="utf-8") as f:
     SOURCES = json.load(f)
@@ -92,6 +95,21 @@ def test_references_options_and_groups_of_scores(converted):
     assert question["category"] == "Comparative"
 
 
+def repeat(lines):
+    """[[template of a number and its parts, how many], ...] -> lines."""
+    return [template.format(i, i // 5, i // 10, i % 10, i // 100, i % 100)
+            for template, n in lines for i in range(n)]
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if "published" in SOURCES[source]])
+def test_published_counts(source, tmp_path):
+    published = SOURCES[source]["published"]
+    files = {path: repeat(lines) for path, lines in published["lines"].items()}
+    folder = lay_out(tmp_path, files | dict.fromkeys(repeat(published["paths"]), b""))
+    items = datasets.source_items(source, manifests.Folder(folder))
+    assert Counter(name for name, _ in items) == published["counts"]
+
+
 def test_prompts_are_chosen_the_same_everywhere():
     """By a hash of the clip's own name that does not change with the process, or where the clip lies."""
     names = [f"{i}.wav" for i in range(200)]
@@ -154,6 +172,111 @@ def test_files_that_are_not_as_they_should_be(source, files, named, tmp_path):
     with pytest.raises(UserError, match=named):
         convert(tmp_path, source, files)
     assert not os.path.exists(tmp_path / "to")
+
+
+POINTER = ["version https://git-lfs.github.com/spec/v1", "oid sha256:4d7a", "size 12345"]
+FSD = {"FSD50K.ground_truth/eval.csv": ["fname,labels", "1,Dog"]}
+ESC = {"meta/esc50.csv": ["filename,category", "cafe\u0301.wav,dog"]}
+MELD = {"test_sent_emo.csv": ["Emotion,Sentiment,Dialogue_ID,Utterance_ID", "joy,positive,0,1"]}
+CREMA, RAVDESS = "1001_DFA_ANG_XX", "03-01-07-01-02-01-01"
+
+
+@pytest.mark.parametrize("source, files, clips, taken", [
+    ("crema_d", {f"AudioMP3/{CREMA}.mp3": POINTER, f"VideoFlash/{CREMA}.flv": POINTER},
+     [f"AudioWAV/{CREMA}.wav"], f"AudioWAV/{CREMA}.wav"),
+    ("crema_d", {}, [f"AudioMP3/{CREMA}.mp3", f"x/AudioWAV/{CREMA}.wav"], f"x/AudioWAV/{CREMA}.wav"),
+    ("crema_d", {}, [f"AudioMP3/{CREMA}.mp3"], f"AudioMP3/{CREMA}.mp3"),
+    ("ravdess", {f"Actor_01/{RAVDESS}.mp4": b"x"}, [f"16k/{RAVDESS}.flac", f"Actor_01/{RAVDESS}.wav"],
+     f"Actor_01/{RAVDESS}.wav"),
+    ("gtzan", {}, ["a/jazz/jazz.00001.ogg", "genres/jazz/jazz.00001.wav"], "genres/jazz/jazz.00001.wav"),
+    ("meld", MELD | {"output_repeated_splits_test/dia0_utt1.mp4": b"x"}, ["test/dia0_utt1.wav"],
+     "test/dia0_utt1.wav"),
+    ("meld", MELD | {"test/dia0_utt1.mp4": b"x", "test/dia0_utt1.flac": POINTER}, ["test/dia0_utt1.ogg"],
+     "test/dia0_utt1.ogg"),
+    ("fsd50k", FSD, ["FSD50K.eval_audio/1.flac", "FSD50K.eval_audio/1.mp3", "eval/1.wav"],
+     "FSD50K.eval_audio/1.flac"),
+    ("fsd50k", FSD, ["16k/FSD50K.eval_audio/1.wav", "FSD50K.eval_audio/1.wav"], "FSD50K.eval_audio/1.wav"),
+    ("esc50", ESC, ["audio/caf\u00e9.ogg", "audio/caf\u00e9.wav"], "audio/caf\u00e9.wav"),
+    ("vocalsound", {"meta/te_meta.csv": ["f0003"]},
+     ["audio_44k/f0003_0_cough.wav", "b/audio_16k/f0003_0_cough.wav"], "b/audio_16k/f0003_0_cough.wav")])
+def test_the_documented_folder_and_a_lossless_file(source, files, clips, taken, tmp_path):
+    assert convert(tmp_path, source, files, clips) == 0
+    for name in os.listdir(tmp_path / "to"):
+        (file,) = os.listdir(tmp_path / "to" / name)
+        assert Manifest(f"{tmp_path}/to/{name}/{file}").items[0]["name"] == taken
+
+
+CAPTION = {"data": [{"id": "17", "caption": "A bell."}]}
+SB, FREESOUND, LISTED = "SoundBible/sb_final.json", "fsd_final.json", "blacklist_exclude_test_ac.json"
+OPENAQA = '{"instruction": "?", "audio_id": "x/1.wav", "dataset": "d", "task": "t", "output": "A dog."}'
+
+
+@pytest.mark.parametrize("source, files, clips, named", [
+    ("wavcaps", {SB: CAPTION, FREESOUND: POINTER, LISTED: {}}, ["SoundBible/17.flac"], FREESOUND),
+    ("nonspeech7k", {"metadata of train set .csv": ["Filename,Classname", "a.wav,breath"],
+                     "metadata of test set.csv": ["<!DOCTYPE html>", "x"]}, ["train/a.wav"], "metadata of test set.csv"),
+    ("openaqa", {"a.json": POINTER, "b.json": [json.loads(OPENAQA)]}, ["x/1.wav"], "a.json")])
+def test_metadata_that_was_not_downloaded(source, files, clips, named, tmp_path, capsys):
+    assert convert(tmp_path, source, files, clips) == 1
+    assert f"{tmp_path}/{source}/{named}" in capsys.readouterr().out and len(os.listdir(tmp_path / "to")) == 1
+    with pytest.raises(UserError, match=re.escape(named)):  # nothing else is there
+        only = {name: content for name, content in files.items() if name in (named, LISTED)}
+        convert(tmp_path / "alone", source, only, clips)
+
+
+def test_a_blacklist_that_was_not_downloaded(tmp_path):
+    with pytest.raises(UserError, match=LISTED):
+        convert(tmp_path, "wavcaps", {SB: CAPTION, LISTED: POINTER}, ["SoundBible/17.flac"])
+    assert not os.path.exists(tmp_path / "to")
+
+
+def avqa(ident, answer, question="Is it loud?", video="v", **more):
+    return {"question_id": ident, "anser": answer, "question_content": question, "video_id": video,
+            "templ_values": "[]", "type": '["Audio", "Counting"]'} | more
+
+
+@pytest.mark.parametrize("source, files, clips, name, expected", [
+    ("music_avqa", {"json/avqa-val.json": [
+        avqa(1, "yes"), avqa(2, "one", "How many?"), avqa(1, "no"), avqa(3, "two", "Which?"),
+        avqa(4, "no", "Old?"), avqa(3, "two", "Which?"), avqa(4, "no", "New?"), avqa(6, "six", video="w"),
+        avqa(5, "x", "Deleted?", question_deleted=1), avqa(5, "left", "Where?"), avqa(6, "six")]},
+     ["audio/v.wav", "audio/w.wav"], "Music-AVQA-AQA_All/val", ["one", "two", "left"]),
+    ("esc50", {"meta/esc50.csv": ["filename,category", "a.wav,dog", "b.wav,cat", "a.wav,cow", "b.wav,cat"]},
+     ["audio/a.wav", "audio/b.wav"], "ESC50-EventClassification/test", ["cat", "cat"]),
+    ("fsd50k", {"eval.csv": ["fname,labels", "1,Dog", "1,\"Dog,Bark\"", "2,Cat"]},
+     ["eval/1.wav", "eval/2.wav"], "FSD50k-EventClassification/test", ["cat"])])
+def test_contradictory_rows_are_left_out(source, files, clips, name, expected, tmp_path, capsys):
+    assert convert(tmp_path, source, files, clips) == 1
+    assert outputs(tmp_path, name) == expected
+    assert (f" {3 if source == 'music_avqa' else 1} ids") in capsys.readouterr().out
+
+
+def test_answers_that_are_no_choice_are_counted(tmp_path, capsys):
+    questions = [{"audio_id": "a.wav", "question": "Key?", "choices": ["C major", "D"], "answer": answer}
+                 for answer in ("D", "A", "(A) C major", "")]
+    assert convert(tmp_path, "mmau", {"mmau-test-mini.json": questions}, ["a.wav"]) == 0
+    assert "mmau-test-mini.json: 2 answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("text", ["[]", "[ ]", '[{"a": [1, "]}"]}\n ,{"b\\"": "é\\u00e9"},{}]', '["x", null]'])
+def test_json_lists_are_read_in_parts(text, size):
+    assert list(read_json_list(io.StringIO(text[1:]), size)) == json.loads(text)
+    with pytest.raises(ValueError):
+        list(read_json_list(io.StringIO(text[1:-1]), size))
+
+
+@pytest.mark.slow
+def test_millions_of_rows_need_no_memory(tmp_path):
+    """A row of OpenAQA takes 1.7 KB."""
+    files = {"openaqa.json": ["[", *[OPENAQA + ","] * 29999, OPENAQA + "]"]}
+    folder = lay_out(tmp_path / "openaqa", files, ["x/1.wav"])
+    tracemalloc.start()
+    options = ["openaqa", f"--from={folder}", f"--to={tmp_path}/to", f"--data_root={tmp_path}"]
+    assert datasets.main(config.load(options, "prepare/datasets.py", files=True)) == 0
+    assert tracemalloc.get_traced_memory()[1] < 15e6
+    tracemalloc.stop()
+    assert len(outputs(tmp_path, "OpenAQA-AQA/train")) == 30000
 
 
 def test_vocalsound_by_its_speakers(tmp_path):

@@ -83,7 +83,7 @@ def mmau(source):
     for split, path in source.parts(["mmau-{}.json"], "test-mini", "test"):
         wrong = []
         for question in read_questions(path):
-            if question["output"] not in ("", *question["choices"]):
+            if question["output"] not in ("", *question.get("choices", ())):
                 wrong.append(question["output"])
             clip = source.clip(question["name"], os.path.basename(question["name"]))
             yield f"MMAU/{split}", question | {"name": clip}

@@ -101,6 +101,7 @@ def repeat(lines):
             for template, n in lines for i in range(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [source for source in SOURCES if "published" in SOURCES[source]])
 def test_published_counts(source, tmp_path):
     published = SOURCES[source]["published"]
@@ -214,7 +215,8 @@ OPENAQA = '{"instruction": "?", "audio_id": "x/1.wav", "dataset": "d", "task": "
 @pytest.mark.parametrize("source, files, clips, named", [
     ("wavcaps", {SB: CAPTION, FREESOUND: POINTER, LISTED: {}}, ["SoundBible/17.flac"], FREESOUND),
     ("nonspeech7k", {"metadata of train set .csv": ["Filename,Classname", "a.wav,breath"],
-                     "metadata of test set.csv": ["<!DOCTYPE html>", "x"]}, ["train/a.wav"], "metadata of test set.csv"),
+                     "metadata of test set.csv": ["<!DOCTYPE html>", "x"]}, ["train/a.wav"],
+     "metadata of test set.csv"),
     ("openaqa", {"a.json": POINTER, "b.json": [json.loads(OPENAQA)]}, ["x/1.wav"], "a.json")])
 def test_metadata_that_was_not_downloaded(source, files, clips, named, tmp_path, capsys):
     assert convert(tmp_path, source, files, clips) == 1
@@ -259,7 +261,7 @@ def test_answers_that_are_no_choice_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-@pytest.mark.parametrize("text", ["[]", "[ ]", '[{"a": [1, "]}"]}\n ,{"b\\"": "é\\u00e9"},{}]', '["x", null]'])
+@pytest.mark.parametrize("text", ["[]", "[ ]", '[{"a": [1, "]}"]}\n ,{"b\\"": "é\\u00e9"},{}]', "[null]"])
 def test_json_lists_are_read_in_parts(text, size):
     assert list(read_json_list(io.StringIO(text[1:]), size)) == json.loads(text)
     with pytest.raises(ValueError):
@@ -269,14 +271,14 @@ def test_json_lists_are_read_in_parts(text, size):
 @pytest.mark.slow
 def test_millions_of_rows_need_no_memory(tmp_path):
     """A row of OpenAQA takes 1.7 KB."""
-    files = {"openaqa.json": ["[", *[OPENAQA + ","] * 29999, OPENAQA + "]"]}
+    files = {"openaqa.json": ["[", *[OPENAQA + ","] * 5999, OPENAQA + "]"]}
     folder = lay_out(tmp_path / "openaqa", files, ["x/1.wav"])
     tracemalloc.start()
     options = ["openaqa", f"--from={folder}", f"--to={tmp_path}/to", f"--data_root={tmp_path}"]
     assert datasets.main(config.load(options, "prepare/datasets.py", files=True)) == 0
-    assert tracemalloc.get_traced_memory()[1] < 15e6
+    assert tracemalloc.get_traced_memory()[1] < 7e6
     tracemalloc.stop()
-    assert len(outputs(tmp_path, "OpenAQA-AQA/train")) == 30000
+    assert len(outputs(tmp_path, "OpenAQA-AQA/train")) == 6000
 
 
 def test_vocalsound_by_its_speakers(tmp_path):

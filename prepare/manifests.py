@@ -3,7 +3,8 @@
 A manifest's item here is {"name": a file below split_path, or a list of files, "prompt", "output"}, with
 "audio_start" (seconds), "duration", "references" and what eval.py groups scores by where there are any.
 
-CSV and JSON are read with the standard library, so that they need nothing installed; Parquet needs pyarrow
+CSV and JSON are read with the standard library: cells stay the texts that they are ("007", "NA"), and a row
+with too few cells is an error, not filled. Parquet needs pyarrow, a text that is not UTF-8 chardet
 (requirements-prepare.txt).
 """
 import csv
@@ -19,28 +20,51 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
 from tools.common import (UserError, atomic_write, existing_folder, join_names, name_disk_errors,
                           optional_import, read_json_lines, read_json_rows, shorten)
-from tools.data.audio import count_frames
+from tools.data.audio import count_frames, find_file
 
-SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf")
+# Endings of sounds, and of videos, which have one
+SOUNDS = set("""
+    .3g2 .3gp .8svx .aac .ac3 .adts .aif .aifc .aiff .amr .ape .asf .au .avi .avr .caf .dts .dsf .eac3 .f4a
+    .f4v .flac .flv .gsm .htk .iff .ircam .m4a .m4b .m4r .m4v .mka .mkv .mogg .mov .mp1 .mp2 .mp3 .mp4 .mpa
+    .mpc .mpeg .mpg .mpga .nist .oga .ogg .ogv .ogx .opus .paf .pvf .ra .raw .rf64 .rm .sd2 .sds .sf .snd .sph
+    .spx .svx .tta .voc .vox .w64 .wav .wave .weba .webm .wma .wmv .wv .xi""".split())
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 
+# A quoted cell of a TSV: in one line, or over several without a tab. What closes no cell is a character
+TSV_QUOTED = re.compile(r'''(?<![^\t\r\n])"((?:[^"\r\n]|"")*|(?:[^"\t]|"")*)"(?![^\t\r\n])''')
+NO_CHARACTER = "\ufdd0"  # Unicode keeps it free
 
-def decode_text(path):
-    """The text of a file: UTF-8, else latin-1, with a note."""
-    with open(path, "rb") as f:
-        content = f.read()
+
+def decode_text(path, encoding=""):
+    """The text of a file in an encoding; "": UTF-8, UTF-16 where a byte order mark says so, else what chardet
+    takes it for, with a note of what that makes of a word."""
+    content = Path(path).read_bytes()
+    utf = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        print(f"note: {path} is not UTF-8, read as latin-1")
-        return content.decode("latin-1")
+        return content.decode(encoding or utf).removeprefix("\ufeff")
+    except (LookupError, ValueError) as error:
+        if encoding:
+            raise UserError(f"{path}: not a text in the encoding {encoding!r} ({error})") from error
+    optional_import("chardet.pipeline", f"{path}: text that is not UTF-8", "prepare")  # only chardet 7 has it
+    import chardet
+    sample = re.sub(rb"[\0-\x7f]{100,}", b"\n", content)  # long ASCII says nothing
+    guesses = chardet.detect_all(sample, encoding_era=chardet.EncodingEra.MODERN_WEB, ignore_threshold=True)
+    # in a few words of Western Europe it sees others as often, which are written less
+    prior = {"Windows-1252": 1.4}
+    likeliest = max(guesses, key=lambda guess: guess["confidence"] * prior.get(guess["encoding"], 1))
+    guess = likeliest["encoding"] or "ascii"
+    text = decode_text(path, guess)
+    word = re.search(r"[^\s,;|]{0,20}[^\0-\x7f][^\s,;|]{0,20}", text)[0]
+    print(f"note: {path} is not UTF-8, read as {guess}: {word.encode(guess)} is {word!r}; --encoding decides")
+    return text
 
 
 class Row(dict):
@@ -54,18 +78,26 @@ class Row(dict):
         raise UserError(f"{self.where}: no column {column!r}, it has {', '.join(map(repr, self))}")
 
 
-def read_csv(path):
-    """Yield {column: text}. Cells are not stripped, blank lines are skipped; the delimiter is the one of
-    , ; | and tab that the header has most of."""
-    text, number = decode_text(path), 0
-    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def read_csv(path, encoding=""):
+    """Yield {column: text}. Cells are not stripped, blank lines are skipped. Of the delimiters a tab is taken
+    where the header has one, else that of , ; | which it has most of."""
+    text, quote = decode_text(path, encoding), '"'
+    header = re.sub('"[^"]*"', "", text.lstrip("\r\n").partition("\n")[0])
+    delimiter = "\t" if "\t" in header else max(",;|", key=header.count)
+    if delimiter == "\t":
+        quote = NO_CHARACTER
+        text = TSV_QUOTED.sub(lambda cell: quote + cell[1].replace('""', '"') + quote, text)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quotechar=quote, strict=True)
+    rows, number = (cells for cells in lines if "".join(cells).strip()), 0
     try:
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():  # what DictReader has for cells too many, or too few
-                columns = ", ".join(reader.fieldnames)
-                raise UserError(f"{path} row {number}: too many or too few cells, expected {columns}")
-            yield row
+        columns = next(rows, [])
+        repeated = [column for column in columns if column and columns.count(column) > 1]
+        if repeated:
+            raise UserError(f"{path}: several columns are named {repeated[0]!r}")
+        for number, cells in enumerate(rows, 1):
+            if len(cells) != len(columns):
+                raise UserError(f"{path} row {number}: {len(cells)} cells, expected {', '.join(columns)}")
+            yield dict(zip(columns, cells))
     except csv.Error as error:  # e.g. a quote that is never closed
         raise UserError(f"{path} row {number + 1}: not CSV ({error})") from error
 
@@ -78,18 +110,17 @@ def read_parquet(path):
         raise UserError(f"{path}: not readable as Parquet ({shorten(error)})") from error
 
 
-def read_table(path):
+def read_table(path, encoding=""):
     """Yield the Rows of a CSV, TSV, JSON, JSONL or Parquet file. JSON holds a list of rows, {"data": a list},
-    or {name: row}."""
-    ending = os.path.splitext(path)[1].lower()
-    if ending == ".parquet":
+    or {name: row}. encoding: of a CSV or TSV, see decode_text."""
+    if ending(path) == ".parquet":
         rows = read_parquet(path)
-    elif ending == ".jsonl":
+    elif ending(path) == ".jsonl":
         rows = (row for _, row in read_json_lines(path))
-    elif ending == ".json":
+    elif ending(path) == ".json":
         rows = read_json_rows(path)
     else:
-        rows = read_csv(path)
+        rows = read_csv(path, encoding)
     for number, row in enumerate(rows, 1):
         where = f"{path} row {number}"
         if not isinstance(row, dict):
@@ -247,7 +278,7 @@ def measure_clip(path):
     except FileNotFoundError:
         return "missing, or one name of several files"
     except UserError:
-        return find_placeholder(path) or "not readable as sound"
+        return find_placeholder(find_file(path)) or "not readable as sound"
     return frames / rate if frames else "empty"
 
 

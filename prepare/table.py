@@ -5,20 +5,28 @@
     python prepare/table.py pairs.jsonl --name=first,second --prompt=question --output=answer --to=...
 
 CSV or TSV with a header, JSON (a list of objects), JSONL or Parquet. Several clips of one question: several
-columns (a row may leave all but one empty), or a column of lists. Audio lies at data_root/split_path/name.
-Clips that are missing or no sound are left out and counted (exit code 1); what is wrong with a table is
-reported by row and column, and nothing is written (2).
+columns (a row may leave all but one empty), or a column of lists. Several answers: a column of lists, which
+are the references, too, where they are no labels of a classification. Audio lies at
+data_root/split_path/name; of {"path", "bytes"} (Hugging Face's audio column) the bytes are written there.
+
+Cells are texts as they stand. Clips that are missing or no sound are left out and counted (exit code 1); what
+is wrong with a table is reported by row and column, and nothing is written (2).
 """
-import math
+import base64
+import hashlib
+import itertools
 import os
 import re
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
-from prepare.manifests import read_table, write_manifests
-from tools.common import UserError, check_writable
+from prepare.manifests import Row, read_table, write_manifests
+from tools.common import UserError, atomic_write, check_writable
+from tools.data.audio import find_file
 
 name: str = ""  # column of the clip's file, or several: first,second
 prompt: str = ""  # column of the question, or the question itself
@@ -28,14 +36,21 @@ split_path: str = "."  # folder of the clips, in data_root or absolute
 audio_start: str = ""  # column of the second at which a clip begins; empty: 0
 duration: str = ""  # column of its seconds from there on; empty: measured
 keep: str = ""  # columns to keep, by which eval.py groups scores: category,dataset
+encoding: str = ""  # of a CSV or TSV; empty: UTF-8, UTF-16 with a byte order mark, else guessed, with a note
+
+SPLITS = r"(train|val|valid|validation|dev|test.*)\.json"
+
+
+def as_list(cell):
+    return cell if isinstance(cell, list) else [cell]
 
 
 def cell_texts(row, column):
-    """The texts of a cell: one, or those of a list. UserError where it is empty."""
-    value = row[column]
-    if value in (None, "", []):
-        raise UserError(f"{row.where}, column {column!r}: empty")
-    return [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    """The texts of a cell: one, or those of a list. UserError where it is empty or holds something else."""
+    for value in as_list(row[column]) or [None]:
+        if type(value) not in (str, int, float, bool) or repr(value) in ("''", "nan", "inf", "-inf"):
+            raise UserError(f"{row.where}, column {column!r}: {value!r:.80}, expected text, number or bool")
+    return [str(value) for value in as_list(row[column])]
 
 
 def cell_text(row, column):
@@ -43,46 +58,91 @@ def cell_text(row, column):
 
 
 def cell_seconds(row, column):
+    text = cell_text(row, column).strip()
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?", text) or float(text) >= 1e7:  # see data.py
+        raise UserError(f"{row.where}, column {column!r}: {text!r}, expected seconds, not negative")
+    return float(text)
+
+
+def save_audio(clip, where, folder, undo):
+    """Write the bytes of {"path", "bytes"} below the folder, not over another file. -> path, or a hash."""
+    name, content = clip.get("path"), clip.get("bytes")
+    if content is None:
+        return name
     try:
-        seconds = float(row[column])
-    except (TypeError, ValueError):
-        seconds = -1
-    if not 0 <= seconds < math.inf:
-        raise UserError(f"{row.where}, column {column!r}: {row[column]!r}, expected seconds, not negative")
-    return seconds
+        content = content if isinstance(content, bytes) else base64.b64decode(content, validate=True)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: bytes that are not base64 ({error})") from error
+    name = os.path.normpath(str(name or hashlib.sha256(content).hexdigest()[:16] + ".wav"))
+    file = find_file(os.path.join(folder, name))
+    if name.startswith(("/", "..")):
+        raise UserError(f"{where}: path {name!r}, expected one below split_path")
+    if not os.path.exists(file):
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with atomic_write(file, "wb") as f:
+            f.write(content)
+        undo.callback(os.remove, file)
+    elif Path(file).read_bytes() != content:
+        raise UserError(f"{where}: path {name!r}, where {file} is another clip")
+    return name
 
 
-READERS = {"prompt": cell_text, "output": cell_text, "audio_start": cell_seconds, "duration": cell_seconds}
+def cell_clips(row, column, folder, undo):
+    """Names of the clips of a cell."""
+    where = f"{row.where}, column {column!r}"
+    row[column] = [save_audio(cell, where, folder, undo) if isinstance(cell, dict) else cell
+                   for cell in as_list(row[column])]
+    return cell_texts(row, column)
 
 
-def table_items(c, path):
+def check_lines(row, ending):
+    """UserError where a cell goes on with another clip behind a line break: a quote that is not closed takes
+    the next rows as text."""
+    for column, cell in row.items():
+        if isinstance(cell, str) and ending and ending in cell.partition("\n")[2]:
+            raise UserError(f"{row.where}, column {column!r}: holds other rows, is a quote not closed?")
+
+
+def table_items(c, path, folder, undo):
     """The items of a manifest, from a table whose every cell is checked."""
-    rows, names = list(read_table(path)), c.name.split(",")
-    literal_prompt = " " in c.prompt and not any(c.prompt in row for row in rows)
+    rows, names = list(read_table(path, c.encoding)), c.name.split(",")
+    columns = Row(dict.fromkeys(itertools.chain(*rows), True), path)
+    kept = [column for column in c.keep.split(",") if column and columns[column]]
+    literal_prompt = " " in c.prompt and c.prompt not in columns
     for row in rows:
-        if literal_prompt:
-            row[c.prompt] = c.prompt
-        item = {column: row[column] for column in c.keep.split(",") if column and row[column] is not None}
+        item = {column: row[column] for column in kept if row.get(column) not in (None, "", [])}
+        for column in item:
+            cell_texts(row, column)
         clips = []
         for column in [column for column in names if row[column]] or names[:1]:
-            clips += cell_texts(row, column)
+            clips += cell_clips(row, column, folder, undo)
+        check_lines(row, os.path.splitext(clips[0])[1])
+        answers = cell_texts(row, c.output)
+        if len(answers) > 1 and not re.search("Classification|Tagging", c.to):
+            item["references"] = answers
         item["name"] = clips if len(clips) > 1 else clips[0]
-        for field, read_cell in READERS.items():
+        item["prompt"] = c.prompt if literal_prompt else cell_text(row, c.prompt)
+        item["output"] = ", ".join(answers)
+        for field in ("audio_start", "duration"):
             column = getattr(c, field)
             if column:
-                item[field] = read_cell(row, column)
+                item[field] = cell_seconds(row, column)
         yield item
 
 
 def main(c):
     if len(c.files) != 1 or "" in (c.name, c.prompt, c.output, c.to):
         raise UserError("expected a table, --name, --prompt, --output and --to; --help describes them")
-    if not re.fullmatch(r"(train|val|test.*)\.json", os.path.basename(c.to)):
+    if not re.fullmatch(SPLITS, os.path.basename(c.to)):
         raise UserError(f"--to={c.to}: expected <Name-Task>/ and train.json, val.json or test.json")
-    to, (path,) = settings.resolve_path(c.to), c.files
+    to, data_root = settings.resolve_path(c.to), settings.resolve_path(c.data_root)
+    path = find_file(c.files[0])
     check_writable(to)
-    items = [(to, item) for item in table_items(c, path)]
-    return write_manifests(items, c.split_path, settings.resolve_path(c.data_root), path)
+    with ExitStack() as undo:  # what was written, where something is wrong with the table
+        items = [(to, item) for item in table_items(c, path, os.path.join(data_root, c.split_path), undo)]
+        code = write_manifests(items, c.split_path, data_root, path)
+        undo.pop_all()
+    return code
 
 
 if __name__ == "__main__":

@@ -164,7 +164,9 @@ def read_json_rows(path):
             raise UserError(f"{path}: not readable JSON ({error})") from error
     content = read_json(path)
     if isinstance(content, dict):
-        content = content.get("data", content.values())
+        content = content.get("data", list(content.values()))
+    if not isinstance(content, list):
+        raise UserError(f"{path}: a {type(content).__name__}, expected a list of rows")
     yield from content
 
 
@@ -176,6 +178,8 @@ def read_json_list(f, size=2 ** 20, longest=2 ** 26):
         begin = re.compile(r"[\s,]*").match(text, begin).end()
         try:
             if text.startswith("]", begin):
+                if (text[begin + 1:] + f.read()).strip():
+                    raise ValueError("more after the end of the list")
                 return
             element, begin = decode(text, begin)
         except ValueError:  # the rest of the element is not read yet

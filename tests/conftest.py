@@ -11,11 +11,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes at once: threads of bot
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
 
-from tests.helpers import run, write_manifest
+from tests.helpers import GOLDEN, save_byte_tokenizer, train, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +37,9 @@ def interpreter_that_works(monkeypatch):
 def tiny_lm(tmp_path_factory):
     """A Hugging Face folder: a random 3-block Llama, with a byte-level tokenizer of its own."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
     folder = str(tmp_path_factory.mktemp("lm"))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<|endoftext|>": 0} | {character: i + 1 for i, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    save_byte_tokenizer(folder)
     c = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, vocab_size=264, tie_word_embeddings=True,
                     max_position_embeddings=512, bos_token_id=0, eos_token_id=0)
@@ -66,6 +61,26 @@ def tiny_settings(tiny_lm):
     return dict(lang_encoder_path=tiny_lm, window_length=2.5, max_num_window=2,
                 clap_spec_size=128, clap_embed_dim=16, clap_depths=[1, 1, 1, 1], clap_num_heads=[1, 2, 2, 4],
                 audio_transformer_n_head=4, audio_transformer_n_layers=1, audio_transformer_d_inner=32)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Published numbers of a tiny random model: arrays, facts, windows and n_windows of the two clips."""
+    import torch
+    from safetensors.torch import load_file
+
+    from data import load_audio
+    found = os.path.isdir(GOLDEN)
+    assert found or not os.environ.get("CI"), "in CI the golden numbers must be there"
+    if not found:
+        pytest.skip("golden files not found; set SHARED=<the shared folder>")
+    with open(f"{GOLDEN}/golden.json") as f:
+        facts = json.load(f)
+    audio_config = dict(window_length=10.0, window_overlap=0.0, max_num_window=3)
+    clips = [load_audio(f"{GOLDEN}/clip_{i}.wav", **audio_config) for i in range(2)]
+    windows = torch.from_numpy(np.concatenate(clips))
+    n_windows = torch.tensor([len(clip) for clip in clips])
+    return load_file(f"{GOLDEN}/golden.safetensors"), facts, windows, n_windows
 
 
 @pytest.fixture(scope="session")
@@ -102,5 +117,5 @@ def tiny_config(tiny_settings, tiny_data, tmp_path_factory):
 def trained(tiny_config, tmp_path_factory):
     """A folder with tiny/, the run of a tiny model after one epoch; read it, do not write to it."""
     out = tmp_path_factory.mktemp("exp")
-    run("train.py", tiny_config, f"--expdir={out}", "--run_name=tiny", "--num_epochs=1")
+    train(tiny_config, out / "tiny", "--num_epochs=1")
     return out

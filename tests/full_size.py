@@ -15,32 +15,14 @@ from safetensors.torch import save_file
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from checkpoint import OnMeta
-from model import ClapEncoder
+from model import AudioTransformer, ClapEncoder, GatedCrossAttention
+from tests.helpers import save_byte_tokenizer
 
 # width, blocks, inner width, heads, key heads, hub id
 SIZES = {"0.5B": (896, 24, 4864, 14, 2, "nvidia/audio-flamingo-2-0.5B"),
          "1.5B": (1536, 28, 8960, 12, 2, "nvidia/audio-flamingo-2-1.5B"),
          "3B": (2048, 36, 11008, 16, 2, "nvidia/audio-flamingo-2")}
 VOCABULARY, SHARDS = 151669, 12  # tokens with the four special tokens of a prompt
-
-
-def gated_shapes(D, C=2048):
-    return {"attn.norm.weight": (D,), "attn.norm.bias": (D,), "attn.to_q.weight": (512, D),
-            "attn.to_kv.weight": (1024, C), "attn.to_out.weight": (D, 512), "attn_gate": (1,),
-            "ff.0.weight": (D,), "ff.0.bias": (D,), "ff.1.weight": (4 * D, D), "ff.3.weight": (D, 4 * D),
-            "ff_gate": (1,)}
-
-
-def transformer_shapes(C=2048, inner=2048):
-    shapes = {"layer_norm.weight": (C,), "layer_norm.bias": (C,), "position_enc.inv_freq": (64,)}
-    for i in range(3):
-        attention, feed = f"layer_stack.{i}.slf_attn.", f"layer_stack.{i}.pos_ffn."
-        shapes |= {f"{attention}{w}.weight": (C, C) for w in ("w_qs", "w_ks", "w_vs", "fc")}
-        shapes |= {feed + "w_1.weight": (inner, C), feed + "w_1.bias": (inner,),
-                   feed + "w_2.weight": (C, inner), feed + "w_2.bias": (C,)}
-        for part in (attention, feed):
-            shapes |= {part + "layer_norm.weight": (C,), part + "layer_norm.bias": (C,)}
-    return shapes
 
 
 def lm_config(size):
@@ -53,41 +35,45 @@ def lm_config(size):
 
 
 def release_shapes(size):
-    """{published name: shape, or a tensor whose values matter}."""
+    """{published name: tensor}, on the meta device where only the shape matters."""
     from transformers import Qwen2ForCausalLM
     D, blocks = SIZES[size][:2]
     with torch.device("meta"):
         lm = Qwen2ForCausalLM(lm_config(size)).state_dict()
-    shapes, prefix = {}, "lang_encoder.model."
-    for name, tensor in lm.items():
-        shapes["lang_encoder." + name] = tuple(tensor.shape)
-        if name.startswith("model.layers."):  # each block twice
-            i, rest = name.removeprefix("model.layers.").split(".", 1)
-            del shapes["lang_encoder." + name]
-            shapes[f"{prefix}layers.{i}.decoder_layer.{rest}"] = tuple(tensor.shape)
-            shapes[f"lang_encoder.old_decoder_blocks.{i}.{rest}"] = tuple(tensor.shape)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        shapes["lang_encoder." + name] = (VOCABULARY, D)
-    for i in range(blocks):
-        for rest, shape in gated_shapes(D).items():
-            shapes[f"{prefix}layers.{i}.gated_cross_attn_layer_sound.{rest}"] = shape
-            shapes[f"lang_encoder.gated_cross_attn_layers_sound.{i}.{rest}"] = shape
-    shapes |= {"audio_transformer_clap." + rest: shape for rest, shape in transformer_shapes().items()}
+        gated = GatedCrossAttention(D, 2048).state_dict()
+        transformer = AudioTransformer(2048, 8, 3, 2048).state_dict()
+        transformer["position_enc.inv_freq"] = torch.empty(64)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            lm[name] = torch.empty(VOCABULARY, D)
     with OnMeta():
         encoder = ClapEncoder(256, [2, 2, 12, 2], [4, 8, 16, 32]).htsat.state_dict()
+    found, prefix = {}, "lang_encoder.model."
+    for name, tensor in lm.items():
+        if name.startswith("model.layers."):  # each block twice
+            i, rest = name.removeprefix("model.layers.").split(".", 1)
+            found[f"{prefix}layers.{i}.decoder_layer.{rest}"] = tensor
+            found[f"lang_encoder.old_decoder_blocks.{i}.{rest}"] = tensor
+        else:
+            found["lang_encoder." + name] = tensor
+    for i in range(blocks):
+        for rest, tensor in gated.items():
+            found[f"{prefix}layers.{i}.gated_cross_attn_layer_sound.{rest}"] = tensor
+            found[f"lang_encoder.gated_cross_attn_layers_sound.{i}.{rest}"] = tensor
+    for rest, tensor in transformer.items():
+        found["audio_transformer_clap." + rest] = tensor
     for rest, tensor in encoder.items():
-        shapes["clap.nvclap." + rest] = tuple(tensor.shape) if tensor.is_meta else tensor.contiguous()
-    return shapes
+        found["clap.nvclap." + rest] = tensor
+    return found
 
 
-def values_of(name, shape, block):
+def values_of(name, tensor, block):
     """Ones for norms, else the beginning of a random block, repeated: the same for a tensor and its copy."""
-    if isinstance(shape, torch.Tensor):
-        return shape
+    if not tensor.is_meta:
+        return tensor.contiguous()
     if "norm" in name and name.endswith("weight"):
-        return torch.ones(shape)
-    n = torch.Size(shape).numel()
-    return block.repeat(n // len(block) + 1)[:n].view(shape)
+        return torch.ones(tensor.shape)
+    n = tensor.numel()
+    return block.repeat(n // len(block) + 1)[:n].view(tensor.shape)
 
 
 def snapshot(cache, repo):
@@ -103,14 +89,8 @@ def snapshot(cache, repo):
 
 def write_language_model(size, folder):
     """config.json, and a tokenizer of bytes with as many tokens as Qwen2.5's: no weights."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     lm_config(size).save_pretrained(folder)
-    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {f"<{i}>": i for i in range(len(vocab), VOCABULARY - 5)} | {"<|endoftext|>": VOCABULARY - 5}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    save_byte_tokenizer(folder, fillers=VOCABULARY - 4 - 257)
 
 
 def write_release(size, cache):

@@ -1,11 +1,15 @@
 """What several tests share: tiny manifests, a tiny model, running a script as a user does."""
 import json
 import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import soundfile
+
+import config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.environ.get("SHARED", os.path.join(os.path.dirname(ROOT), "shared"))
@@ -38,6 +42,63 @@ def lay_out(folder, files, clips=()):
     for path in clips:
         soundfile.write(f"{folder}/{path}", np.zeros(1600), 8000)
     return str(folder)
+
+
+def settings(*changes):
+    """The defaults as the settings of a script, changed by dictionaries."""
+    names = config.defaults()
+    for change in changes:
+        names |= change
+    return SimpleNamespace(**names)
+
+
+def train_command(config_file, folder, *options):
+    """train.py and its arguments; expdir/run_name is the folder."""
+    expdir, name = os.path.split(str(folder))
+    return ["train.py", str(config_file), f"--expdir={expdir}", f"--run_name={name}", *options]
+
+
+def train(*arguments):
+    """train.py in this process, whose signal handlers stay."""
+    import train as script
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        return script.main(config.load(train_command(*arguments)[1:], "train.py"))
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+
+
+def set_gates(model, attention, feed_forward):
+    """Open the gates of the gated blocks, which start closed."""
+    for block in model.xattn.values():
+        block.attn_gate.data.fill_(attention)
+        block.ff_gate.data.fill_(feed_forward)
+
+
+def assert_same_weights(a, b):
+    """Two modules agree to the bit."""
+    import torch
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+
+
+def max_error(ours, right):
+    """The largest error, as a share of the largest number."""
+    return ((ours - right).abs().max() / right.abs().max()).item()
+
+
+def save_byte_tokenizer(folder, fillers=0):
+    """Write a tokenizer of <|endoftext|>, the 256 bytes and so many other tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<|endoftext|>", *letters, *(f"<{i}>" for i in range(fillers))]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=names[0]).save_pretrained(folder)
 
 
 def run(*command, ok=True, **environment):

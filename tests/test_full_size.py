@@ -1,13 +1,11 @@
 """A release of the 0.5B model's true names, shapes and dtypes: it loads, answers, trains, is exported."""
 import json
-import math
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
 
-from tests.full_size import gated_shapes, transformer_shapes
 from tests.helpers import run, write_manifest
 
 pytestmark = pytest.mark.slow
@@ -62,10 +60,7 @@ def test_trains_and_is_written_again(cache):
         "--batch_size=1", "--gradient_accumulation_steps=1", "--clap_finetune=false",
         "--freeze_lm_embeddings=added")
     done = [json.loads(line) for line in open(f"{cache}/sft/log.jsonl")]
-    count = lambda shapes: sum(math.prod(shape) for shape in shapes.values())
-    trained = 24 * count(gated_shapes(896)) + count(transformer_shapes())
-    bound = 4 * 1.07e9 + 12 * trained + 1e9  # float32 weights, gradients, AdamW's two moments; all else
-    assert done[-1]["step"] == 2 and done[-1]["mem_gb"] * 2 ** 30 < bound, (done, bound)
+    assert done[-1]["step"] == 2 and done[-1]["mem_gb"] < 8, done
     run("sample.py", f"--init_from={cache}/sft", f"--cache_dir={cache}", f"--export={cache}/release")
     card = open(f"{cache}/release/README.md").read()
     assert "noise-AQA/train" in card and "Qwen/Qwen2.5-0.5B: Apache-2.0" in card and "NVIDIA" in card

@@ -1,7 +1,5 @@
 """What a researcher changes first, each changed from outside in a few lines to copy: the encoder, the
 attention, another modality, the loss, a setting, a scoring rule."""
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn as nn
@@ -11,6 +9,7 @@ import config
 import eval as evaluation
 import model as model_file
 from model import AudioFlamingo, ClapEncoder, LanguageModel, key_mask
+from tests.helpers import set_gates, settings
 from tools.checkpoint.language_models import load_lm_config_and_tokenizer
 from tools.common import UserError
 from tools.eval.rules import per_item
@@ -23,7 +22,8 @@ class ConvEncoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Sequential(nn.Conv1d(1, 16, 64, 32), nn.GELU(), nn.Conv1d(16, 24, 8, 4))
+        first, second = nn.Conv1d(1, 16, 64, 32), nn.Conv1d(16, 24, 8, 4)
+        self.conv = nn.Sequential(first, nn.GELU(), second)
 
     def forward(self, windows):
         x = self.conv(windows[:, None])  # (n, 24, frames)
@@ -69,15 +69,14 @@ def counting(item):
     return {"accuracy": abs(int(item["answer"]) - int(item["output"])) <= 1}
 
 
-def new_model(settings, make=AudioFlamingo, encoder=None, own_lm=False):
-    c = SimpleNamespace(**(config.defaults() | settings | {"clap_finetune": True}))
+def new_model(tiny_settings, make=AudioFlamingo, encoder=None, own_lm=False):
+    c = settings(tiny_settings, {"clap_finetune": True})
     _, lm, tokenizer = load_lm_config_and_tokenizer(c)
     if own_lm:  # a module in place of its sizes
         lm = LanguageModel(lm, added=len(tokenizer) - lm.vocab)
     model = make(c, lm, tokenizer, encoder=encoder)
     model.set_trainable(c)
-    for gated in model.xattn.values():
-        nn.init.constant_(gated.attn_gate, 0.5)
+    set_gates(model, 0.5, 0.0)
     return model
 
 
@@ -85,14 +84,19 @@ def step_and_answer(model, window):
     """One training step moves every part; then the model answers. -> the loss"""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = torch.randint(1, 250, (2, 9))
-    windows, n_windows = torch.randn(3, window).clamp(-1, 1), torch.tensor([2, 1])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    windows, n_windows = torch.rand(3, window), torch.tensor([2, 1])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     _, loss = model.train()(ids, windows, n_windows, labels=ids)
     loss.backward()
     optimizer.step()
-    moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    moved = set()
+    for name, p in model.named_parameters():
+        if not torch.equal(p, before[name]):
+            moved.add(name.split(".")[0])
     assert moved == {"clap", "audio_transformer", "xattn", "lm"}
-    answers = model.eval().generate(["What is it?", "And this?"], windows, n_windows, max_new_tokens=3)
+    questions = ["What is it?", "And this?"]
+    answers = model.eval().generate(questions, windows, n_windows, max_new_tokens=3)
     assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
     return loss
 

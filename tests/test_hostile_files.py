@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from tests.helpers import fails_with_one_line
-from tests.test_checkpoint import settings
+from tests.helpers import fails_with_one_line, settings
 from tools.common import UserError
 
 SHARD, LISTING = "safe_ckpt/weight_0.safetensors", "safe_ckpt/metadata.json"
@@ -23,7 +22,7 @@ PAGE = "<!DOCTYPE html><html><body>Access to this repository is restricted.</bod
 @pytest.fixture(scope="module")
 def release(tiny_settings, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("release") / "tiny")
-    c = settings(tiny_settings, tiny_settings["lang_encoder_path"])
+    c = settings(tiny_settings)
     checkpoint.new_model(c).save_pretrained(folder)
     return folder
 
@@ -126,7 +125,7 @@ def test_pickles_run_nothing(tiny_settings, tmp_path, protocol):
     torch.save({"model_state_dict": evil, "state_dict": evil}, file, pickle_protocol=protocol)
     with pytest.raises(UserError, match="checkpoint_0.pt.*mkdir"):
         checkpoint.load(str(file))
-    c = settings(tiny_settings, tiny_settings["lang_encoder_path"], clap_checkpoint=str(file))
+    c = settings(tiny_settings, {"clap_checkpoint": str(file)})
     with pytest.raises(UserError, match="checkpoint_0.pt.*mkdir"):
         checkpoint.new_model(c)
     assert not os.path.exists(made)

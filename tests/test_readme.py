@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 
-import config
-from tests.helpers import ROOT, run, write_manifest
+from tests.helpers import ROOT, run, train, write_manifest
 
 README = open(f"{ROOT}/README.md").read()
 TEXT = README + "".join(open(path).read() for path in sorted(glob.glob(f"{ROOT}/docs/*.md")))
@@ -32,54 +31,37 @@ NOT_HERE = {  # beginning of a command: why it is not run here
 STAGES = ["config/pretrain.py", "config/sft.py", "config/long.py"]  # each starts from the one before
 
 
-def shipped_config_made_small(name, sizes, folder, data):
-    """A shipped config with the sizes of the tiny one, and copies of the tiny manifests under its names."""
-    shipped = config.load([f"{ROOT}/config/{name}.py"], "train.py")
-    for key in [*shipped.dataset_blending_config, *shipped.valid_dataset_config]:
-        task, split = key.split("/")
-        os.makedirs(f"{data}/{task}", exist_ok=True)
-        shutil.copy(f"{data}/toy-AQA/{split}.json", f"{data}/{task}/{split}.json")
-    small = sizes | {"clap_checkpoint": None, "gradient_accumulation_steps": 1,
-                     "dataset_blending_global_weight": 1.0 if name == "long" else 0.2}
-    if name != "pretrain":
-        before = {"sft": "pretrain", "long": "sft"}[name]
-        small |= {"pretrained_path": f"{folder}/exp/{before}", "pretrained_ckpt": "checkpoint_0.pt"}
-    write_config(folder / f"{name}.py", open(f"{ROOT}/config/{name}.py").read(), small)
-
-
-def write_config(path, text, settings):
-    path.write_text(text + "\n" + "".join(f"{name} = {value!r}\n" for name, value in settings.items()))
-
-
 @pytest.fixture(scope="module")
 def stage(tiny_config, tiny_data, tmp_path_factory):
     """A folder with small stand-ins for what the documents name; its data."""
     folder = tmp_path_factory.mktemp("readme")
-    tiny = config.load([tiny_config], "train.py")
-    of_data = ("dataset_blending_config", "valid_dataset_config")
-    sizes = {name: getattr(tiny, name) for name in tiny.user_set if name not in of_data}
-    sizes |= {"num_epochs": 1, "expdir": f"{folder}/exp"}
-    for name in ("pretrain", "sft", "long"):
-        shipped_config_made_small(name, sizes, folder, tiny_data)
+    with open(tiny_config) as f:
+        small = f.read()
+    small += f"expdir = '{folder}/exp'\nclap_checkpoint = None\n"
+    small += "num_epochs = gradient_accumulation_steps = 1\n"
+    (folder / "small.py").write_text(small)
     shutil.copytree(f"{tiny_data}/toy-AQA", f"{tiny_data}/Mine-AQA", dirs_exist_ok=True)
     items = [("0.wav", "Is it?", "yes, yes, yes"), ("1.wav", "What?", "a, b, c")]
     write_manifest(tiny_data, "Clotho-AQA-AQA/test", items)
-    run("train.py", tiny_config, f"--expdir={folder}/exp", "--run_name=mine", "--num_epochs=1")
+    train(f"{folder}/small.py", folder / "exp/mine")
     run("sample.py", f"--init_from={folder}/exp/mine", "--export", f"{folder}/release")
     (folder / "questions.jsonl").write_text(f'{{"path": "{tiny_data}/0.wav", "prompt": "What?"}}\n')
-    snippet = next(block for block in BLOCKS if 'run_name = "mine"' in block)
-    mine = sizes | {"run_name": "mine2", "pretrained_path": f"{folder}/release"}
-    write_config(folder / "mine.py", re.sub(r"(?m)^   ", "", snippet), mine)
+    snippet = re.sub("(?m)^   ", "", next(block for block in BLOCKS if 'run_name = "mine"' in block))
+    own = f"run_name = 'mine2'\npretrained_path = '{folder}/release'\n"
+    (folder / "mine.py").write_text(small + snippet + own)
     return folder, tiny_data
 
 
 def local_arguments(command, folder, data):
     """The arguments of a command, with local paths for what only a hub, a GPU node or the demo can give."""
+    first = f"{folder}/small.py --pretrained_ckpt=checkpoint_0.pt --pretrained_path={folder}/exp"
     table = {"nvidia/audio-flamingo-2": f"{folder}/release", "clip.wav": f"{data}/0.wav",
              "questions.jsonl": f"{folder}/questions.jsonl", "answers.jsonl": f"{folder}/answers.jsonl",
-             "config/pretrain.py": f"{folder}/pretrain.py", "config/sft.py": f"{folder}/sft.py",
-             "config/long.py": f"{folder}/long.py", " mine.py": f" {folder}/mine.py",
-             "exp/mine": f"{folder}/exp/mine", "exp/sft": f"{folder}/exp/mine",
+             "config/pretrain.py": f"config/pretrain.py {folder}/small.py",
+             "config/sft.py": f"config/sft.py {first}/pretrain",
+             "config/long.py": f"config/long.py {first}/sft",
+             " mine.py": f" {folder}/mine.py",
+             "exp/mine": f"{folder}/exp/mine", " exp/sft": f" {folder}/exp/mine",
              "data/manifests/Mine-AQA": f"{data}/Mine-AQA", "--data_root=data": f"--data_root={data}",
              "data/gm/audio/test/00000.wav": f"{data}/1.wav", "out/demo": f"{folder}/exp/mine",
              "=out/": f"={folder}/", "my-release": f"{folder}/my-release",

@@ -8,23 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import data
 from checkpoint import load
 from model import SPECIAL_TOKENS
-from tests.helpers import GOLDEN, ROOT, run
-from tests.test_checkpoint import assert_same_logits, save_lm, settings
+from tests.full_size import snapshot
+from tests.helpers import GOLDEN, ROOT, assert_same_weights, max_error, run, set_gates, settings
+from tests.test_checkpoint import assert_same_logits, save_lm, settings_with_lm
 from tools.checkpoint import language_models
 from tools.checkpoint.releases import UNUSED
 from tools.common import UserError
 
-needs_golden = pytest.mark.skipif(not os.path.isdir(GOLDEN), reason="golden files not found; set SHARED=...")
 SHARD, LISTING = "safe_ckpt/weight_0.safetensors", "safe_ckpt/metadata.json"
 # what the weights of the tiny model do not determine
 TINY = dict(window_length=2.5, audio_transformer_n_head=4, clap_spec_size=128)
@@ -32,21 +31,17 @@ TINY = dict(window_length=2.5, audio_transformer_n_head=4, clap_spec_size=128)
 
 def hashes(folder):
     found = {}
-    for path, _, files in os.walk(folder):
-        for file in files:
-            with open(os.path.join(path, file), "rb") as f:
-                name = os.path.relpath(f.name, folder)
-                found[name] = hashlib.sha256(f.read()).hexdigest()
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
 @pytest.fixture(scope="module")
 def model(tiny_settings):
     torch.manual_seed(1)
-    model = checkpoint.new_model(settings(tiny_settings, tiny_settings["lang_encoder_path"]))
-    for block in model.xattn.values():
-        block.attn_gate.data.fill_(0.7)
-        block.ff_gate.data.fill_(0.3)
+    model = checkpoint.new_model(settings(tiny_settings))
+    set_gates(model, 0.7, 0.3)
     return model
 
 
@@ -55,11 +50,6 @@ def release(model, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("release") / "tiny")
     model.save_pretrained(folder)
     return folder
-
-
-def same_weights(a, b):
-    ours, theirs = a.state_dict(), b.state_dict()
-    return set(ours) == set(theirs) and all(torch.equal(t, theirs[n]) for n, t in ours.items())
 
 
 def shards_of(release):
@@ -74,13 +64,12 @@ def shards_of(release):
 
 
 @pytest.fixture(scope="module")
-def routes(tmp_path_factory):
+def routes(golden, tmp_path_factory):
     """{route: (folder or file, overrides)}: the golden release; a training checkpoint of the published code's
     form ("module." before each name); a run; and an export of each."""
     folder = tmp_path_factory.mktemp("routes")
-    facts = json.load(open(f"{GOLDEN}/golden.json"))
     sizes = dict(lang_encoder_path=f"{GOLDEN}/lm", max_num_window=3,
-                 audio_transformer_n_head=facts["audio_transformer"]["n_head"])
+                 audio_transformer_n_head=golden[1]["audio_transformer"]["n_head"])
     state = shards_of(GOLDEN)
     # the language model that the golden release was trained with is not its lm/: take that one's weights
     shutil.copytree(f"{GOLDEN}/lm", folder / "lm")
@@ -108,22 +97,17 @@ def routes(tmp_path_factory):
     return found
 
 
-@needs_golden
 @pytest.mark.parametrize("route", [before + r for before in ("", "export of ")
                                    for r in ("release", "run", "published checkpoint")])
-def test_golden_by_every_route(routes, route):
+def test_golden_by_every_route(routes, golden, route):
     path, overrides = routes[route]
-    model, golden = load(path, **overrides), load_file(f"{GOLDEN}/golden.safetensors")
-    clips = [data.load_audio(f"{GOLDEN}/clip_{i}.wav", **model.audio_config) for i in range(2)]
-    windows, n = torch.from_numpy(np.concatenate(clips)), torch.tensor([len(c) for c in clips])
+    arrays, _, windows, n = golden
     with torch.no_grad():
-        logits, _ = model(golden["input_ids"], windows, n)
-    real = golden["attention_mask"].bool()
-    error = (logits[real] - golden["logits"][real]).abs().max() / golden["logits"][real].abs().max()
-    assert error < 2e-4
+        logits, _ = load(path, **overrides)(arrays["input_ids"], windows, n)
+    real = arrays["attention_mask"].bool()
+    assert max_error(logits[real], arrays["logits"][real]) < 2e-4
 
 
-@needs_golden
 def test_an_export_holds_the_published_names_and_bits(routes):
     exported = shards_of(routes["export of release"][0])
     published = {name: tensor for name, tensor in shards_of(GOLDEN).items() if not UNUSED.search(name)}
@@ -131,7 +115,6 @@ def test_an_export_holds_the_published_names_and_bits(routes):
     assert all(torch.equal(tensor, exported[name]) for name, tensor in published.items())
 
 
-@needs_golden
 def test_the_other_layout_of_releases(routes, tmp_path, capsys):
     """afclap for nvclap, "module." before all, the same tensors once more under the two other names."""
     folder = shutil.copytree(routes["export of release"][0], tmp_path / "r")
@@ -147,7 +130,7 @@ def test_the_other_layout_of_releases(routes, tmp_path, capsys):
     state = {"module." + n.replace("nvclap", "afclap"): t for n, t in (state | copies).items()}
     save_file(state, folder / SHARD)
     json.dump({"weight_0": list(state)}, open(folder / LISTING, "w"))
-    assert same_weights(load(str(folder)), load(routes["export of release"][0]))
+    assert_same_weights(load(str(folder)), load(routes["export of release"][0]))
     capsys.readouterr()
     code = checkpoint.print_state_report([str(folder)], {})
     counts = {line[:12].strip(): int(line[12:18]) for line in capsys.readouterr().out.splitlines()[1:]}
@@ -208,8 +191,8 @@ def test_a_release_needs_nothing_of_the_machine_it_was_made_on(tiny_lm, tiny_set
     shutil.copytree(tiny_lm, tmp_path / "tokenizer")
     shutil.copytree(tiny_lm, tmp_path / "lm")
     os.remove(tmp_path / "lm/tokenizer.json")
-    c = settings(tiny_settings, tmp_path / "lm", tokenizer_path=str(tmp_path / "tokenizer"),
-                 attention_backend="triton", audio_transformer_n_layers=0)
+    c = settings_with_lm(tiny_settings, tmp_path / "lm", tokenizer_path=str(tmp_path / "tokenizer"),
+                         attention_backend="triton", audio_transformer_n_layers=0)
     checkpoint.new_model(c).save_pretrained(str(tmp_path / "r"))
     shutil.rmtree(tmp_path / "tokenizer")
     shutil.rmtree(tmp_path / "lm")
@@ -242,15 +225,13 @@ def test_the_card_tells_what_a_run_was_made_of(tiny_config, release, tmp_path):
 
 def cache_snapshot(cache, repo, folder):
     """Put the files of a folder into a cache of the hub: blobs, and a snapshot of links to them."""
-    home = os.path.join(cache, "models--" + repo.replace("/", "--"))
-    for name in ("refs", "blobs"):
-        os.makedirs(f"{home}/{name}")
-    open(f"{home}/refs/main", "w").write("0" * 40)
+    target = snapshot(cache, repo)
     for name, digest in hashes(folder).items():
-        link = f"{home}/snapshots/{'0' * 40}/{name}"
-        os.makedirs(os.path.dirname(link), exist_ok=True)
-        shutil.copyfile(f"{folder}/{name}", f"{home}/blobs/{digest}")
-        os.symlink(os.path.relpath(f"{home}/blobs/{digest}", os.path.dirname(link)), link)
+        link, blob = Path(target, name), Path(target, "../../blobs", digest)
+        for path in (link, blob):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(f"{folder}/{name}", blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
 
 
 def test_a_hub_id_is_all_that_a_release_needs(model, release, tiny_lm, tmp_path, monkeypatch):
@@ -267,11 +248,12 @@ def test_a_hub_id_is_all_that_a_release_needs(model, release, tiny_lm, tmp_path,
     monkeypatch.setitem(language_models.LM_OF_WIDTH, 64, "Qwen/Qwen2.5-3B")
     cached = TINY | {"cache_dir": str(tmp_path / "cache")}
     found = load("nvidia/audio-flamingo-2-SoundCoT/", **cached)  # as one types it after a folder
-    assert same_weights(found, model) and found.config.max_num_window == 12
+    assert_same_weights(found, model)
+    assert found.config.max_num_window == 12
     found.save_pretrained(str(tmp_path / "again"))
     card = open(tmp_path / "again/README.md").read()
     assert "Qwen/Qwen2.5-3B: Qwen Research License" in card and "NVIDIA OneWay" in card
-    assert same_weights(load(str(tmp_path / "again")), model)
+    assert_same_weights(load(str(tmp_path / "again")), model)
     with pytest.raises(FileNotFoundError, match="nvidia/audio-flamingo-3"):
         load("nvidia/audio-flamingo-3", **cached)
 
@@ -286,19 +268,16 @@ def test_pretrained_rows_are_never_touched(tiny_lm, tiny_settings, tmp_path, tok
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     tokenizer.add_tokens(tokens, special_tokens=special)
     tokenizer.save_pretrained(tmp_path / "lm")
-    model = checkpoint.new_model(settings(tiny_settings, tmp_path / "lm"))
+    model = checkpoint.new_model(settings_with_lm(tiny_settings, tmp_path / "lm"))
     known, table = 257 + len(tokens), hf.get_input_embeddings().weight
     with torch.no_grad():
         rows = model.lm.embed_tokens(torch.arange(len(model.tokenizer))[None])[0]
     assert torch.equal(rows[:known], table[:known]) and rows.isfinite().all()
     assert model.tokenizer.convert_tokens_to_ids(tokens) == list(range(257, known))
-    ids, labels, cut = data.Collate(model.tokenizer, 64, 40000).encode([("Is <audio> <SEP> it?", "Yes.")])
-    ids = ids[0].tolist()  # those inside the prompt are plain text
-    assert ids.count(model.audio_id) == 1 and ids.count(model.sep_id) == 1 and ids[0] == model.audio_id
-    assert labels[0, -1] == model.tokenizer.eos_token_id and cut == 0
     model.save_pretrained(str(tmp_path / "r"))
     again = load(str(tmp_path / "r"))
-    assert same_weights(model, again) and again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert_same_weights(model, again)
+    assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("change", [
@@ -310,12 +289,12 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(tiny_lm, tiny_settings, tmp_
     change(content)
     json.dump(content, open(folder / "tokenizer_config.json", "w"))
     with pytest.raises(UserError, match=str(folder)):
-        checkpoint.new_model(settings(tiny_settings, folder))
+        checkpoint.new_model(settings_with_lm(tiny_settings, folder))
 
 
 def test_a_head_of_its_own_is_kept(tiny_lm, tiny_settings, tmp_path, capsys):
     """config.json says tied, the weights hold another head: as in transformers it is used, with a note."""
-    hf, c = save_lm(tmp_path / "lm", tiny_lm, "Llama"), settings(tiny_settings, tmp_path / "lm")
+    hf, c = save_lm(tmp_path / "lm", tiny_lm, "Llama"), settings_with_lm(tiny_settings, tmp_path / "lm")
     file, head = tmp_path / "lm/model.safetensors", torch.randn(300, 48)
     save_file(load_file(file) | {"lm_head.weight": head}, file, {"format": "pt"})
     model = checkpoint.new_model(c)
@@ -323,17 +302,17 @@ def test_a_head_of_its_own_is_kept(tiny_lm, tiny_settings, tmp_path, capsys):
     hf.lm_head.weight = torch.nn.Parameter(head)
     assert_same_logits(c, hf)
     model.save_pretrained(str(tmp_path / "r"))
-    assert same_weights(load(str(tmp_path / "r")), model)
+    assert_same_weights(load(str(tmp_path / "r")), model)
 
 
 def test_weights_that_are_not_numbers_are_reported(release, tmp_path, capsys):
     """Answers would be the first token for ever."""
-    folder = shutil.copytree(release, tmp_path / "r")
+    folder, name = shutil.copytree(release, tmp_path / "r"), "layers.1.decoder_layer.mlp.up_proj.weight"
     state = load_file(folder / SHARD)
-    state["lang_encoder.model.layers.1.decoder_layer.mlp.up_proj.weight"][3, 5] = float("nan")
+    state[f"lang_encoder.model.{name}"][3, 5] = float("nan")
     save_file(state, folder / SHARD)
     assert checkpoint.print_state_report([str(folder)], {}) == 1
-    row, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not finite")]
-    assert row.split()[2:] == ["1", "lm.layers.1.mlp.up_proj.weight"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "lm.layers.1.mlp.up_proj.weight" in next(line for line in lines if line.startswith("not finite"))
     with pytest.raises(UserError, match="NaN"):
         load(str(folder)).generate(["What?"], torch.ones(1, 40000), torch.tensor([1]), max_new_tokens=2)

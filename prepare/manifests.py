@@ -97,6 +97,9 @@ def read_csv(path, encoding=""):
         for number, cells in enumerate(rows, 1):
             if len(cells) != len(columns):
                 raise UserError(f"{path} row {number}: {len(cells)} cells, expected {', '.join(columns)}")
+            for name, cell in zip(columns, cells):
+                if "\n" in cell and any(ending(word) in SOUNDS for word in re.split(r'[\s,;|"]', cell)):
+                    raise UserError(f"{path} row {number}, column {name!r}: holds other rows, quote not closed?")
             yield dict(zip(columns, cells))
     except csv.Error as error:  # e.g. a quote that is never closed
         raise UserError(f"{path} row {number + 1}: not CSV ({error})") from error
@@ -113,6 +116,9 @@ def read_parquet(path):
 def read_table(path, encoding=""):
     """Yield the Rows of a CSV, TSV, JSON, JSONL or Parquet file. JSON holds a list of rows, {"data": a list},
     or {name: row}. encoding: of a CSV or TSV, see decode_text."""
+    problem = find_placeholder(path)
+    if problem:
+        raise UserError(f"{path} is {problem}")
     if ending(path) == ".parquet":
         rows = read_parquet(path)
     elif ending(path) == ".jsonl":
@@ -153,8 +159,11 @@ def parents(path):
 
 def find_placeholder(path):
     """What there is instead of a file that was not downloaded, or None."""
-    with open(path, "rb") as f:
-        head = f.read(99).lstrip().lower()
+    try:
+        with open(path, "rb") as f:
+            head = f.read(99).lstrip().lower()
+    except PermissionError:  # which whoever reads it reports
+        return None
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: run git lfs pull"
     return "an HTML page" if head.startswith((b"<!doctype", b"<html")) else None

@@ -95,14 +95,6 @@ def cell_clips(row, column, folder, undo):
     return cell_texts(row, column)
 
 
-def check_lines(row, ending):
-    """UserError where a cell goes on with another clip behind a line break: a quote that is not closed takes
-    the next rows as text."""
-    for column, cell in row.items():
-        if isinstance(cell, str) and ending and ending in cell.partition("\n")[2]:
-            raise UserError(f"{row.where}, column {column!r}: holds other rows, is a quote not closed?")
-
-
 def table_items(c, path, folder, undo):
     """The items of a manifest, from a table whose every cell is checked."""
     rows, names = list(read_table(path, c.encoding)), c.name.split(",")
@@ -116,7 +108,6 @@ def table_items(c, path, folder, undo):
         clips = []
         for column in [column for column in names if row[column]] or names[:1]:
             clips += cell_clips(row, column, folder, undo)
-        check_lines(row, os.path.splitext(clips[0])[1])
         answers = cell_texts(row, c.output)
         if len(answers) > 1 and not re.search("Classification|Tagging", c.to):
             item["references"] = answers
@@ -134,7 +125,7 @@ def main(c):
     if len(c.files) != 1 or "" in (c.name, c.prompt, c.output, c.to):
         raise UserError("expected a table, --name, --prompt, --output and --to; --help describes them")
     if not re.fullmatch(SPLITS, os.path.basename(c.to)):
-        raise UserError(f"--to={c.to}: expected <Name-Task>/ and train.json, val.json or test.json")
+        raise UserError(f"--to={c.to}: expected <Name-Task>/ and train, val, dev or test .json")
     to, data_root = settings.resolve_path(c.to), settings.resolve_path(c.data_root)
     path = find_file(c.files[0])
     check_writable(to)

@@ -211,6 +211,10 @@ t.csv ¦ path,label⏎a.wav,dog⏎b.wav,"cat⏎c.wav,cow ¦ t.csv row 2 ¦
 t.csv ¦ path,label⏎a.wav,dog⏎b.wav,"cat" x⏎c.wav,cow ¦ t.csv row 2 ¦
 t.csv ¦ path,label⏎a.wav,dog⏎b.wav,"cat⏎c.wav,cow⏎b.wav,x" ¦ t.csv row 2.*'label' ¦
 t.tsv ¦ path⇥label⏎"a.wav⇥dog" ¦ t.tsv row 1.*path, label ¦
+t.csv ¦ path;label⏎a.wav;dog⏎b.wav;"cat⏎"c.OGG";cow⏎b.wav;x" ¦ t.csv row 2 ¦
+t.csv ¦ label,path⏎"dog,a.wav⏎cat,b.oga⏎cow",a.wav ¦ t.csv row 1.*'label' ¦
+t.csv ¦ version https://git-lfs.github.com/spec/v1⏎size 132 ¦ t.csv.*git lfs ¦
+t.jsonl ¦ <!DOCTYPE html>⏎<html></html> ¦ t.jsonl.*HTML ¦
 t.csv ¦ path,label⏎z.wav,dog ¦ t.csv ¦
 t.csv ¦ path,label⏎a.wav,dog ¦ kepe ¦ --kepe=x
 t.csv ¦ path,label⏎a.wav,dog ¦ --output ¦ --output=

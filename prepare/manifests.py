@@ -78,6 +78,16 @@ class Row(dict):
         raise UserError(f"{self.where}: no column {column!r}, it has {', '.join(map(repr, self))}")
 
 
+def holds_rows(cells, i, delimiter):
+    """Whether cell i goes on with the rows behind it, as one does whose quote is not closed: with lines of as
+    many cells, or of those up to the quote, one of them a clip's name."""
+    for line in cells[i].split("\n")[1:]:
+        parts = line.split(delimiter)
+        if len(parts) in (i + 1, len(cells)) and any(ending(part) in SOUNDS for part in parts):
+            return True
+    return False
+
+
 def read_csv(path, encoding=""):
     """Yield {column: text}. Cells are not stripped, blank lines are skipped. Of the delimiters a tab is taken
     where the header has one, else that of , ; | which it has most of."""
@@ -97,9 +107,9 @@ def read_csv(path, encoding=""):
         for number, cells in enumerate(rows, 1):
             if len(cells) != len(columns):
                 raise UserError(f"{path} row {number}: {len(cells)} cells, expected {', '.join(columns)}")
-            for name, cell in zip(columns, cells):
-                if "\n" in cell and any(ending(word) in SOUNDS for word in re.split(r'[\s,;|"]', cell)):
-                    raise UserError(f"{path} row {number}, column {name!r}: holds other rows, quote not closed?")
+            for i, column in enumerate(columns):
+                if holds_rows(cells, i, delimiter):
+                    raise UserError(f"{path} row {number}, column {column!r}: its quote takes in other rows")
             yield dict(zip(columns, cells))
     except csv.Error as error:  # e.g. a quote that is never closed
         raise UserError(f"{path} row {number + 1}: not CSV ({error})") from error

@@ -31,7 +31,7 @@ from tools.data.audio import find_file
 name: str = ""  # column of the clip's file, or several: first,second
 prompt: str = ""  # column of the question, or the question itself
 output: str = ""  # column of the answer
-to: str = ""  # manifest to write: <folder>/<Name-Task>/<train, val or test...>.json
+to: str = ""  # manifest to write: <folder>/<Name-Task>/<train, val, dev, test...>.json
 split_path: str = "."  # folder of the clips, in data_root or absolute
 audio_start: str = ""  # column of the second at which a clip begins; empty: 0
 duration: str = ""  # column of its seconds from there on; empty: measured

@@ -109,7 +109,7 @@ CELLS = '''
 t.tsv ¦ it's⏎"tis a dog⏎5" pipe⏎"bird⏎'cat'⏎cow"⏎"a" and "b"⏎"⏎""" x⏎"x"y"⏎" ¦
 t.tsv ¦ "a ""b"""⏎"two↵lines"⏎"tab⇥in"⏎"x"⏎y ¦ a "b"⏎two↵lines⏎tab⇥in⏎x⏎y
 t.csv ¦ it's⏎5" pipe⏎NA⏎null⏎None⏎nan⏎007⏎12345678901234567890⏎1e5⏎True⏎# x⏎'x ¦
-t.csv ¦ "a ""b"""⏎"two↵lines, x"⏎"1,0"  ¦ a "b"⏎two↵lines, x⏎1,0
+t.csv ¦ "a ""b"""⏎"two↵lines, x"⏎"1,0"⏎"of↵a.wav" ¦ a "b"⏎two↵lines, x⏎1,0⏎of↵a.wav
 '''
 
 

@@ -62,15 +62,14 @@ def described_items(source, form):
         rows = source.match(form["pattern"], form["example"])
     else:
         rows = source.rows(form["files"], *form["parts"])
-    known = []
+    found = []
     for row in rows:
         names = [name.format_map(row) for name in form["clips"]]
         if names[0] not in form.get("left_out", ()):
             row["clip"] = source.clip(*names)
-            row["labels of it"] = [answer.get("label", "").format_map(row)
-                                   for answer in form["manifests"].values()]
-            known.append(row)
-    for row in source.consistent(known, ["clip"], ["labels of it"]):
+            labels = [answer.get("label", "").format_map(row) for answer in form["manifests"].values()]
+            found.append((row["clip"], str(labels), row))
+    for row in source.consistent(found):
         for manifest, answer in form["manifests"].items():
             task, split = manifest.format_map(row).split("/")
             split = form.get("splits", {}).get(split, split)

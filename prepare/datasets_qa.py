@@ -53,9 +53,12 @@ def music_avqa(source):
     """
     tasks = {"Audio": "AQA_All", "Audio-Visual": "AVQA_All"}
     files = "json_update/avqa-{}.json", "json/avqa-{}.json", "avqa-{}.json"
-    rows = [row for row in source.rows(files, "train", "val", "test") if not row.get("question_deleted")]
-    known = set()
-    for row in source.consistent(rows, ("part", "question_id"), MUSIC_AVQA_CONTENT):
+    rows, known = [], set()
+    for row in source.rows(files, "train", "val", "test"):
+        if not row.get("question_deleted"):
+            content = [row[column] for column in MUSIC_AVQA_CONTENT]
+            rows.append((f"{row['part']} {row['question_id']}", str(content), row))
+    for row in source.consistent(rows):
         kind, category = json.loads(row["type"])
         question = row["question_content"].strip()
         for slot in json.loads(row["templ_values"]):

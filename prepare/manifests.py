@@ -195,33 +195,36 @@ class Folder:
         print(f"{self.path}: left out: {what}")
         self.left_out.append(what)
 
-    def format_rank(self, file, wanted):
-        """Sorts the formats of a clip: sounds before videos, downloaded, as wanted, lossless."""
-        pointer = find_placeholder(os.path.join(self.path, file)) is not None
-        return ending(file) in VIDEOS, pointer, ending(file) != ending(wanted), ending(file) not in LOSSLESS
+    def best_format(self, files, wanted):
+        """Those of a clip's files that are best: downloaded sounds rather than videos, of the wanted folders
+        and the wanted format, else a lossless one."""
+        if len(files) < 2:
+            return files
+        ranks = []
+        for file in files:
+            pointer = find_placeholder(os.path.join(self.path, file)) is not None
+            others = len({*parents(wanted)} - {*parents(file)})
+            lossy = ending(file) not in LOSSLESS
+            ranks.append((ending(file) in VIDEOS, others, pointer, ending(file) != ending(wanted), lossy))
+        return [file for file, rank in zip(files, ranks) if rank == min(ranks)]
 
     def find_nearest(self, path):
         """The file of a "name" or "folder/name"; None: there is none, or several.
 
-        Of a sound the ending does not matter; the wanted one is taken first, then lossless ones. Where
-        folders are named the file's own folder must be the last of them (archives unpack into folders of
-        their own: train/train); the more agree the better."""
-        folders, name = parents(path), os.path.basename(path)
+        Of a sound the ending does not matter. Where folders are named the file's own folder must be the last
+        of them (archives unpack into folders of their own: train/train); the more agree the better."""
+        folders = parents(path)
         matches = defaultdict(list)  # (number of folders that agree, whether there are no others): files
-        for file in self.files.get(stem(name), ()):
-            own = parents(file)
-            agree = len(os.path.commonprefix([folders, own]))
+        for file in self.files.get(stem(os.path.basename(path)), ()):
+            agree = len(os.path.commonprefix([folders, parents(file)]))
             if agree or not folders:
-                matches[agree, agree == len(own)].append(file)
-        files = matches[max(matches, default=None)]
-        if len(files) > 1:
-            ranks = [self.format_rank(file, name) for file in files]
-            files = [file for file, rank in zip(files, ranks) if rank == min(ranks)]
-        return files[0] if len(set(map(os.path.dirname, files))) == 1 else None
+                matches[agree, agree == len(parents(file))].append(file)
+        best = self.best_format(matches[max(matches, default=None)], path)
+        return best[0] if len(set(map(os.path.dirname, best))) == 1 else None
 
     def find(self, *wanted):
         """The file of the first wanted name that is there: a sound, else a video. None: there is none."""
-        found = [file for file in map(self.find_nearest, wanted) if file]
+        found = list(filter(None, map(self.find_nearest, wanted)))
         return min(found, key=lambda file: ending(file) in VIDEOS, default=None)
 
     def clip(self, *wanted):
@@ -231,7 +234,7 @@ class Folder:
     def parts(self, files, *names):
         """[(part, absolute path of its file)] of the named parts of a source, at least of one. files:
         templates of the file's name, of which the first that is there is taken; {}: the part's name."""
-        found, unusable = [], []
+        found = []
         for part in names:
             wanted = [file.format(part) for file in files]
             file = self.find(*wanted)
@@ -241,14 +244,12 @@ class Folder:
             path = os.path.join(self.path, file)
             problem = find_placeholder(path)
             if problem:
-                unusable.append(f"{path} is {problem}")
+                self.leave_out(f"{path}, {problem}")
             else:
                 found.append((part, path))
         if not found:
             expected = f"{self.path}: expected {' or '.join(files)} of {join_names(names)} in it"
-            raise UserError(", ".join(unusable) or expected)
-        for problem in unusable:
-            self.leave_out(problem)
+            raise UserError(", ".join(self.left_out) or expected)
         return found
 
     def rows(self, files, *names):
@@ -266,27 +267,22 @@ class Folder:
         rows = []
         for files in self.files.values():
             fits = {file: re.search(pattern, "/" + file) for file in files if ending(file) in SOUNDS}
-            fits = {file: fit for file, fit in fits.items() if fit}
-            if len(fits) > 1:
-                shared = {file: len({*parents(file)} & {*parents(example)}) for file in fits}
-                best = min(fits, key=lambda file: (-shared[file], *self.format_rank(file, example)))
-                fits = {best: fits[best]}
-            rows += [{"clip": file} | fit.groupdict() for file, fit in fits.items()]
+            fitting = [file for file in files if fits.get(file)]
+            for file in self.best_format(fitting, example)[:1]:
+                rows.append({"clip": file} | fits[file].groupdict())
         if not rows:
             raise UserError(f"{self.path}: expected files such as {example} in it")
         return rows
 
-    def consistent(self, rows, ident, content):
-        """The rows without those whose id stands for several contents, which are counted. ident, content:
-        columns."""
-        ids = [" ".join(str(row[column]) for column in ident) for row in rows]
+    def consistent(self, rows):
+        """The rows of [(id, content, row)] without ids that stand for several contents, which are counted."""
         contents = defaultdict(set)
-        for key, row in zip(ids, rows):
-            contents[key].add(str([row[column] for column in content]))
-        wrong = [key for key, several in contents.items() if len(several) > 1]
+        for ident, content, _ in rows:
+            contents[ident].add(content)
+        wrong = [ident for ident, several in contents.items() if len(several) > 1]
         if wrong:
             self.leave_out(f"{len(wrong)} ids whose rows contradict each other: {join_names(wrong)}")
-        return [row for key, row in zip(ids, rows) if len(contents[key]) == 1]
+        return [row for ident, _, row in rows if len(contents[ident]) == 1]
 
 
 @functools.cache

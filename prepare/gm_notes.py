@@ -11,14 +11,14 @@ notes of every clip) and OUT/settings.json. The same settings give the same byte
 Splits. A (program, pitch, velocity) note of train is never played in val or test. In this soundfont velocity
 mostly scales the waveform, and the loader peak-normalises, so test asks for sounds that are near to known
 ones, in other rhythms, lengths and noise; generalisation to unknown instruments is measured by test_programs:
-it has the sixteen programs marked * below, which no other split plays.
+it has the sixteen programs marked * in gm_families.json, which no other split plays.
 """
 import functools
 import json
 import os
 import sys
 from collections import defaultdict
-from itertools import chain, groupby, zip_longest
+from itertools import groupby, zip_longest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -48,38 +48,8 @@ RECIPE = 7  # raise when the same settings would give other files
 # The 128 programs in General-MIDI order, without the brackets of the standard's names ("Lead 1 (square)").
 # * is held out for test_programs: a typical member of its family with close relatives left in train (a viola
 # beside violin and cello), never the odd one (timpani in strings, orchestra hit in ensemble).
-FAMILIES = {
-    "piano": "acoustic grand piano, bright acoustic piano, *electric grand piano, honky-tonk piano, "
-             "electric piano 1, electric piano 2, harpsichord, clavinet",
-    "chromatic percussion": "celesta, glockenspiel, music box, vibraphone, *marimba, xylophone, "
-                            "tubular bells, dulcimer",
-    "organ": "drawbar organ, percussive organ, *rock organ, church organ, reed organ, accordion, harmonica, "
-             "tango accordion",
-    "guitar": "nylon acoustic guitar, *steel acoustic guitar, jazz electric guitar, clean electric guitar, "
-              "muted electric guitar, overdriven guitar, distortion guitar, guitar harmonics",
-    "bass": "acoustic bass, fingered electric bass, *picked electric bass, fretless bass, "
-            "slap bass 1, slap bass 2, synth bass 1, synth bass 2",
-    "strings": "violin, *viola, cello, contrabass, tremolo strings, pizzicato strings, "
-               "orchestral harp, timpani",
-    "ensemble": "string ensemble 1, *string ensemble 2, synth strings 1, synth strings 2, "
-                "choir aahs, voice oohs, synth choir, orchestra hit",
-    "brass": "trumpet, *trombone, tuba, muted trumpet, french horn, brass section, "
-             "synth brass 1, synth brass 2",
-    "reed": "soprano sax, alto sax, *tenor sax, baritone sax, oboe, english horn, bassoon, clarinet",
-    "pipe": "piccolo, flute, *recorder, pan flute, blown bottle, shakuhachi, whistle, ocarina",
-    "synth lead": "square lead, *sawtooth lead, calliope lead, chiff lead, charang lead, voice lead, "
-                  "fifths lead, bass and lead",
-    "synth pad": "new age pad, *warm pad, polysynth pad, choir pad, bowed pad, metallic pad, "
-                 "halo pad, sweep pad",
-    "synth effects": "rain effect, soundtrack effect, crystal effect, atmosphere effect, *brightness effect, "
-                     "goblins effect, echoes effect, sci-fi effect",
-    "ethnic": "sitar, banjo, *shamisen, koto, kalimba, bagpipe, fiddle, shanai",
-    "percussive": "tinkle bell, agogo, steel drums, woodblock, taiko drum, *melodic tom, "
-                  "synth drum, reverse cymbal",
-    "sound effects": "guitar fret noise, breath noise, seashore, bird tweet, telephone ring, "
-                     "helicopter, *applause, gunshot",
-}
-LISTED = [name for names in FAMILIES.values() for name in names.split(", ")]
+FAMILIES = read_json(settings.resolve_path("prepare/gm_families.json"))
+LISTED = [name for names in FAMILIES.values() for name in names]
 PROGRAMS = [name.lstrip("*") for name in LISTED]  # PROGRAMS[program] is the instrument's name
 HELD_OUT = {program for program, name in enumerate(LISTED) if name.startswith("*")}
 FAMILY_NAMES = list(FAMILIES)  # a program's family is FAMILY_NAMES[program // 8]
@@ -87,6 +57,14 @@ FAMILY_NAMES = list(FAMILIES)  # a program's family is FAMILY_NAMES[program // 8
 REGISTERS = {"low": range(40, 48), "middle": range(56, 64), "high": range(72, 80)}
 EVERY_KEY = [key for keys in REGISTERS.values() for key in keys]
 COUNTS = ["one", "two", "three"]
+QUESTIONS = [  # task, prompt, what is asked about, number of options; all but three are easy
+    ("GM-Family-AQA", "Which family?", "family", 0),
+    ("GM-FamilyMC-AQA", "Which family?", "family", 4),
+    ("GM-Instrument-AQA", "Which instrument?", "instrument", 0),
+    ("GM-Register-AQA", "Low, middle or high?", "register", 0),
+    ("GM-Loudness-AQA", "Louder or softer?", "trend", 0),
+    ("GM-Count-AQA", "How many notes?", "count", 0),
+    ("GM-Order-AQA", "Which comes first?", "first", 2)]
 SOFT_TO_LOUD = {1: [(50, 127)], 2: [(36, 48), (110, 127)], 3: [(30, 38), (58, 72), (112, 127)]}  # velocities
 
 # ------------------------------------------------------------------------------------------------------------
@@ -111,22 +89,18 @@ def cycle(rng, options, n):
 
 
 class NoteDraws:
-    """Random notes of a split. playable: {program: keys with a sound}."""
+    """Random notes of a split."""
 
-    def __init__(self, split, n_clips, playable, rng):
-        self.split = split
-        self.playable = playable
-        self.rng = rng
-        held_out = split == "test_programs"
-        self.queues = []
+    def __init__(self, split, n_clips, rng):
+        self.split, self.rng, self.queues = split, rng, []
         for first in range(0, 128, 8):
-            members = [p for p in range(first, first + 8) if (p in HELD_OUT) == held_out]
+            members = [p for p in range(first, first + 8) if (p in HELD_OUT) == (split == "test_programs")]
             self.queues.append(iter(cycle(rng, members, 8 * (n_clips + 16))))
 
     def program_and_key(self, family, keys):
         """The family's next program that has a sound at some of the keys, and one of these."""
         for program in self.queues[family]:
-            with_sound = [key for key in keys if key in self.playable[program]]
+            with_sound = [key for key in keys if has_sound(program, key)]
             if with_sound:
                 return program, int(self.rng.choice(with_sound))
 
@@ -170,9 +144,9 @@ def plan_duo(draws, first):
     return {"notes": notes, "first": FAMILY_NAMES[first], "second": FAMILY_NAMES[second]}
 
 
-def plan_clips(split, n_solo, n_duo, playable, rng):
+def plan_clips(split, n_solo, n_duo, rng):
     """Clips as dicts: name, notes [(program, key, velocity, start s, length s), ...], what is asked about."""
-    draws = NoteDraws(split, n_solo + n_duo, playable, rng)
+    draws = NoteDraws(split, n_solo + n_duo, rng)
     trends = [(count, trend) for count in (1, 2, 3) for trend in ("louder", "softer")]
     solo = zip(
         cycle(rng, range(16), n_solo),
@@ -191,6 +165,10 @@ def make_item(clip, prompt, output, **more):
     return {"name": clip["name"], "prompt": prompt, "output": output, "duration": SECONDS} | more
 
 
+def with_article(name):
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
 def caption_item(clip):
     """An item for captioning and for prepare/clap.py: "positives" are more captions, what is true of the clip
     one thing at a time; "negatives" are wrong ones, the same sounds in the other order."""
@@ -199,17 +177,13 @@ def caption_item(clip):
         return make_item(clip, "Describe the sound.", f"first {first}, then {second}",
                          positives=[f"first {first}", f"then {second}"],
                          negatives=[f"first {second}, then {first}"])
-    with_article = lambda name: f"an {name}" if name[0] in "aeiou" else f"a {name}"
-    family = clip["family"]
-    instrument = clip["instrument"]
-    register = clip["register"]
-    count = clip["count"]
+    family, instrument, register, count = (clip[k] for k in ("family", "instrument", "register", "count"))
     plural = "" if count == "one" else "s"
     text = f"{count} {register} note{plural} of {with_article(instrument)}, {with_article(family)} instrument"
     positives = [family, instrument, f"{register} pitch", f"{count} in number"]
     if clip["trend"]:
-        text += f", getting {clip['trend']}"
         positives.append(f"getting {clip['trend']}")
+        text += ", " + positives[-1]
     return make_item(clip, "Describe the sound.", text, positives=positives)
 
 
@@ -221,41 +195,35 @@ def balanced(clips, field, n, rng):
             groups[clip[field]].append(clip)
     in_order = [groups[value] for value in sorted(groups)]
     turns = zip_longest(*shuffled(rng, in_order))  # shuffled: else a short list would favour early names
-    taken = list(filter(None, chain.from_iterable(turns)))
+    taken = [clip for turn in turns for clip in turn if clip]
     return shuffled(rng, taken[:n])
+
+
+def wrong_options(clip, n, rng):
+    if n == 1:
+        return [clip["second"]]
+    return list(rng.choice([name for name in FAMILY_NAMES if name != clip["family"]], n, replace=False))
 
 
 def make_questions(split, clips, n, rng):
     """{Name-Task: items}; n questions of a task, in train 2n/5 of the easier four."""
-    n_easy = 2 * n // 5 if split == "train" else n
     tasks = {}
-
-    def ask(task, prompt, field, n):
-        tasks[task] = [make_item(clip, prompt, clip[field]) for clip in balanced(clips, field, n, rng)]
-
-    def ask_choice(task, prompt, field, n, wrong_options, n_options):
-        asked = balanced(clips, field, n, rng)
-        tasks[task] = []
-        for clip, position in zip(asked, cycle(rng, range(n_options), len(asked))):
-            options = wrong_options(clip)
-            options.insert(position, clip[field])
-            listed = [f"({letter}) {option}." for letter, option in zip("ABCD", options)]
-            tasks[task].append(make_item(clip, " ".join([prompt, *listed]), clip[field]))
-
-    def other_families(clip):
-        others = [name for name in FAMILY_NAMES if name != clip["family"]]
-        return list(rng.choice(others, 3, replace=False))
-
-    ask("GM-Family-AQA", "Which family?", "family", n)
-    ask_choice("GM-FamilyMC-AQA", "Which family?", "family", n, other_families, 4)
-    if split != "test_programs":
-        ask("GM-Instrument-AQA", "Which instrument?", "instrument", n)
-        ask("GM-Register-AQA", "Low, middle or high?", "register", n_easy)
-        ask("GM-Loudness-AQA", "Louder or softer?", "trend", n_easy)
-        ask("GM-Count-AQA", "How many notes?", "count", n_easy)
-        ask_choice("GM-Order-AQA", "Which comes first?", "first", n_easy, lambda clip: [clip["second"]], 2)
-        described = shuffled(rng, clips)[:len(clips) if split == "train" else n]
-        tasks["GM-Note-AudioCaptioning"] = [caption_item(clip) for clip in described]
+    for number, (task, prompt, field, n_options) in enumerate(QUESTIONS):
+        if split == "test_programs" and number >= 2:
+            return tasks
+        easy = split == "train" and number >= 3
+        asked = balanced(clips, field, 2 * n // 5 if easy else n, rng)
+        prompts = [prompt] * len(asked)
+        if n_options:
+            positions = cycle(rng, range(n_options), len(asked))
+            for i, (clip, position) in enumerate(zip(asked, positions)):
+                options = wrong_options(clip, n_options - 1, rng)
+                options.insert(position, clip[field])
+                for letter, option in zip("ABCD", options):
+                    prompts[i] += f" ({letter}) {option}."
+        tasks[task] = [make_item(clip, text, clip[field]) for clip, text in zip(asked, prompts)]
+    described = shuffled(rng, clips)[:len(clips) if split == "train" else n]
+    tasks["GM-Note-AudioCaptioning"] = [caption_item(clip) for clip in described]
     return tasks
 
 
@@ -300,12 +268,10 @@ def play(notes):
     return sound
 
 
-def playable_keys():
-    """{program: keys with a sound}: a few programs of the soundfont have holes (whistle above 78, ...)."""
-    playable = {}
-    for program in range(128):
-        playable[program] = [key for key in EVERY_KEY if play([(program, key, 99, 0, 0.1)]).any()]
-    return playable
+@functools.cache
+def has_sound(program, key):
+    """A few programs of the soundfont have holes (whistle above 78, ...)."""
+    return play([(program, key, 99, 0, 0.1)]).any()
 
 
 def render_clip(job):
@@ -327,14 +293,13 @@ def render_clip(job):
 
 def write_set(c, folder):
     """Write manifests, clips.json and the wavs."""
-    playable = playable_keys()
     notes_of = {}
     for number, split in enumerate(SPLITS):
         rng = np.random.default_rng([c.seed, number])
         n = getattr(c, split)
         n_duo = {"train": n // 4, "test_programs": 0}.get(split, 2 * n // 5)
         n_questions = {"train": c.train_questions, "val": c.questions // 5}.get(split, c.questions)
-        clips = plan_clips(split, n - n_duo, n_duo, playable, rng)
+        clips = plan_clips(split, n - n_duo, n_duo, rng)
         for task, items in make_questions(split, clips, n_questions, rng).items():
             save_manifest(f"{folder}/manifests/{task}/{split}.json", f"audio/{split}", items)
         os.makedirs(f"{folder}/audio/{split}")
@@ -354,10 +319,10 @@ def main(c):
     names = (*SPLITS, "train_questions", "questions", "seed")
     made_with = {name: getattr(c, name) for name in names} | {"recipe": RECIPE}
     if os.path.exists(f"{folder}/settings.json"):
-        if read_json(f"{folder}/settings.json") == made_with:
-            print(f"{c.out} is there already, with these settings: nothing to do")
-            return
-        raise UserError(f"--out={c.out} holds a set with other settings: choose another folder, or remove it")
+        if read_json(f"{folder}/settings.json") != made_with:
+            raise UserError(f"--out={c.out} holds a set with other settings: choose another, or remove it")
+        print(f"{c.out} is there already, with these settings: nothing to do")
+        return
     with new_folder(folder) as temporary:
         write_set(c, temporary)
         with open(f"{temporary}/settings.json", "w") as f:

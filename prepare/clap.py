@@ -16,7 +16,7 @@ import os
 import sys
 from collections import Counter
 from functools import cache
-from itertools import chain, count
+from itertools import count
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -53,18 +53,15 @@ MOMENTUM = 0.95  # Muon's
 
 @torch.no_grad()
 def text_states(lm, tokenizer, device, texts, layers):
-    """Mean-pooled states of the frozen language model after its first `layers` blocks: (n, D) float32. The
-    texts are different ones."""
-    by_length = sorted(texts, key=len)
-    states = {}
-    for first in tqdm(range(0, len(by_length), 64), desc="captions", disable=None):
-        part = by_length[first:first + 64]
+    """Mean-pooled states of the frozen language model after its first `layers` blocks: (n, D) float32."""
+    means = []
+    for first in tqdm(range(0, len(texts), 64), desc="captions", disable=None):
+        part = texts[first:first + 64]
         batch = tokenizer(part, padding=True, padding_side="right", return_tensors="pt").to(device)
         hidden = lm(batch["input_ids"], layers=layers).float()
         mask = batch["attention_mask"][..., None]
-        means = (hidden * mask).sum(1) / mask.sum(1)
-        states.update(zip(part, means))
-    return torch.stack([states[text] for text in texts])
+        means.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.cat(means)
 
 
 def contrast(similarity, positive, contrasted):
@@ -115,12 +112,11 @@ class Muon(torch.optim.Optimizer):
 
 
 class Captions:
-    """The captions of clips, numbered. numbers: {caption: number}; positives, negatives: of each clip."""
+    """The captions of clips, numbered. numbers: {caption: number}; positives, negatives: of each clip; bank:
+    the captions of most clips."""
 
     def __init__(self, clips, bank_size):
-        self.numbers = {}
-        self.positives = []
-        self.negatives = []
+        self.numbers, self.positives, self.negatives = {}, [], []
         for m, j in clips.rows:
             manifest = clips.manifests[m]
             item = manifest.items[j]
@@ -130,24 +126,19 @@ class Captions:
                 raise UserError(f"{manifest.file}: data['{j}'] has an empty caption")
         if len(self.numbers) < 2:
             raise UserError("clap_config: expected at least two different captions")
-        self.counts = Counter(chain.from_iterable(self.positives))
+        self.counts = Counter(text for texts in self.positives for text in texts)
         self.bank = {text for text, _ in self.counts.most_common(bank_size)}
 
     def number(self, texts):
-        texts = [text.strip().lower() for text in texts]
-        return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
+        return {self.numbers.setdefault(text.strip().lower(), len(self.numbers)) for text in texts}
 
     def targets(self, rows):
         """Of a batch of B clips: the numbers (K,) of their captions and of the text bank; (B, K) which of
         them are a clip's own; (B, K) with which it is contrasted: all captions, of the negatives its own."""
-        texts = set(self.bank)
-        for i in rows:
-            texts.update(self.positives[i], self.negatives[i])
+        texts = self.bank.union(*(self.positives[i] | self.negatives[i] for i in rows))
         texts = sorted(texts)
-        positive, contrasted = [], []
-        for i in rows:
-            positive.append([text in self.positives[i] for text in texts])
-            contrasted.append([text in self.counts or text in self.negatives[i] for text in texts])
+        positive = [[text in self.positives[i] for text in texts] for i in rows]
+        contrasted = [[text in self.counts or text in self.negatives[i] for text in texts] for i in rows]
         return texts, torch.tensor(positive), torch.tensor(contrasted)
 
 

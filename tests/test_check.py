@@ -1,17 +1,22 @@
 """prepare/check.py and prepare/convert.py, and the process pool they work with."""
+import glob
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+import checkpoint
 import config
 from data import Clips, Manifest
+from model import ClapEncoder, mel_bands
 from prepare import check, convert
 from prepare.check import cause_of, inspect_item
 from prepare.convert import make_copy
@@ -160,6 +165,52 @@ def test_a_copy_of_a_signal_that_is_never_negative(tmp_path, samples):
     with open(tmp_path / "x.wav", "ab") as f:
         f.write(b"  ")  # another content: another copy
     assert make_copy(str(tmp_path / "x.wav"), 0.0, None, str(tmp_path / "to"), AUDIO_CONFIG)[0] != name
+
+
+@pytest.mark.slow
+def test_the_temporaries_of_a_killed_run_are_removed(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.tile(rng.standard_normal(4410000) * 0.1, 3), 44100)
+    path = write_manifest(tmp_path, "long-AQA/train", [("x.wav", "?", "noise")])
+    command = "prepare/convert.py", path, f"--data_root={tmp_path}", f"--to={tmp_path}/to"
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
+    while not glob.glob(f"{tmp_path}/to/audio/*/*.tmp"):
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    of_another = f"{glob.glob(f'{tmp_path}/to/audio/*/*.tmp')[0]}.{os.getpid()}.tmp"  # which is at work
+    open(of_another, "w").close()
+    run(*command)
+    left = all_files(tmp_path / "to/audio")
+    assert len(left) == 2 and of_another in left and [f.endswith(".flac") for f in left].count(True) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is heard
+
+
+@pytest.mark.parametrize("rate", [16000, 48000])
+def test_windows_and_rate_are_those_of_the_pretrained_model(tiny_settings, tmp_path, rate):
+    encoder = ClapEncoder(16, [1, 1, 1, 1], [1, 2, 2, 4], 128)
+    state = {name.replace("htsat", "module.audio_branch"): t for name, t in encoder.state_dict().items()}
+    if rate == 48000:
+        state["module.audio_branch.logmel_extractor.melW"] = mel_bands(torch.device("cpu"), rate, 14000)
+    torch.save({"state_dict": state}, tmp_path / "clap.pt")
+    names = config.defaults() | tiny_settings | {"clap_checkpoint": f"{tmp_path}/clap.pt"}
+    model, state = checkpoint.init_from_parts(SimpleNamespace(**names))
+    checkpoint.materialize(model, state, "cpu", None, "new").save_pretrained(f"{tmp_path}/release")
+    heard = {"window_length": 2.5, "window_overlap": 0.0, "max_num_window": 2, "sample_rate": rate}
+    for options, expected in [([], {}), (["--max_num_window=5"], {"max_num_window": 5})]:
+        c = config.load([f"--pretrained_path={tmp_path}/release", *options], "prepare/check.py", files=True)
+        assert check.audio_config_of(c) == heard | expected
+
+
+@pytest.mark.parametrize("options, most", [
+    ([], 3), (["--max_num_window=2"], 2), (["a.json"], 30), (["a.json", "--max_num_window=2"], 2),
+    (["--pretrained_path=nvidia/audio-flamingo-2"], 30)])
+def test_windows_without_a_model_on_this_disk(options, most):
+    c = config.load(options, "prepare/check.py", files=True)
+    assert check.audio_config_of(c) == AUDIO_CONFIG | {"max_num_window": most}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """prepare/clap.py: an encoder is trained; what would spoil it is found before anything is written."""
 import os
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
 import config
-from prepare import clap
+from prepare import clap, demo
 from tests.helpers import write_manifest
 from tools.checkpoint.files import load_pickle
 from tools.common import UserError
@@ -38,6 +39,10 @@ def train_clap(tiny_settings, tiny_data, tmp_path):
     (CLIPS, ("--clap_config={}",), "clap_config"),
     (CLIPS, ('--clap_config={"toi-AudioCaptioning/train": 1}',), "toi-AudioCaptioning/train.json"),
     (CLIPS, ("--clap_steps=0",), "clap_steps"),
+    (CLIPS, ("--clap_temperature=1e-30",), "clap_temperature"),
+    (CLIPS, ("--clap_depths=[1,1,1]",), "clap_depths"),
+    (CLIPS, ("--clap_num_heads=[1,1,1,0]",), "clap_num_heads"),
+    (CLIPS, ("--clap_batch_size=1", "--clap_text_bank=0"), "clap_text_bank"),
     (CLIPS, ("--clap_out=README.md/x/epoch_16.pt",), "README.md/x"),
     (CLIPS, ("--clap_out=tests",), "tests"),
     ([("gone1.wav", "", "tone"), ("gone2.wav", "", "noise")], ("--max_bad_fraction=1",), "gone"),
@@ -56,6 +61,42 @@ def test_an_encoder_is_trained_and_a_bad_clip_costs_nothing_else(train_clap, cap
     assert "module.audio_branch.patch_embed.proj.weight" in state and "module.logit_scale_a" in state
     again = train_clap([*CLIPS, GONE], "--clap_steps=6", "--cache_audio")
     assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+@pytest.mark.parametrize("options", [
+    ("--clap_steps=10", "--clap_text_bank=0"),
+    ("--clap_steps=1", "--clap_batch_size=1", "--clap_text_layers=0"),
+    ("--clap_steps=2", f"--seed={10 ** 18}", "--clap_temperature=0.001")])
+def test_limits_that_are_accepted_compute(train_clap, options):
+    assert all(t.isfinite().all() for t in train_clap(CLIPS, *options).values() if t.is_floating_point())
+
+
+def test_learning_rates_are_those_of_one_cycle():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1, 60, pct_start=0.1, cycle_momentum=False)
+    for step in range(60):
+        assert clap.rate_factor(step, 60) == pytest.approx(schedule.get_last_lr()[0], abs=1e-5)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_demo_hands_its_settings_on(monkeypatch, tmp_path):
+    commands = []
+
+    def start(title, *command):
+        commands.append(command)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(demo, "start_step", start)
+    c = config.load(["config/demo.py", "--seed=43", f"--clap_checkpoint={tmp_path}/clap.pt",
+                     f"--dataset_file_root={tmp_path}"], "prepare/demo.py")
+    with pytest.raises(FileNotFoundError, match="GM-Family-AQA"):  # nothing was rendered
+        demo.main(c)
+    trained = [command for command in commands if command[0] in ("prepare/clap.py", "train.py")]
+    assert len(trained) == 2 and f"--clap_out={tmp_path}/clap.pt" in trained[0]
+    for script, *options in trained:
+        c = config.load(options, script)
+        assert (c.seed, c.clap_checkpoint, c.run_name) == (43, f"{tmp_path}/clap.pt", "demo")
 
 
 def test_contrast_by_hand():

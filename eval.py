@@ -28,7 +28,7 @@ from tools.eval import records
 from tools.eval.captions import captioning
 from tools.eval.clap_text import pick_text_encoder
 from tools.eval.parsing import (answer_text, fold, item_options, marks_in, normalise, option_named,
-                                options_of, reference_option, references_of, split_mark)
+                                reference_option, references_of, split_mark)
 from tools.eval.report import result_lines, results_row, write_report
 from tools.eval.rules import closed_set, cmm, entailment, exact_match, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
@@ -136,7 +136,7 @@ def choose_rule(task, items, metric=None):
             raise UserError(f"metric = {metric!r}, expected one of {', '.join(rules)}")
         return rules[metric]
     rule = next(rule for pattern, rule in METRICS if re.search(pattern, task, re.I))
-    with_options = sum(bool(options_of(item["prompt"])) for item in items)
+    with_options = sum(bool(item_options(item)) for item in items)
     return multiple_choice if rule in (exact_match, closed_set) and with_options > len(items) / 2 else rule
 
 
@@ -201,7 +201,7 @@ def answer_split(model, manifest, cache, identity, c, rank, world):
                     records.append_answer(f, keys[i], answer="", error=clip["error"])
                     continue
                 pending.append((keys[i], round(clip["truncated_seconds"], 2)))
-                yield records.plain_json(clip["prompt"]), clip["windows"], clip["n_windows"]
+                yield clip["prompt"], clip["windows"], clip["n_windows"]
 
         sampling = Sampling(max_new_tokens=c.max_new_tokens)
         for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):

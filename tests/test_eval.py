@@ -171,14 +171,23 @@ def test_report_plays_what_the_model_gets(evaluate, tiny_data, tmp_path):
 
 def test_mmaus_own_file(evaluate, tiny_data, tmp_path):
     (tmp_path / "MMAU").mkdir()
-    questions = [{"id": f"u{i}", "audio_id": f"./{i}.wav", "question": "Which?", "choices": ["tone", "noise"],
-                  "answer": "tone", "task": ["sound", "music"][i % 2]} for i in range(4)]
-    (tmp_path / "MMAU/test-mini.json").write_text(json.dumps(questions))
-    out = evaluate("--split", " MMAU/test-mini , ", f"--dataset_file_root={tmp_path}",
-                   f"--data_root={tiny_data}", f"--results={tmp_path}/r", "--report=false").out
+    file = tmp_path / "MMAU/test-mini.json"
+    questions = [{"id": f"u{i}", "audio_id": f"./{i}.wav", "question": "Which \ud83d?", "category": np.nan,
+                  "choices": ["tone", "noise"], "answer": ["tone", 0][i % 2],
+                  "task": ["sound", "music"][i % 2]} for i in range(4)]
+    options = ("--split", " MMAU/test-mini , ", f"--dataset_file_root={tmp_path}", f"--data_root={tiny_data}",
+               f"--results={tmp_path}/r")
+    file.write_text(json.dumps(questions))
+    out = evaluate(*options, f"--scores={tmp_path}/scores.json").out
     assert "mark stripped" in out and "task: sound" in out and "published 3B 61.56" in out
     rows = json.load(open(tmp_path / "r/MMAU--test-mini.json"))
-    assert [row["id"] for row in rows] == ["u0", "u1", "u2", "u3"] and "model_output" in rows[0]
+    assert [(row["id"], row["answer"]) for row in rows] == [(f"u{i}", "tone") for i in range(4)]
+    assert "model_output" in rows[0] and (tmp_path / "scores.json").exists()
+    assert json.loads(file.read_text())[1]["answer"] == 0  # as it was
+    questions[2]["choices"] = {"A": "tone"}
+    file.write_text(json.dumps(questions))
+    with pytest.raises(UserError, match="test-mini.json: item 2: 'choices'"):
+        evaluate(*options)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,7 +195,8 @@ def test_mmaus_own_file(evaluate, tiny_data, tmp_path):
 
 # Values in JSON, and the score of an item that has one under a key: 1, 0, n (no reference), -: refused.
 VALUES = ('"" "cow" "(C)cow" "2" 0 2 2.0 9 true null NaN Infinity [] [2] ["2"] ["cow"] ["cow","ox"] '
-          '[["cow"]] {"a":1} "[\\"dog\\",\\"ox\\"]" "[\'dog\'\\n\'ox\']" "cow\\ud83d" [1,2,3] "dog,cat"').split()
+          '[["cow"]] {"a":1} "[\\"dog\\",\\"ox\\"]" "[\'dog\'\\n\'ox\']" "cow\\ud83d" '
+          '[1,9] "dog,cat"').split()
 OUTCOMES = {"prompt": "1111---------------111-1", "answer": "01110110-0000111---001-0",
             "choices": "1--------1111---1--11-1-"}
 OUTCOMES |= dict.fromkeys(("output", "reference", "references"), "n111011--nnnn1111--001-0")
@@ -231,6 +241,9 @@ def test_every_value_is_scored_right_or_refused_in_one_line(score):
                 items.append(item)
                 expected.append({"n": None}.get(outcome, outcome == "1"))
         assert [item["score"] for item in score(to_lines(items))[1]] == expected, key
+    for line in ("{", "[1]", '{"output": "x", "answer": "x"}', '{"prompt": "q", "output": "x"}'):
+        with pytest.raises(UserError, match="answers.jsonl line 2"):
+            score(to_lines([ITEM]) + line)
 
 
 def test_one_figure_from_every_form(score):
@@ -251,31 +264,34 @@ def test_one_figure_from_every_form(score):
                   "answer_orders": [abs(right - i) for i in range(3)]}]
         for file, item in zip(files, forms):
             file.append(item)
-    windows = "\ufeff" + to_lines(files[0]).replace("\n", "\r\n")
+    windows = "\ufeff" + to_lines([{"identity": {}}, *files[0]]).replace("\n", "\r\n")  # with a header
     for content in [*map(to_lines, files), *map(json.dumps, files), windows]:
         row, _ = score(content)
         assert (row["accuracy"], row["as read"], row["empty answers"]) == (0.5, 0.5, 1), content
 
 
 def test_compare_pairs_the_same_items(tmp_path, capsys):
-    """By ids; by clip and prompt where there are none, or line numbers; by order; not two benchmarks."""
+    """By ids; by clip and prompt where they are line numbers; by order; not items of two benchmarks."""
     c = config.load(["--task=Toy-AQA"], "eval.py", scoring.READS, files=True)
     c.files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    items = [{"prompt": "What?", "output": "dog", "answer": ["dog", "cat"][i % 7 > 2]} for i in range(60)]
-    named = [item | {"id": f"q{i}"} for i, item in enumerate(items)]
-    asked = [item | {"audio": f"{i}.wav"} for i, item in enumerate(items)]
-    numbered = [[item | {"id": i} for i, item in enumerate(order)] for order in (asked, asked[::-1])]
-    reworded = [[item | {"prompt": "And?"} for item in order] for order in (named[::-1], items)]
-    cases = [(named, named[::-1], "id"), (named, reworded[0], "id"), (items, reworded[1], "order"),
-             (asked, asked[::-1], "clip and prompt"), (*numbered, "clip and prompt"),
-             (items, [{"prompt": "And?", "output": "cat", "answer": "cat"}] * 60, None)]
-    for first, second, key in cases:
+    items = [{"audio": f"{i}.wav", "prompt": "What?", "output": "dog", "answer": ["dog", "cat"][i % 7 > 2]}
+             for i in range(60)]
+
+    def numbered(items, **changes):
+        return [{"id": i} | item | changes for i, item in enumerate(items)]
+
+    named = [item | {"id": f"q{item['audio']}"} for item in items]
+    for first, second, key in [(named, numbered(named[::-1], prompt="And?"), "id"),
+                               (numbered(items), numbered(items[::-1]), "clip and prompt"),
+                               (items, numbered(items, audio="x.wav"), "order"),
+                               (items, numbered(items, audio="x.wav", output="cat"), None)]:
         (tmp_path / "a.jsonl").write_text(to_lines(first))
         (tmp_path / "b.jsonl").write_text(to_lines(second))
         with nullcontext() if key else pytest.raises(UserError, match="a.jsonl"):
             scoring.compare_files(c)
             out = capsys.readouterr().out
-            assert f"paired by {key}:" in out and "| gained 0, lost 0" in out and "\n60 items" in out
+            assert f"\n60 items scored in both, of 60 and 60, paired by {key}:" in out
+            assert "| gained 0, lost 0" in out
 
 
 def test_labels_that_a_file_lacks(score, tmp_path):

@@ -319,29 +319,9 @@ def test_score_and_compare_commands(tmp_path, capsys):
         assert compared.count("\ngained | ") == gained
 
 
-@pytest.mark.parametrize("line, key", [
-    ('{"prompt": "q", "output": "x"}', "answer"), ('{"prompt": "q", "answer": "x"}', "output"),
-    ('{"output": "q", "answer": "x"}', "prompt"), ("{", "JSON"), ("[1]", "list"),
-    ('{"prompt": "q", "output": {}, "answer": "x"}', "output")])
-def test_a_wrong_line_of_answers_is_named(tmp_path, line, key):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "q", "output": "x", "answer": "x"}\n' + line + "\n")
-    with pytest.raises(UserError, match=f"bad.jsonl line 2.*{key}"):
-        records.read_answers(str(tmp_path / "bad.jsonl"))
-
-
-def test_answers_by_other_names(tmp_path):
-    """A header is no item; references stand for the output; a null answer is an empty one."""
-    lines = [{"identity": {}, "seed": 1}, {"prompt": "q", "references": ["x", "y"], "answer": None},
-             {"prompt": "q", "reference": ["x"], "answer": "a", "path": "a.wav", "mine": 1}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    first, second = records.read_answers(str(tmp_path / "a.jsonl"))
-    assert (first["output"], first["references"], first["answer"]) == ("x", ["x", "y"], "")
-    assert (second["output"], second["audio"], second["mine"]) == ("x", "a.wav", 1)
-
-
 @pytest.mark.slow
 def test_wrong_commands_are_one_line(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "q", "output": 3, "answer": "x"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 3, "output": "x", "answer": "x"}\n')
     fails_with_one_line("eval.py", "score", tmp_path / "bad.jsonl", "--task=Toy-AQA", saying="line 1")
     fails_with_one_line("eval.py", "compare", tmp_path / "bad.jsonl", saying="usage")
 

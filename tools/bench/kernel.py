@@ -46,8 +46,7 @@ def compile_kernel(arch, name, dtype, d):
         if is_pointer or re.fullmatch("[qkv]_[btnh]", argument):
             attributes[i,] = [["tt.divisibility", 16]]  # as at run time
     source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget(*ARCHITECTURES[arch])
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[arch]), options=options)
     ptx = compiled.asm.get("ptx", "")
     return {
         "arch": arch,
@@ -61,21 +60,18 @@ def compile_kernel(arch, name, dtype, d):
 
 def spilled_bytes(compiled):
     if "amdgcn" in compiled.asm:
-        registers = re.findall(r"gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-        return 4 * sum(map(int, registers))
+        return 4 * sum(map(int, re.findall(r"gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", f.name]
-        usage = subprocess.check_output(command, text=True)
-    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)  # no arrays: a stack means spills
-    return sum(map(int, sizes))
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))  # no arrays: a stack means spills
 
 
 def compile_all():
     """Compile the table of block sizes; bfloat16 stands for float16: the same bytes. Short texts use less."""
-    dtypes = (torch.bfloat16, torch.float32)
-    entries = product(ARCHITECTURES, KERNELS, dtypes, (32, 64, 128))
+    entries = product(ARCHITECTURES, KERNELS, (torch.bfloat16, torch.float32), (32, 64, 128))
     with ProcessPoolExecutor() as pool:
         return list(pool.map(compile_kernel, *zip(*entries)))
 

@@ -12,13 +12,14 @@ import json
 import os
 import re
 import sys
+from itertools import chain
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 
 from data import Manifest
 from tools.common import (UserError, atomic_write, join_names, parse_json_line, read_json, read_json_lines,
                           read_json_object)
-from tools.eval.parsing import answer_text, item_options, labels_of, normalise
+from tools.eval.parsing import answer_text, item_options, labels_of, normalise, references_of
 
 # Keys that make sub-categories: those of MMAU, MuChoMusic, CMM and Audio Entailment
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
@@ -61,18 +62,15 @@ def to_list(value):
 
 def option_text(value, item, key, where):
     """A reference or an answer as text. A number is the index of an option; without options, a text."""
-    if type(value) not in PLAIN:
-        refuse(where, key, value, "a text, or the index of an option")
-    options, text = list(item_options(item)), str(value)
-    if isinstance(value, str) or not options:
+    options, text, plain = list(item_options(item)), str(value), type(value) in PLAIN
+    if isinstance(value, str) or plain and not options:
         return text
-    indexed = options[int(value)] if value in range(len(options)) else None
-    named = text in options
-    if NUMBERED.search(item["prompt"]) or (named and indexed not in (None, text)):
-        refuse(where, key, value, "the text of an option, because it is the index of another")
-    if key != "answer" and not named and indexed is None:
-        refuse(where, key, value, f"an option, or its index from 0 to {len(options) - 1}")
-    return indexed or text
+    indexed = options[int(value)] if plain and value in range(len(options)) else None
+    named = text if text in options or plain and key == "answer" else None
+    ambiguous = text in options and indexed not in (None, text) or NUMBERED.search(item["prompt"])
+    if ambiguous or not (indexed or named):
+        refuse(where, key, value, "a text, or the index of an option (from 0), which is no option's text")
+    return indexed or named
 
 
 def check_item(item, where):
@@ -113,15 +111,13 @@ def check_item(item, where):
 
 def read_entry(where, entry):
     """-> the item of an entry of a file, and which form it has."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: a {type(entry).__name__}, expected an object")
     keys, changed, form = set(entry), {}, "references in 'output', answers in 'answer'"
     if {"answers", "answer_orders"} <= keys:
         form, options, order = MUCHOMUSIC, to_list(entry["answers"]), to_list(entry["answer_orders"])
         if 0 not in order[:len(options)]:
             refuse(where, "answer_orders", order, "the order of the answers, 0 for the right one")
-        answer, right = entry.get("model_output"), str(options[order.index(0)])
-        changed = {"choices": options, "output": right, "answer": answer}
+        right = str(options[order.index(0)])
+        changed = {"choices": options, "output": right, "answer": entry.get("model_output")}
     elif {"question", "choices", "audio_id"} <= keys and not {"prompt", "output"} & keys:
         form, answer = MMAU, entry.get("model_output", entry.get("model_prediction"))
         changed = {"prompt": entry["question"], "output": entry.get("answer"), "answer": answer}
@@ -146,11 +142,14 @@ def read_entries(path):
     """-> the items of JSON lines or of a JSON list, and which forms they have."""
     items, forms, is_list = [], set(), is_json_list(path)
     for number, entry in enumerate(read_json(path)) if is_list else read_json_lines(path):
+        where = f"{path}: item {number}" if is_list else f"{path} line {number}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: a {type(entry).__name__}, expected an object")
         if "identity" not in entry or "prompt" in entry:  # no header of results
-            item, form = read_entry(f"{path}{': item' if is_list else ' line'} {number}", entry)
+            item, form = read_entry(where, entry)
             items.append(item)
             forms.add(form)
-    return items, sorted(forms)
+    return items, forms
 
 
 def read_answers(path):
@@ -158,7 +157,7 @@ def read_answers(path):
     items, forms = read_entries(path)
     if not items:
         raise UserError(f"{path}: holds no answer")
-    print(f"{path}: {len(items)} items, {'; '.join(forms)}", file=sys.stderr)
+    print(f"{path}: {len(items)} items, {'; '.join(sorted(forms))}", file=sys.stderr)
     return items
 
 
@@ -189,14 +188,14 @@ def read_labels(path, items=()):
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         labels = [line.strip() for line in f if line.strip()]
     with_comma = {normalise(label) for label in labels if "," in label}
-    references = [text for item in items for text in item.get("references", [item["output"]])]
-
-    def parts(texts):
-        return set().union(*[labels_of(text, with_comma) for text in texts])
-
-    missing = sorted(parts(references) - parts(labels))
+    missing = set()
+    for text in chain.from_iterable(map(references_of, items)):
+        missing |= labels_of(text, with_comma)
+    for text in labels:
+        missing -= labels_of(text, with_comma)
     if missing or not labels:
-        raise UserError(f"{path}: lacks {len(missing)} labels of the references: {join_names(missing)}")
+        names = join_names(sorted(missing))
+        raise UserError(f"{path}: lacks {len(missing)} labels of the references: {names}")
     return labels
 
 
@@ -228,10 +227,9 @@ def read_questions(path):
 def open_questions(path, name, data_root):
     """The file as the Manifest of that name, by way of a temporary copy in a manifest's form."""
     questions, folder = read_questions(path), TemporaryDirectory()
-    content = {"split": "test", "split_path": ".", "flamingo_task": "MMAU", "total_num": len(questions),
-               "data": dict(enumerate(questions))}
     copy = os.path.join(folder.name, "questions.json")
-    write_json(copy, content)
+    write_json(copy, {"split": "test", "split_path": ".", "flamingo_task": "MMAU",
+                      "total_num": len(questions), "data": dict(enumerate(questions))})
     manifest = Manifest(copy, data_root)
     manifest.file, manifest.name = path, name
     manifest.temporary_folder = folder  # which lives as long as the manifest

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from html import escape
 
 from tools.common import atomic_write, optional_import
-from tools.eval.parsing import answer_text, normalise
+from tools.eval.parsing import answer_text, normalise, references_of
 from tools.eval.records import GROUPS, to_list
 from tools.eval.stats import clips_of, interval
 from tools.html_page import html_page, html_table, image, new_figure, plain_label
@@ -126,25 +126,25 @@ def confusion_matrix(items, most=100):
     """Predicted against right labels; "" for open answers, which have too many."""
 
     def labels_under(key):
-        texts = [item[key] or "" for item in items if "predicted" in item]
-        return [plain_label(normalise(text), 32) for text in texts]
+        return [plain_label(normalise(item[key] or ""), 32) for item in items if "predicted" in item]
 
-    right, predicted = labels_under("output"), labels_under("predicted")
+    right = labels_under("output")
     labels = set(right)
     if not 2 <= len(labels) <= most:
         return ""
+    predicted = [label if label in labels else "(other)" for label in labels_under("predicted")]
     metrics = optional_import("sklearn.metrics", "a confusion matrix", "eval")
     figure = new_figure(3 + 0.3 * len(labels), 3 + 0.3 * len(labels))
     metrics.ConfusionMatrixDisplay.from_predictions(
-        right, [label if label in labels else "(other)" for label in predicted], ax=figure.subplots(),
-        normalize="true", include_values=False, colorbar=False, cmap="Blues", xticks_rotation="vertical")
+        right, predicted, ax=figure.subplots(), normalize="true", include_values=False, colorbar=False,
+        cmap="Blues", xticks_rotation="vertical")
     return image(figure)
 
 
 def item_html(item, sound):
     """An item's sound, as HTML, and its texts."""
     texts = {"score": f"{item['score']:.3g}", "clip": item.get("audio"), "prompt": item["prompt"],
-             "references": "\n".join(item.get("references") or [item["output"]]), "answer": item["answer"],
+             "references": "\n".join(references_of(item)), "answer": item["answer"],
              "scored": answer_text(item), "error": item.get("error")}
     table = html_table([(key, text) for key, text in texts.items() if text])
     return f'<div class="item">{sound}{table}</div>'
@@ -157,13 +157,13 @@ def write_report(path, rows, items, sound_of):
         print("no report.html: pip install -r requirements-eval.txt", file=sys.stderr)
         return
     body = []
-    worst = min(4, math.ceil(40 / len(rows)))
     for name, row in rows.items():
         lines = "\n".join(result_lines(name, row))
         body.append(f"<h2>{escape(name)}</h2><pre>{escape(lines)}</pre>{confusion_matrix(items[name])}")
         scored = [item for item in items[name] if item["score"] is not None]
         scored.sort(key=lambda item: item["score"])
-        body += [item_html(item, sound_of(name, item)) for item in scored[:worst]]
+        for item in scored[:min(4, math.ceil(40 / len(rows)))]:
+            body.append(item_html(item, sound_of(name, item)))
     with atomic_write(path) as f:
         f.write(html_page("Scores", "\n".join(body)))
     print(f"report: {path}", file=sys.stderr)

@@ -83,43 +83,45 @@ def mean_average_precision(truth, scores, clips, draws=50):
 # Two systems on the same items
 
 
+def question_of(item):
+    """What identifies an item of a benchmark: clip (without one, the reference), start and prompt."""
+    return str(item.get("audio") or item["output"]), str(item.get("start") or 0), item["prompt"]
+
+
+def id_of(item):
+    return str(item.get("id"))
+
+
+def pair_by(key, first, second):
+    """Pairs of items with the same key; items that share one are paired in their order."""
+    groups = defaultdict(lambda: ([], []))
+    for side, items in enumerate((first, second)):
+        for item in items:
+            groups[key(item)][side].append(item)
+    return [pair for group in groups.values() for pair in zip(*group)]
+
+
 def pair_items(first, second):
     """-> [(item of the first, item of the second)], and what they are paired by. Ids count where both files
-    have unique ones that name the same questions, not e.g. lines. Questions that recur are paired in their
-    order."""
-    with_start = all("start" in item for item in [*first, *second])
-
-    def question(item):
-        start = item["start"] if with_start else 0
-        return str(item.get("audio") or item["output"]), str(start), item["prompt"]
-
-    def id_of(item):
-        return str(item.get("id"))
-
-    def pair_by(key):
-        groups = defaultdict(lambda: ([], []))
-        for side, items in enumerate((first, second)):
-            for item in items:
-                groups[key(item)][side].append(item)
-        return [pair for group in groups.values() for pair in zip(*group)]
-
-    by_question, by_id = pair_by(question), pair_by(id_of)
-    unique = all(len({*map(id_of, items)} - {"None"}) == len(items) for items in (first, second))
-    same = all(question(a) == question(b) for a, b in by_id) or not by_question
-    if unique and same and len(by_id) >= len(by_question):
+    have unique ones, which name the same questions: not lines, for example."""
+    by_question, by_id = pair_by(question_of, first, second), pair_by(id_of, first, second)
+    unique = all(len(set(map(id_of, items)) - {"None"}) == len(items) for items in (first, second))
+    agree = all(question_of(a) == question_of(b) for a, b in by_id) or not by_question
+    if unique and agree and len(by_id) >= len(by_question):
         return by_id, "id"
     if by_question:
         return by_question, "clip and prompt"
-    same = [item["output"] for item in first] == [item["output"] for item in second]
-    return list(zip(first, second)) if same else [], "order"
+    outputs = [[item["output"] for item in items] for items in (first, second)]
+    return list(zip(first, second)) if outputs[0] == outputs[1] else [], "order"
+
+
+def scored_items(items):
+    return [item for item in items if isinstance(item.get("score"), (int, float))]
 
 
 def compare_systems(first, second, names=("a", "b")):
     """Print the difference of the mean scores with its interval over clips, and the items that changed."""
-    scored = []
-    for items in (first, second):
-        scored.append([item for item in items if isinstance(item.get("score"), (int, float))])
-    pairs, key = pair_items(*scored)
+    pairs, key = pair_items(scored_items(first), scored_items(second))
     if not pairs:
         raise UserError(f"{names[0]} and {names[1]} share no scored item (same id, or same clip and prompt); "
                         f"--task=Name-Task scores them first")

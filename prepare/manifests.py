@@ -60,10 +60,11 @@ def decode_text(path, encoding=""):
     # in a few words of Western Europe it sees others as often, which are written less
     prior = {"Windows-1252": 1.4}
     likeliest = max(guesses, key=lambda guess: guess["confidence"] * prior.get(guess["encoding"], 1))
-    guess = likeliest["encoding"] or "ascii"
+    guess = likeliest["encoding"] or "UTF-8"
     text = decode_text(path, guess)
     word = re.search(r"[^\s,;|]{0,20}[^\0-\x7f][^\s,;|]{0,20}", text)[0]
-    print(f"note: {path} is not UTF-8, read as {guess}: {word.encode(guess)} is {word!r}; --encoding decides")
+    print(f"note: {path} is not UTF-8, read as {guess}: {word.encode(guess)} is {word!r} (table.py takes another "
+          f"one as --encoding)")
     return text
 
 

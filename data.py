@@ -7,12 +7,12 @@ import math
 import os
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from numpy.lib.stride_tricks import sliding_window_view
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 import config as settings
 from model import AUDIO_SETTINGS, SAMPLE_RATE, SPECIAL_TOKENS
@@ -23,22 +23,19 @@ from tools.data.index import open_items
 
 MAX_SECONDS = 1e7  # bound of a manifest's duration and audio_start
 
-planning_thread = ThreadPoolExecutor(1)
-
 # ------------------------------------------------------------------------------------------------------------
 # Audio
 
 
-def load_audio(path, start=0.0, *, window_length, window_overlap, max_num_window, sample_rate=SAMPLE_RATE):
-    """A clip as windows: int16 (n, window_length * sample_rate), 1 <= n <= max_num_window. model.audio_config
-    gives the settings: lengths in seconds, the rate in Hz.
+def load_audio(path, start=0.0, **audio_config):
+    """A clip as windows: int16 (n, window_length * sample_rate), 1 <= n <= max_num_window. audio_config: that
+    of the model: window_length and window_overlap in seconds, max_num_window, sample_rate in Hz.
 
     From `start` seconds on; first channel; resampled; scaled to peak 1 (silence stays silence); zero-padded
     to whole windows; 16 bits, as in the published system. FileNotFoundError or UserError name the file and
     what is wrong with it.
     """
-    return read_clip(path, start, None, window_length=window_length, window_overlap=window_overlap,
-                     max_num_window=max_num_window, sample_rate=sample_rate)[0]
+    return read_clip(path, start, **audio_config)[0]
 
 
 def read_clip(path, start=0.0, duration=None, **audio_config):
@@ -73,7 +70,7 @@ def cut_windows(samples, window_length, window_overlap, max_num_window, sample_r
     n = min(max_num_window, 1 + max(0, math.ceil((len(samples) - L) / step)))
     padded = np.zeros(n * step + overlap, np.int16)
     padded[:len(samples)] = samples[:len(padded)]
-    return np.stack([padded[i * step:i * step + L] for i in range(n)])
+    return sliding_window_view(padded, L)[::step].copy()
 
 
 def truncation_warning(n_clips, n_truncated, seconds, audio_config):
@@ -141,7 +138,12 @@ def make_labels(input_ids, sep_id, end_id, pad_id):
 # Manifests
 
 
-MANIFEST_KEYS = {"split": str, "split_path": str, "flamingo_task": str, "total_num": int, "data": dict}
+MANIFEST_KEYS = {
+    "split": str,
+    "split_path": str,
+    "flamingo_task": str,
+    "total_num": int,
+    "data": dict}
 
 
 class Manifest:
@@ -154,58 +156,20 @@ class Manifest:
 
     def __init__(self, file, data_root=".", cache_dir=None):
         self.file = file
-        self.name = "/".join(file.removesuffix(".json").split("/")[-2:])  # Name-Task/split
+        folders = file.removesuffix(".json").split("/")
+        self.name = "/".join(folders[-2:])  # Name-Task/split
         if not os.path.isfile(file):
             raise FileNotFoundError(f"{file}: no such manifest")
-        self.items = open_items(file, self._check_content, cache_dir)
+        self.items = open_items(file, self._check, cache_dir)
         self.head = self.items.header["head"]
         self.digest = self.items.header["digest"]  # of the items
         self.folder = os.path.join(data_root, self.head["split_path"])
 
-    def _check_content(self, content):
-        if not isinstance(content, dict):
-            self._fail("JSON", content, f"an object with {', '.join(MANIFEST_KEYS)}")
-        for key, kind in MANIFEST_KEYS.items():
-            self._expect(content, key, kind)
-        data = content["data"]
-        folder = content["split_path"]
-        if content["total_num"] != len(data):
-            self._fail("total_num", content["total_num"], f"the number of items in data, {len(data)}")
-        if leaves_root(folder):
-            self._fail("split_path", folder, "a path inside data_root, or an absolute one")
-        for i, (key, item) in enumerate(data.items()):
-            if key != str(i):
-                self._fail(f"data key {i}", key, f"{str(i)!r} (keys are '0', '1', ... in order)")
-            self._check_item(i, item, folder)
-
-    def _check_item(self, i, item, folder):
-        if type(item) is not dict:
-            self._fail("", item, "an object with name, prompt, output", i)
-        names = item.get("name")
-        if type(names) is not list or len(names) < 2:  # a list: several clips of one question
-            names = [names]
-        if {type(item.get("prompt")), type(item.get("output")), *map(type, names)} != {str}:
-            for field in ("prompt", "output", "name"):
-                self._expect(item, field, str, i)
-        for field in ("duration", "audio_start"):
-            seconds = item.get(field, 0)
-            if type(seconds) not in (int, float) or not 0 <= seconds < MAX_SECONDS:
-                self._fail(field, seconds, f"seconds, not negative, below {MAX_SECONDS:g}", i)
-        choices = item.get("choices") or []
-        if type(choices) is not list or not all(type(choice) is str for choice in choices):
-            self._fail("choices", choices, "a list of texts", i)
-        if ".." in "".join(names) and any(leaves_root(folder, name) for name in names):
-            self._fail("name", names, "a path inside data_root", i)
-
-    def _expect(self, mapping, key, kind, item=None):
-        value = mapping.get(key)
-        if type(value) is not kind:
-            self._fail(key, value if key in mapping else "missing", f"a {kind.__name__}", item)
-        return value
-
-    def _fail(self, key, value, expected, item=None):
-        where = key if item is None else f"data['{item}'] {key}".strip()
-        raise UserError(f"{self.file}: {where} = {str(value)[:80]!r}, expected {expected}")
+    def _check(self, content):
+        mistake = find_mistake(content)
+        if mistake:
+            key, value, expected = mistake
+            raise UserError(f"{self.file}: {key} = {str(value)[:80]!r}, expected {expected}")
 
     def __len__(self):
         return len(self.items)
@@ -230,8 +194,55 @@ class Manifest:
         stop = int((e + 1) * N * weight)
         parts = [np.arange(0)]
         for k in range(first // max(N, 1), -(-stop // max(N, 1))):
-            parts.append(pass_order(self.name, N, k)[max(first - k * N, 0):stop - k * N])
+            order = pass_order(self.name, N, k)
+            parts.append(order[max(first - k * N, 0):stop - k * N])
         return np.concatenate(parts)
+
+
+def find_mistake(content):
+    """-> key, value and what was expected, of the first mistake in a manifest; None if there is none."""
+    if type(content) is not dict:
+        return "JSON", content, f"an object with {', '.join(MANIFEST_KEYS)}"
+    for key, kind in MANIFEST_KEYS.items():
+        if type(content.get(key)) is not kind:
+            return key, content.get(key, "missing"), f"a {kind.__name__}"
+    data = content["data"]
+    folder = content["split_path"]
+    if content["total_num"] != len(data):
+        return "total_num", content["total_num"], f"the number of items in data, {len(data)}"
+    if leaves_root(folder):
+        return "split_path", folder, "a path inside data_root, or an absolute one"
+    for i, (key, item) in enumerate(data.items()):
+        if key != str(i):
+            return f"data key {i}", key, f"{str(i)!r} (keys are '0', '1', ... in order)"
+        if type(item) is not dict:
+            return f"data['{i}']", item, "an object with name, prompt, output"
+        mistake = find_mistake_in_item(item, folder)
+        if mistake:
+            key, expected = mistake
+            return f"data['{i}'] {key}", item.get(key, "missing"), expected
+    return None
+
+
+def find_mistake_in_item(item, folder):
+    """-> a key and what was expected there, or None."""
+    names = item.get("name")
+    if type(names) is not list or len(names) < 2:  # a list: several clips of one question
+        names = [names]
+    texts = [item.get("prompt"), item.get("output"), *names]
+    if set(map(type, texts)) != {str}:
+        wrong = [key for key, text in zip(("prompt", "output"), texts) if type(text) is not str]
+        return [*wrong, "name"][0], "a text"
+    choices = item.get("choices")
+    if choices and (type(choices) is not list or set(map(type, choices)) != {str}):
+        return "choices", "a list of texts"
+    for key in "duration", "audio_start":
+        seconds = item.get(key, 0)
+        if type(seconds) not in (int, float) or not 0 <= seconds < MAX_SECONDS:
+            return key, f"seconds, not negative, below {MAX_SECONDS:g}"
+    if ".." in "".join(names) and any(leaves_root(folder, name) for name in names):
+        return "name", "a path inside data_root"
+    return None
 
 
 @lru_cache(maxsize=64)  # 200 epochs are a few passes
@@ -261,9 +272,19 @@ def open_manifests(config, names):
 # Samples and batches
 
 
+def decode_clips(audio_config, paths, start, duration):
+    """The clips of an item -> {"windows": int16 (n, L), "n_windows": of each, "truncated_seconds"}."""
+    clips = [read_clip(path, start, duration, **audio_config) for path in paths]
+    windows, truncated_seconds = zip(*clips)
+    return {
+        "windows": torch.from_numpy(np.concatenate(windows)),
+        "n_windows": list(map(len, windows)),
+        "truncated_seconds": sum(truncated_seconds)}
+
+
 class Clips(Dataset):
-    """clips[row] or clips[manifest, item] -> Manifest[item] with "windows" int16 (n, L), "n_windows" of each
-    clip, "truncated_seconds"; where a file can't be read, windows are None and "error" says why."""
+    """clips[row] or clips[manifest, item] -> Manifest[item] with what decode_clips returns; where a file
+    can't be read, windows are None and "error" says why."""
 
     def __init__(self, manifests, rows, audio_config, cache=False):
         """rows: (n, 2) int64 of (manifest, item), None for every item; audio_config: that of the model."""
@@ -272,7 +293,8 @@ class Clips(Dataset):
         self.manifests = manifests
         self.rows = np.array(rows).reshape(-1, 2)
         self.audio_config = audio_config
-        self.cache = {} if cache else None
+        decode = partial(decode_clips, audio_config)
+        self.decode = lru_cache(maxsize=None)(decode) if cache else decode
 
     def __len__(self):
         return len(self.rows)
@@ -284,34 +306,20 @@ class Clips(Dataset):
     def __getitem__(self, i):
         item = self.item(i)
         duration = item["duration"] if len(item["paths"]) == 1 else None  # of several clips: their sum
-        key = (item["path"], item["start"], duration)
-        if self.cache is not None and key in self.cache:
-            return item | self.cache[key]
-        clips = []
         try:
-            for path in item["paths"]:
-                clips.append(read_clip(path, start=item["start"], duration=duration, **self.audio_config))
+            return item | self.decode(tuple(item["paths"]), item["start"], duration)
         except (FileNotFoundError, UserError) as error:  # counted and reported by the caller
             return item | {"windows": None, "error": str(error)}
-        windows, truncated_seconds = zip(*clips)
-        decoded = {
-            "windows": torch.from_numpy(np.concatenate(windows)),
-            "n_windows": list(map(len, windows)),
-            "truncated_seconds": sum(truncated_seconds)}
-        if self.cache is not None:
-            self.cache[key] = decoded
-        return item | decoded
 
-    def sizes(self, tokenizer=None):
-        """(n, 2): windows, by the manifests' durations, and text tokens of every row; characters without a
-        tokenizer."""
+    def sizes(self, tokenizer):
+        """(n, 2): windows, by the manifests' durations, and text tokens of every row."""
         windows, texts = [], []
         for i in range(len(self)):
             item = self.item(i)
             windows.append(count_windows(item["duration"], len(item["paths"]), self.audio_config))
             texts += [item["prompt"].strip().lower(), item["output"].strip().lower()]
-        lengths = estimate_tokens(tokenizer, texts) if tokenizer else np.array(list(map(len, texts)))
-        return np.stack([windows, lengths.reshape(-1, 2).sum(1)], 1).astype(np.int64)
+        n_tokens = estimate_tokens(tokenizer, texts).reshape(-1, 2).sum(1)
+        return np.stack([windows, n_tokens], 1).astype(np.int64)
 
 
 def count_windows(duration, n_clips, audio_config):
@@ -333,7 +341,11 @@ class Collate:
         self.max_tokens = max_tokens
         self.multiple = multiple  # of the length of texts
         silence = torch.zeros(1, window_samples, dtype=torch.int16)
-        self.silent_clip = {"prompt": "", "output": "", "windows": silence, "n_windows": [1]}
+        self.silent_clip = {
+            "prompt": "",
+            "output": "",
+            "windows": silence,
+            "n_windows": [1]}
 
     def encode(self, pairs, n_clips=None):
         """(prompt, output) pairs -> input_ids, labels (B, T) int64 and how many outputs max_tokens cut."""
@@ -341,10 +353,14 @@ class Collate:
         end_id = t.convert_tokens_to_ids(SPECIAL_TOKENS[1])
         prompts = encode_prompts(t, [prompt for prompt, _ in pairs], n_clips)
         outputs = encode_text(t, [output for _, output in pairs])
-        rows = [(p + o + [end_id, t.eos_token_id])[:self.max_tokens] for p, o in zip(prompts, outputs)]
+        rows = []
+        for prompt, output in zip(prompts, outputs):
+            row = prompt + output + [end_id, t.eos_token_id]
+            rows.append(row[:self.max_tokens])
         ids = pad_rows(rows, t.pad_token_id, self.multiple)
         labels = make_labels(ids.numpy(), t.sep_token_id, end_id, t.pad_token_id)
-        return ids, torch.from_numpy(labels), int((labels == -100).all(1).sum())
+        unfinished = (labels == -100).all(1).sum()
+        return ids, torch.from_numpy(labels), int(unfinished)
 
     def __call__(self, items):
         good = [item for item in items if item["windows"] is not None]
@@ -371,11 +387,13 @@ def make_loader(clips, batches, tokenizer, config, persistent_workers):
     """DataLoader over a list of batches, each a list of indices of clips."""
     audio_config = clips.audio_config
     window_samples = round(audio_config["window_length"] * audio_config["sample_rate"])
+    multiple = 64 if config.compile else 1
+    collate = Collate(tokenizer, config.max_tokens, window_samples, multiple)
     workers = config.num_workers
     return DataLoader(
         clips,
         batch_sampler=batches,
-        collate_fn=Collate(tokenizer, config.max_tokens, window_samples, 64 if config.compile else 1),
+        collate_fn=collate,
         num_workers=workers,
         worker_init_fn=init_worker,
         persistent_workers=persistent_workers and workers > 0,
@@ -397,7 +415,8 @@ def select_rows(manifests, config, epoch):
     for m, (name, manifest) in enumerate(manifests.items()):
         weight = config.dataset_blending_global_weight * config.dataset_blending_config[name]
         items = manifest.epoch(epoch, weight)
-        rows.append(np.stack([np.full(len(items), m), items], 1))
+        of_manifest = np.full(len(items), m)
+        rows.append(np.stack([of_manifest, items], 1))
     return np.concatenate(rows)
 
 
@@ -436,34 +455,25 @@ def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, worl
 
     loader: the one of the epoch before, which goes on: its workers and what they cached stay, its list of
     batches is replaced. loader.rows: row numbers of each micro-step of all ranks; loader.stats:
-    padding_stats. The next epoch is planned in a thread while this one is read."""
-    plan = partial(plan_epoch, manifests, config, tokenizer, audio_config, rank=rank, world=world)
+    padding_stats."""
     if loader is None:
-        clips = Clips(list(manifests.values()), np.empty((0, 2), int), audio_config, config.cache_audio)
+        no_rows = np.empty((0, 2), int)
+        clips = Clips(list(manifests.values()), no_rows, audio_config, config.cache_audio)
         loader = make_loader(clips, [], tokenizer, config, persistent_workers=True)
-        loader.planned = {}
-        iter(loader)  # forks the workers now: not while the planning thread holds a lock of the tokenizer
-    planned = loader.planned.get(epoch) if start == 0 and only is None else None
-    if planned:
-        batches, loader.rows, loader.stats = planned.result()
-    else:
-        batches, loader.rows, loader.stats = plan(epoch, start=start, only=only)
+        iter(loader)  # forks the workers before the tokenizer has threads
+    batches, loader.rows, loader.stats = plan_epoch(
+        manifests, config, tokenizer, audio_config, epoch, rank, world, start, only)
     loader.batch_sampler[:] = batches
-    if config.num_workers and epoch + 1 < config.num_epochs:  # else this process uses the tokenizer itself
-        loader.planned = {epoch + 1: planning_thread.submit(plan, epoch + 1)}
     return loader
 
 
 def valid_loader(manifest, config, tokenizer, audio_config, rank=0, world=1):
     """This rank's share of one validation manifest, in order."""
     clips = Clips([manifest], None, audio_config, config.cache_audio)
-    mine = list(range(rank, len(clips), world))
-    starts = range(0, len(mine), config.batch_size)
-    batches = [mine[i:i + config.batch_size] for i in starts]
+    batches = BatchSampler(range(rank, len(clips), world), config.batch_size, drop_last=False)
     return make_loader(clips, batches, tokenizer, config, config.cache_audio)
 
 
 if __name__ == "__main__":
-    command = sys.argv[1] if sys.argv[1:] else "check"
-    print(f"error: this command is now python prepare/{command}.py", file=sys.stderr)
+    print("error: these commands are now python prepare/check.py and prepare/convert.py", file=sys.stderr)
     sys.exit(2)

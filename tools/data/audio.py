@@ -1,6 +1,5 @@
 """An audio file -> samples: libsndfile by way of soundfile, and what it gets wrong about some files."""
 import io
-import itertools
 import math
 import mmap
 import os
@@ -19,7 +18,6 @@ BLOCK = 2 ** 17  # samples decoded at a time: many channels cost no memory
 UNKNOWN_LENGTH = 2 ** 36  # frames; libsndfile gives more than this where a header has no length
 ENDLESS = 2 ** 40  # bytes; no file has so many
 SILENT = 1e-4  # peak of a silent channel, -80 dB: lossy codecs leave some noise there
-LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz; other headers are damaged
 
 NO_SOUND = {  # how a file begins that holds no sound: what it is
     rb"$": "an empty file",
@@ -27,6 +25,8 @@ NO_SOUND = {  # how a file begins that holds no sound: what it is
     rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype )?html": "an HTML page",
     rb"[^\0-\x08\x0e-\x1f]+$": "text, no sound"}
 OGG_STREAM = b"OggS\0\2"  # the first page of a stream
+FLAC_STREAM = b'fLaC\0\0\0"'
+NO_DATA = b"data\0\0\0\0"
 XING = re.compile(rb"(?:Xing|Info)\0\0\0[\x03\x07\x0b\x0f].{4}(.{4})", re.S)  # the length of an MP3, in bytes
 # An ID3v1 tag or a byte of padding may end a sound before another one begins.
 NEXT_SOUND = re.compile(rb"(?:TAG.{125}|\0)?(?=RIFF|OggS\0\x02|fLaC|ID3[\x02-\x04]|\xff[\xe2-\xfb])", re.S)
@@ -34,30 +34,17 @@ NEXT_SOUND = re.compile(rb"(?:TAG.{125}|\0)?(?=RIFF|OggS\0\x02|fLaC|ID3[\x02-\x0
 warned = mmap.mmap(-1, 1)  # shared with the workers forked later: one warning for all of them
 
 
-class Part(io.FileIO):
-    """Bytes `begin` to `end` of a file, as a file of their own; endless: one that claims to have no end."""
-
-    def __init__(self, path, begin, end, endless=False):
-        super().__init__(os.open(path, os.O_RDONLY))  # soundfile takes nothing by a name that ends in .raw
-        self.path = path
-        self.begin, self.end, self.endless = begin, end, endless
-        self.seek(0)
+class EndlessFile(io.FileIO):
+    """A file that claims to be endless. libsndfile reads an MP3 up to an estimate of its length, made of its
+    size and first frame; without a VBR header that can be a sixth of it."""
+    at_end = False
 
     def seek(self, offset, whence=0):
-        origin = (self.begin, super().tell(), self.end)[whence]
-        if self.endless and whence == 2 and offset == 0:
-            origin = ENDLESS
-        return super().seek(max(self.begin, origin + offset))  # -128: an ID3v1 tag
+        self.at_end = whence == 2
+        return super().seek(offset, whence)
 
     def tell(self):
-        return super().tell() - self.begin
-
-    def readinto(self, buffer):
-        left = max(0, self.end - super().tell())
-        return super().readinto(memoryview(buffer)[:left])
-
-    def __repr__(self):  # in messages
-        return self.path
+        return ENDLESS if self.at_end else super().tell()
 
 
 class AudioFile(soundfile.SoundFile):
@@ -100,15 +87,12 @@ def read_head(path, begin):
     return begin, read_at(path, begin, 4096)
 
 
-def find_bytes(path, wanted, begin, most=ENDLESS):
-    """Where some bytes are in the `most` bytes of a file from `begin` on; ENDLESS: nowhere."""
-    with open(path, "rb") as f:
-        for offset in range(begin, begin + most, 2 ** 16):
-            block = os.pread(f.fileno(), 2 ** 16 + len(wanted) - 1, offset)
-            if wanted in block:
-                return offset + block.index(wanted)
-            if not block:
-                break
+def find_bytes(path, wanted, begin, most):
+    """Where some bytes are in the next `most` bytes of a file, else ENDLESS."""
+    for offset in range(begin, min(begin + most, os.path.getsize(path)), 2 ** 20):
+        index = read_at(path, offset, 2 ** 20 + len(wanted)).find(wanted)
+        if index >= 0:
+            return offset + index
     return ENDLESS
 
 
@@ -118,16 +102,16 @@ def sound_end(path, begin):
     if head[:4] == b"RIFF":
         return begin + 8 + int.from_bytes(head[4:8], "little")
     if head[:4] == b"fLaC":  # its length in bytes is nowhere; hours are not searched
-        return find_bytes(path, b'fLaC\0\0\0"', begin + 4, 2 ** 25)
+        return find_bytes(path, FLAC_STREAM, begin + 4, 2 ** 25)
     page = head
     while page[:6] == OGG_STREAM:  # streams that run side by side begin one after another
-        lengths = page[27:27 + page[26]]
+        lengths = page[27:27 + sum(page[26:27])]
         begin += 27 + len(lengths) + sum(lengths)
         page = read_at(path, begin, 282)
     if head[:6] == OGG_STREAM:
-        return find_bytes(path, OGG_STREAM, begin)
+        return find_bytes(path, OGG_STREAM, begin, ENDLESS)
     length = XING.search(head)
-    return begin + int.from_bytes(length[1], "big") if length else ENDLESS
+    return begin + max(1, int.from_bytes(length[1], "big")) if length else ENDLESS
 
 
 @lru_cache(maxsize=4096)
@@ -144,24 +128,23 @@ def split_sounds(path, size, modified):
 
 
 def open_part(path, begin, end, head):
-    """-> AudioFile of these bytes of a file, `head` the first; frames by its header: estimated for an MP3
-    without one."""
-    whole = begin == 0 and end == os.path.getsize(path) and not path.endswith(".raw")
-    f = AudioFile(path if whole else Part(path, begin, end))
+    """-> AudioFile of a part of a file, which begins with `head`; its frames by the header, or estimated for
+    an MP3 without one."""
+    whole = end - begin == os.path.getsize(path) and not path.endswith(".raw")  # soundfile refuses that name
+    riff_end = begin + 8 + int.from_bytes(head[4:8], "little")
+    content = path
+    if head[:4] == b"RIFF" and NO_DATA in head and abs(riff_end - end) > 1:
+        # a recorder did not come back to fill in the sizes
+        content = io.BytesIO(read_at(path, begin, end - begin).replace(NO_DATA, b"data" + b"\xff" * 4, 1))
+    elif not whole:
+        content = io.BytesIO(read_at(path, begin, end - begin))
+    f = AudioFile(content)
     frames = f.frames
-    if f.format.startswith("MP") and not re.search(b"Xing|Info|VBRI", head):
-        # libsndfile would stop at its estimate, made of the size and the first frame: a sixth of it, perhaps
-        f = AudioFile(Part(path, begin, end, endless=True))
-    data = head.find(b"data\0\0\0\0") + 8
-    if f.format.startswith("WAV") and frames == 0 and data >= 8:
-        # written by a recorder that never came back to its header, unless the sizes say that nothing follows
-        if abs(int.from_bytes(head[4:8], "little") + 8 - end + begin) > 1:
-            part = Part(path, begin + data, end)
-            f = AudioFile(part, "r", f.samplerate, f.channels, f.subtype, "LITTLE", "RAW")
-            frames = f.frames
-    elif f.format == "RAW":
+    if whole and f.format.startswith("MP") and not re.search(b"Xing|Info|VBRI", head):
+        f = AudioFile(EndlessFile(path))
+    if f.format == "RAW":  # by its ending alone: .au, .snd, .vox, .gsm
         raise soundfile.SoundFileRuntimeError("no header")
-    if not LOWEST_RATE <= f.samplerate <= HIGHEST_RATE:
+    if not 1000 <= f.samplerate <= 1e6:
         raise soundfile.SoundFileRuntimeError(f"sample rate {f.samplerate} Hz")
     return f, frames
 
@@ -175,18 +158,14 @@ def open_sounds(path):
     head = b"\0"
     try:
         stat = os.stat(file)
-        parts = list(split_sounds(file, stat.st_size, stat.st_mtime_ns))
-        for begin, end in parts:
-            begin, head = read_head(file, begin)
+        for begin, end in split_sounds(file, stat.st_size, stat.st_mtime_ns):
+            start, head = read_head(file, begin)
+            if head[:4] == b"fLaC":  # behind a tag libsndfile cannot seek
+                begin = start
             f, frames = open_part(file, begin, end, head)
+            f.path = path
             with f:
                 yield f, frames
-                if isinstance(f.name, Part) and f.name.endless and not len(f.read(1)):
-                    # an MP3 without a VBR header, to the last frame of the first one's rate and channels
-                    begin += f.name.tell() - 4
-                    following = NEXT_SOUND.search(read_at(file, begin, 12))
-                    if following:
-                        parts.append((begin + following.end(), end))
     except (soundfile.SoundFileError, OSError) as error:
         causes = [cause for beginning, cause in NO_SOUND.items() if re.match(beginning, head)]
         raise UserError(f"{path}: not readable as audio ({causes[0] if causes else error})") from error
@@ -203,7 +182,7 @@ def read_blocks(f, first, n):
             yield block
             n = n - len(block) if len(block) == len(buffer) else 0
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{f.name}: truncated or damaged ({error})") from error
+        raise UserError(f"{f.path}: truncated or damaged ({error})") from error
 
 
 def read_channel(f, first, n, channel):
@@ -224,48 +203,45 @@ def read_first_channel(f, first, n):
         return x
     if not warned[0]:
         warned[0] = 1
-        print(f"Warning: {f.name}: the first channel is silent, channel {loudest + 1} is used "
+        print(f"Warning: {f.path}: the first channel is silent, channel {loudest + 1} is used "
               f"(reported once)", file=sys.stderr)
     return read_channel(f, first, n, loudest)
 
 
-def length(f):
-    """Frames, decoded and counted where the header has no length."""
-    if f.frames < UNKNOWN_LENGTH:
-        return f.frames
-    return sum(map(len, read_blocks(f, 0, f.frames)))
-
-
 def count_frames(path):
-    """-> frames of a file; its sample rate, of several sounds the first one's."""
-    lengths = [(length(f), f.samplerate) for f, _ in open_sounds(path)]
-    rate = lengths[0][1]
-    return round(sum(n * rate / own_rate for n, own_rate in lengths)), rate
+    """-> frames, decoded and counted where the header has no length; sample rate. Of several sounds: all
+    their frames at the rate of the first."""
+    seconds, rate = 0, None
+    for f, frames in open_sounds(path):
+        rate = rate or f.samplerate
+        if f.frames >= UNKNOWN_LENGTH:
+            frames = sum(map(len, read_blocks(f, 0, f.frames)))
+        seconds += frames / f.samplerate
+    return round(seconds * rate), rate
 
 
 def missing_seconds(path):
     """Seconds that the header of a WAV or AIFF promises beyond the end of the file: libsndfile takes that for
     the end of the sound. A streaming encoder writes 2 GB or more, which means no length."""
     chunks = r"(?im)^ *(?:riff|form|data|ssnd)(?: size)? *: (\d+) \(should be (\d+)\)"
-    total = 0
+    seconds = 0
     for f, frames in open_sounds(path):
-        sizes = [(int(promised), int(held)) for promised, held in re.findall(chunks, f.extra_info)]
-        missing = [promised - held for promised, held in sizes if promised < 2 ** 31 - 2 ** 16]
-        total += max([0, *missing]) * frames / f.samplerate / os.path.getsize(path)
-    return total
+        missing = [0]
+        for promised, held in re.findall(chunks, f.extra_info):
+            if int(promised) < 2 ** 31 - 2 ** 16:
+                missing.append(int(promised) - int(held))
+        seconds += max(missing) * frames / f.samplerate / os.path.getsize(path)
+    return seconds
 
 
 def join(arrays):
     return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]  # a copy takes as long as decoding a WAV
 
 
-def resample(pieces, sample_rate):
-    """[(rate, samples)], one after another -> samples."""
-    resampled = []
-    for rate, group in itertools.groupby(pieces, lambda piece: piece[0]):
-        x = join([x for _, x in group])
-        resampled.append(soxr.resample(x, rate, sample_rate) if rate != sample_rate else x)  # HQ
-    x = join(resampled)
+def resample(x, rate, sample_rate):
+    if rate == sample_rate:
+        return x
+    x = soxr.resample(x, rate, sample_rate)  # HQ
     return x if len(x) else np.zeros(1, np.float32)  # less than one sample
 
 
@@ -276,17 +252,17 @@ def read_audio(path, start, seconds, sample_rate):
     for f, frames in open_sounds(path):
         rate, first = f.samplerate, int(offset * f.samplerate)
         n = min(f.frames - first, max(not pieces, math.ceil(round(seconds * rate, 6))))
-        if n > 0:
-            x = read_first_channel(f, first, n)
-            pieces.append((rate, x))
-            seconds -= len(x) / rate
-            end = first + len(x) if len(x) else length(f)
-            frames = end if len(x) < n or frames >= UNKNOWN_LENGTH else max(frames, end)  # an estimate
+        x = read_first_channel(f, first, n) if n > 0 else np.empty(0, np.float32)
+        if frames >= UNKNOWN_LENGTH:
+            frames = first + len(x)
+        if len(x):
+            pieces.append(resample(x, rate, sample_rate))
+        seconds -= len(x) / rate
         seconds_left += max(0, frames - first) / rate
         offset = max(0, offset - frames / rate)
-    if not any(len(x) for _, x in pieces):
+    if not pieces:
         raise UserError(f"{path}: no audio from {start} s on")
-    x = resample(pieces, sample_rate)
+    x = join(pieces)
     if not np.isfinite(x).all():
         raise UserError(f"{path}: holds samples that are not finite numbers")
     return x, seconds_left

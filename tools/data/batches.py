@@ -29,21 +29,25 @@ def plan_batches(sizes, batch_size, seed, world=1, pool=64, max_windows=None, mu
     and empty batches. The order of steps is random.
     """
     order = np.random.default_rng(seed).permutation(len(sizes))
-    pool_size = pool * batch_size * world * multiple
+    whole_batch = batch_size * world
+    pool_size = pool * whole_batch * multiple
     steps = []
     rest = order[:0]
     for part in np.split(order, range(pool_size, len(order), pool_size)):
-        rest = sort_by_size(np.concatenate([rest, part]), sizes, max_windows)
-        while step := take_step(rest, sizes, batch_size, world, max_windows, multiple):
-            steps.append(step)
-            rest = rest[sum(len(batch) for micro in step for batch in micro):]
+        left = sort_by_size(np.concatenate([rest, part]), sizes, max_windows)
+        step, rest = [], left
+        while len(left) >= whole_batch:
+            step.append(take_batches(left, sizes, batch_size, world, max_windows))
+            left = left[sum(map(len, step[-1])):]
+            if len(step) == multiple:
+                steps.append(step)
+                step, rest = [], left
     last = []
     while len(rest):
         B = batch_size
         while B > 1 and max_windows and B * sizes[rest[:B * world][-1], 0] > max_windows:
             B -= 1
-        whole = rest[:B * world]
-        last.append([whole[r::world] for r in range(world)])
+        last.append(deal(rest[:B * world], world))
         rest = rest[B * world:]
     last += [[rest] * world] * (-len(last) % multiple)  # empty
     for i in range(0, len(last), multiple):
@@ -59,24 +63,16 @@ def sort_by_size(items, sizes, max_windows):
     return items[np.lexsort((text, windows))]
 
 
-def take_step(items, sizes, batch_size, world, max_windows, multiple):
-    """The micro-batches of one optimizer step from the first of sorted items; None if they do not suffice."""
-    step = []
-    for _ in range(multiple):
-        if len(items) < batch_size * world:
-            return None
-        if max_windows:
-            micro = split_by_work(items, sizes, batch_size, world, max_windows)
-        else:
-            whole = items[:batch_size * world]
-            micro = [whole[r::world] for r in range(world)]
-        step.append(micro)
-        items = items[sum(map(len, micro)):]
-    return step
+def deal(items, world):
+    return [items[rank::world] for rank in range(world)]
 
 
-def split_by_work(items, sizes, batch_size, world, max_windows):
-    """Consecutive batches of equal work for all ranks; where texts are longer, fewer items."""
+def take_batches(items, sizes, batch_size, world, max_windows):
+    """A batch for each rank from the first of sorted items; with max_windows, consecutive ones of equal work:
+    where texts are longer, fewer items."""
+    if not max_windows:
+        return deal(items[:batch_size * world], world)
+
     def cumulative_work(i):  # of one, two, ... items from the i-th on, as many as fit into a batch
         windows, tokens = sizes[items[i:i + batch_size]].T
         counts = np.arange(1, len(windows) + 1)
@@ -101,14 +97,14 @@ def padding_stats(sizes, plan):
     most work exceeds the mean, summed over steps."""
     if not plan:
         return {}
-    slots = np.zeros(2)
-    work = []
-    for micro in plan:
-        padded = np.array([len(batch) * sizes[batch].max(0, initial=0) for batch in micro])
-        real_windows = np.array([sizes[batch, 0].sum() for batch in micro])
-        slots += padded.sum(0)
-        work.append(TOKENS_PER_WINDOW * real_windows + padded[:, 1])
-    windows, tokens = (1 - sizes.sum(0) / np.maximum(slots, 1)).tolist()
-    most, mean = np.max(work, 1).sum(), np.mean(work, 1).sum()
-    imbalance = float(most / max(mean, 1e-9) - 1)
-    return {"window_padding": windows, "token_padding": tokens, "rank_imbalance": imbalance}
+    batches = [batch for micro in plan for batch in micro]
+    padded = np.array([len(batch) * sizes[batch].max(0, initial=0) for batch in batches])
+    windows = np.array([sizes[batch, 0].sum() for batch in batches])
+    work = TOKENS_PER_WINDOW * windows + padded[:, 1]
+    work = work.reshape(len(plan), -1)  # (micro-steps, ranks)
+    waste = 1 - sizes.sum(0) / np.maximum(padded.sum(0), 1)
+    imbalance = work.max(1).sum() / max(work.mean(1).sum(), 1e-9) - 1
+    return {
+        "window_padding": float(waste[0]),
+        "token_padding": float(waste[1]),
+        "rank_imbalance": float(imbalance)}

@@ -11,7 +11,6 @@ Items are read by pread, not through a memory map, so that a worker's memory doe
 """
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import socket
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,29 +29,26 @@ SMALL = 1000  # fewer items are parsed faster than a file is worth leaving besid
 BLOCK = 10_000  # items encoded at a time
 
 
-class Items(Sequence):
-    """items[i] -> dict, from an index in memory (bytes) or in an open file."""
+class Items:
+    """items[i] -> dict, from an index in an open file."""
 
-    def __init__(self, source):
-        self.source = source
-        line = source[:source.index(b"\n") + 1] if isinstance(source, bytes) else source.readline()
+    def __init__(self, file):
+        self.file = file
+        file.seek(0)
+        line = file.readline()
         self.header = parse_json_line(line) or {}
         self.n = self.header.get("items", 0)
         self.offsets = len(line)
-        self.lines = self.offsets + 8 * (self.n + 1)
+        self.lines = len(line) + 8 * (self.n + 1)
 
     def _read(self, begin, end):
-        if isinstance(self.source, bytes):
-            return self.source[begin:end]
-        return os.pread(self.source.fileno(), end - begin, begin)
+        return os.pread(self.file.fileno(), end - begin, begin)
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        if not -self.n <= i < self.n:
-            raise IndexError(f"item {i} of {self.n}")
-        offset = self.offsets + 8 * (int(i) % self.n)
+        offset = self.offsets + 8 * range(self.n)[i]  # IndexError
         begin, end = struct.unpack("=2q", self._read(offset, offset + 16))
         line = self._read(self.lines + begin, self.lines + end)
         item = json.loads(line)
@@ -61,15 +56,6 @@ class Items(Sequence):
             text = json.dumps(item, ensure_ascii=False).encode("utf-16", "surrogatepass")
             item = json.loads(text.decode("utf-16", "replace"))
         return item
-
-    def __reduce__(self):  # pickled for a process that is not forked
-        if isinstance(self.source, bytes):
-            return Items, (self.source,)
-        return read_index, (self.source.name,)
-
-
-def read_index(path):
-    return Items(open(path, "rb"))
 
 
 def to_lines(items):
@@ -82,31 +68,25 @@ def to_lines(items):
 
 
 def write_index(f, content, stamp):
-    """Write the index of a manifest, given as JSON, to an open file."""
+    """Write the index of a manifest, parsed from JSON, to an open file."""
     items = list(content["data"].values())
-    head = {key: value for key, value in content.items() if key != "data"}
-
-    def header(digest):
-        fields = {"manifest": stamp, "items": len(items), "digest": f"{digest:08x}", "head": head}
-        return json.dumps(fields).encode() + b"\n"
-
-    f.seek(len(header(0)) + 8 * (len(items) + 1))
-    lengths, digest = [0], 0
+    lengths, digest, blocks = [0], 0, []
     for i in range(0, len(items), BLOCK):
         lines = to_lines(items[i:i + BLOCK])
         lengths += [len(line) + 1 for line in lines]
-        block = "\n".join([*lines, ""]).encode()
-        digest = zlib.crc32(block, digest)
-        f.write(block)
-    f.seek(0)
-    f.write(header(digest))
+        blocks.append("\n".join([*lines, ""]).encode())
+        digest = zlib.crc32(blocks[-1], digest)
+    head = {key: value for key, value in content.items() if key != "data"}
+    header = {"manifest": stamp, "items": len(items), "digest": f"{digest:08x}", "head": head}
+    f.write(json.dumps(header).encode() + b"\n")
     f.write(np.cumsum(lengths, dtype=np.int64))
+    f.writelines(blocks)
 
 
 def index_in_memory(content, stamp):
-    f = io.BytesIO()
+    f = open(os.memfd_create("index"), "w+b")
     write_index(f, content, stamp)
-    return Items(f.getvalue())
+    return Items(f)
 
 
 @contextmanager
@@ -133,7 +113,7 @@ def open_items(file, check, cache_dir=None):
         stat = os.stat(file)
         stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
         if os.path.isfile(path):
-            items = read_index(path)
+            items = Items(open(path, "rb"))
             if items.header.get("manifest") == stamp:
                 return items
         content = read_json(file)
@@ -145,7 +125,7 @@ def open_items(file, check, cache_dir=None):
             with atomic_write(path + suffix, "wb") as f:
                 write_index(f, content, stamp)
             os.replace(path + suffix, path)
-            return read_index(path)
+            return Items(open(path, "rb"))
         except OSError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"Warning: {file}: its index is kept in memory ({error})", file=sys.stderr)

@@ -61,7 +61,6 @@ def lose_block(state):
 FILES = {  # what happened to a release: (how, words of the error)
     "cut": (cut(SHARD), "weight_0.safetensors"),
     "Git LFS pointer": (rewrite(SHARD, POINTER), "weight_0.safetensors"),
-    "HTML page": (rewrite(SHARD, PAGE), "weight_0.safetensors"),
     "empty": (rewrite(SHARD, ""), "weight_0.safetensors"),
     "absent": (lambda folder: os.remove(folder / SHARD), "weight_0.safetensors"),
     "listing cut": (cut(LISTING), "metadata.json"),
@@ -72,7 +71,6 @@ FILES = {  # what happened to a release: (how, words of the error)
     "below the minimum": (edit_config(audio_transformer_n_head=0), "config.json.*audio_transformer_n_head"),
     "three stages": (edit_config(clap_depths=[1, 1, 1]), "clap_depths"),
     "stages": (edit_config(clap_num_heads=[3, 2, 2, 4]), "clap_num_heads"),
-    "heads": (edit_config(audio_transformer_n_head=7), "audio_transformer_n_head"),
     "longer than CLAP": (edit_config(window_length=11.0), "window_length"),
     "other blocks": (edit_config(cross_attn_every_n_layers=2), "unexpected.*xattn"),
     "not in the shard": (edit_shard(lambda s: s.pop(NORM), False), "weight_0.safetensors.*" + NORM),

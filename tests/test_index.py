@@ -6,13 +6,11 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from data import Manifest
 from tests.helpers import ROOT
 
-rng = np.random.default_rng(0)
 OPEN = """import sys; sys.path.insert(0, {root!r})
 from data import Manifest
 manifest = Manifest({file!r})
@@ -20,15 +18,15 @@ print(len(manifest), manifest.items[len(manifest) - 1]['output'], manifest.diges
 """
 
 
+TEXTS = ["dog", "Küche 音 😀", 'a "quote"', "back\\slash", "tab\t line\n", '"{},": ,', ", Infinity, "]
+
+
 def content(n):
-    words = ["dog", "Küche", "音", "😀", 'a "quote"', "back\\slash", "tab\t", "line\n", *"{},", '": ',
-             ", Infinity, "]
-    texts = [" ".join(rng.choice(words, 4)) for _ in range(100)]
     data = {}
     for i in range(n):
-        data[str(i)] = {"name": f"ü/{i}.wav", "prompt": texts[i % 100], "output": texts[i % 91]}
+        data[str(i)] = {"name": f"ü/{i}.wav", "prompt": TEXTS[i % 7], "output": TEXTS[i % 5]}
     for i in range(0, n, 3):
-        data[str(i)] |= {"duration": i / 7, "extra": [{"deep": [None, True, 1e-7]}, texts[i % 100]]}
+        data[str(i)] |= {"duration": i / 7, "extra": [{"deep": [None, True, 1e-7]}]}
     head = {"split": "train", "split_path": "ö", "flamingo_task": "x", "total_num": n}
     return head | {"data": data, "more": [1]}
 
@@ -41,19 +39,20 @@ def write(folder, content, **form):
     return path
 
 
-@pytest.mark.parametrize("n", [0, 1, 30, 1500])
+@pytest.mark.parametrize("n", [0, 30, 1500])
 @pytest.mark.parametrize("form", [{}, {"indent": 2}, {"ensure_ascii": False}])
 def test_items_are_those_of_the_json(tmp_path, n, form):
     expected = content(n)
-    path, items = write(tmp_path, expected, **form), list(expected["data"].values())
+    path = write(tmp_path, expected, **form)
+    items = list(expected.pop("data").values())
     for _ in range(2):  # built, then read
         manifest = Manifest(path, "root")
         assert len(manifest) == n and list(manifest.items) == items
         assert [manifest.items[i] for i in range(-n, 0)] == items
-        assert manifest.head == {key: value for key, value in expected.items() if key != "data"}
+        assert manifest.head == expected
         with pytest.raises(IndexError):
             manifest.items[n]
-        assert sorted(os.listdir(tmp_path / "a-AQA")) == ["train.json"] + ["train.json.index"] * (n >= 1000)
+        assert sorted(os.listdir(tmp_path / "a-AQA")) == ["train.json", "train.json.index"][:1 + (n >= 1000)]
 
 
 def test_an_index_spares_the_manifest(tmp_path):

@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/python prepare/demo.py
 
 test: setup data/smollm2
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-fast: setup data/smollm2
 	$(BIN)/python -m pytest -q -m "not slow" tests

@@ -19,6 +19,14 @@ import pytest
 from tests.helpers import GOLDEN, save_byte_tokenizer, train, write_manifest
 
 
+LONGEST = ["test_full_size.py", "test_readme.py", "test_train.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Of two processes the one that starts a long file last would end long after the other."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def interpreter_that_works(monkeypatch):
     """Whatever launches a kernel is skipped where Triton's interpreter cannot run one."""

@@ -53,7 +53,8 @@ def test_audio_tokens(model, golden):
 @pytest.mark.parametrize("backend", ["naive", "sdpa", TRITON])
 def test_logits_and_loss(model, golden, backend):
     arrays, _, windows, n = golden
-    model.backend, ids = backend, arrays["input_ids"]
+    model.backend = backend
+    ids = arrays["input_ids"]
     with torch.no_grad():
         logits, none = model(ids, windows, n)
         _, loss = model(ids, windows, n, labels=arrays["labels"])
@@ -128,7 +129,8 @@ def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend, monkey
     arrays, facts, windows, n = golden
     model.backend = backend
     monkeypatch.setattr(model, "stop_ids", [])
-    prompts, expected = [prompt for prompt, _ in facts["prompts"]], arrays["greedy"]
+    prompts = [prompt for prompt, _ in facts["prompts"]]
+    expected = arrays["greedy"]
 
     def greedy(*question):
         tokens = list(stream(model, *question, max_new_tokens=24))
@@ -140,6 +142,7 @@ def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend, monkey
         row, count = expected[b:b + 1], n[b:b + 1]
         assert torch.equal(greedy([prompts[b]], clip, count), row)
         prompt = torch.tensor(encode_prompts(model.tokenizer, [prompts[b]]))
+        text = torch.cat([prompt, row], 1)
         with torch.no_grad():  # no KV cache: the whole text at once
-            logits, _ = model(torch.cat([prompt, row], 1), clip, count)
+            logits, _ = model(text, clip, count)
         assert torch.equal(logits[:, -25:-1].argmax(-1), row)

@@ -260,7 +260,7 @@ def test_a_hub_id_is_all_that_a_release_needs(model, release, tiny_lm, tmp_path,
 
 @pytest.mark.parametrize("tokens", [["<audio>", "x1", "x2"], ["x1", "<SEP>"], [*SPECIAL_TOKENS[::-1]],
                                     [*SPECIAL_TOKENS, "x1"]])
-@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("special", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_pretrained_rows_are_never_touched(tiny_lm, tiny_settings, tmp_path, tokens, special):
     """A tokenizer with special tokens of ours among its own: their rows are used as they were learnt."""
     from transformers import AutoTokenizer

@@ -286,7 +286,7 @@ def test_resumed_with_the_same_items_a_step(straight, tiny_config, resumable):
     assert_close(saved(resumable, 4), saved(straight[0], 4))
 
 
-@pytest.mark.parametrize("first, then", [(1, 8), (3, 1)])
+@pytest.mark.parametrize("first, then", [(1, 8), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_resumed_with_another_batch_items_are_trained_once(tiny_config, tmp_path, first, then, monkeypatch):
     folder, options = str(tmp_path / "run"), [WHOLE_BLEND, "--num_epochs=4", NO_VALIDATION]
     paths, train_step = [], script.train_step

@@ -60,7 +60,11 @@ def decode_ids(model, items, slots, sampling, sync_every=None):
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 30, "seed": 3}])
-@pytest.mark.parametrize("slots, sync_every", [(1, 1), (3, 1), (8, 8), (50, 1)])
+@pytest.mark.parametrize("slots, sync_every", [
+    pytest.param(1, 1, marks=pytest.mark.slow),
+    (3, 1),
+    (8, 8),
+    pytest.param(50, 1, marks=pytest.mark.slow)])
 def test_continuous_batches_answer_as_one_by_one(endless, monkeypatch, settings, slots, sync_every):
     """Answers of different lengths. sync_every: decoding steps between two synchronisations of a GPU."""
     items, sampling = questions(11), Sampling(max_new_tokens=12, **settings)

@@ -104,6 +104,7 @@ class Interrupted(io.StringIO):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, again", [
     ("", [2]), ("--batch_size=1", [2]), ("prompt", [2, 4]), ("clip", range(5)), ("weights", range(5)),
     ("--max_new_tokens=3", range(5)), ("--temperature=0.1", range(5)), ("--window_length=2", range(5)),

@@ -63,8 +63,8 @@ def decode_text(path, encoding=""):
     guess = likeliest["encoding"] or "UTF-8"
     text = decode_text(path, guess)
     word = re.search(r"[^\s,;|]{0,20}[^\0-\x7f][^\s,;|]{0,20}", text)[0]
-    print(f"note: {path} is not UTF-8, read as {guess}: {word.encode(guess)} is {word!r} (table.py takes another "
-          f"one as --encoding)")
+    print(f"note: {path} is not UTF-8, read as {guess}: {word.encode(guess)} is {word!r} (table.py takes "
+          f"another one as --encoding)")
     return text
 
 

@@ -53,7 +53,8 @@ def decode_text(path, encoding=""):
     except (LookupError, ValueError) as error:
         if encoding:
             raise UserError(f"{path}: not a text in the encoding {encoding!r} ({error})") from error
-    optional_import("chardet.pipeline", f"{path}: text that is not UTF-8", "prepare")  # only chardet 7 has it
+    purpose = f"{path}: text that is not UTF-8, without table.py's --encoding,"
+    optional_import("chardet.pipeline", purpose, "prepare")  # only chardet 7 has it
     import chardet
     sample = re.sub(rb"[\0-\x7f]{100,}", b"\n", content)  # long ASCII says nothing
     guesses = chardet.detect_all(sample, encoding_era=chardet.EncodingEra.MODERN_WEB, ignore_threshold=True)

@@ -26,7 +26,7 @@ METRICS = {"CIDEr-D": "cider.cider.Cider", "BLEU-4": "bleu.bleu.Bleu", "ROUGE-L"
            "METEOR": "meteor.meteor.Meteor", "SPICE": "spice.spice.Spice"}
 JAVA = "Java: apt-get install default-jre-headless"
 JARS = "Stanford's jars: python -m pycocoevalcap.spice.get_stanford_models"
-# In a German locale Java prints 0,5; in the C locale it writes ASCII
+# In a German locale Java prints 0,5; in the C locale it writes ASCII. _JAVA_OPTIONS come before all others.
 JAVA_OPTIONS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
 PUNCTUATION = str.maketrans("", "", ".?!,:;`'\"()[]{}-")
 
@@ -86,14 +86,14 @@ def caption_scores(answers, references):
 
 def run_library(name, method, *arguments):
     """{"result"} of a method of a class of pycocoevalcap, or {"failed": reason}, from metric_process.py."""
-    seconds = 120 + len(arguments[0]) // 2
-    options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} {JAVA_OPTIONS}"
+    seconds = 90 + len(arguments[0]) // 2
+    options = f"{os.environ.get('_JAVA_OPTIONS', '')} {JAVA_OPTIONS}"
     command = [sys.executable, os.path.join(os.path.dirname(__file__), "metric_process.py")]
     task = json.dumps([seconds, f"pycocoevalcap.{name}", method, arguments])
     process = subprocess.run(command, input=task.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             env=os.environ | {"JAVA_TOOL_OPTIONS": options})
+                             env=os.environ | {"_JAVA_OPTIONS": options})
     lines = process.stdout.splitlines() or [""]
-    return parse_json_line(lines[-1]) or {"failed": f"killed, or not done after {seconds} s"}
+    return parse_json_line(lines[-1]) or {"failed": f"killed, or its Java program was not done after {seconds} s"}
 
 
 def tokenize(references, answers, absent):

@@ -11,7 +11,7 @@ import sys
 
 
 def end(*_):
-    os.killpg(0, signal.SIGKILL)  # METEOR's __del__ would wait for its lock, and Java for input
+    os.killpg(0, signal.SIGKILL)  # METEOR's __del__ would wait for its lock for ever
 
 
 os.setsid()
@@ -19,8 +19,9 @@ seconds, name, method, arguments = json.load(sys.stdin)
 signal.signal(signal.SIGALRM, end)
 signal.alarm(seconds)
 try:
-    outcome = {"result": getattr(pydoc.locate(name)(), method)(*arguments)}
+    tool = pydoc.locate(name)()
+    outcome = {"result": getattr(tool, method)(*arguments)}
 except Exception as error:  # the library checks neither its Java program nor what that prints
-    outcome = {"failed": repr(error)}
+    outcome = {"failed": f"the library or its Java program failed ({error!r})"}
 print("\n" + json.dumps(outcome, default=lambda array: array.tolist()), flush=True)
 end()

@@ -91,11 +91,11 @@ def answer_text(item):
 # ------------------------------------------------------------------------------------------------------------
 # Options. A mark is the letter or number in front of an option.
 
-MARK_STYLES = (r"\(\s*({})\s*\)", r"\[\s*({})\s*\]", r"(?<![\p{{Latin}}\d_(])({})\)",  # (A) [A] A)
+MARK_STYLES = (r"\(\s*({})\.?\s*\)", r"\[\s*({})\s*\]", r"(?<![\p{{Latin}}\d_(])({})\.?\)",  # (A) [A] A)
                r"(?<![\p{{Latin}}\d_.'])({})\.(?=\s|[^\x00-\x7f])", r"(?m:^[ \t]*)({})\.(?=[^\s\d])",  # A.
                r"(?<![\p{{Latin}}\d_.'])({}):(?=\s|[^\x00-\x7f])",  # A:
                r"(?:(?m:^[ \t]*)|(?<![\p{{Latin}}\d_])(?!\d))({})[ \t]+[-–]\s",  # A - dog
-               r"(?m:^[ \t]*)(?!\d)({})[ \t]+(?=\S)")  # lines "A dog"; of "1 dog", 1 is a number
+               r"(?m:^[ \t]*)(?!\d)({})(?:[ \t]*[|/])?[ \t]+(?=\S)")  # lines "A dog"; of "1 dog", 1 is a number
 # Marks in other characters: <A> {{A}} 【A】 （A）, **A.** `A`, A． A、 A：, ① Ⓐ ⒈
 OTHER_MARKS = re.compile(
     r"(?|[<＜〈《{｛（［【〔「『]\s*([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})\s*[>＞〉》}｝）］】〕」』)\]][.:]?"
@@ -104,8 +104,8 @@ OTHER_MARKS = re.compile(
     r"(?:[．、。：）](?!\s*(?:\d|[A-Za-z]\b))|(?<=[Ａ-Ｚａ-ｚ])[.):])"
     r"|([①-⑳⑴-⒇⒈-⒛⒜-⒵Ⓐ-ⓩ🄐-🄩❶-❾🅰-🅴🅐-🅔]\ufe0f?|\d\ufe0f?\u20e3))")
 # An option's mark at the front of a text; the last form, "B dog", has an empty second group
-FRONT_MARK = re.compile(r"[\s*_`\"'“‘]*(?|[(\[]\s*([A-Za-z]|\d{1,2})\s*[)\]][.:]?"
-                        r"|([A-Za-z]|\d{1,2})(?:\)|[.:](?=\s|$|[^\x00-\x7f])|\W*$)"
+FRONT_MARK = re.compile(r"[\s*_`\"'“‘]*(?|[(\[]\s*([A-Za-z]|\d{1,2})\.?\s*[)\]][.:]?"
+                        r"|([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})(?:\.?\)|[.:](?=\s|$|[^\x00-\x7f])|\W*$)"
                         r"|(?![Aa]\s)([A-Za-z]|\d{1,2})()[\s.,:–-]+)[\s*_`]*")
 # Letters that name an option inside a text; those that do where the text names none otherwise
 NAMED_MARK = (r"[(\[]\s*([A-Za-z])\s*[)\]]|\b(?i:(?:option|choice|(?:answer|option|choice)\s*"
@@ -128,7 +128,7 @@ def plain_marks(text):
 
 
 def mark_index(mark):
-    return int(mark) - 1 if mark.isdigit() else ascii_lowercase.index(mark.lower())
+    return int(mark) - 1 if mark.isdigit() else ascii_lowercase.index(fold(mark))
 
 
 @lru_cache(1 << 16)
@@ -152,7 +152,7 @@ def _option_texts(prompt, found):
         if mark_index(mark[1]) == len(run):
             run.append(mark)
     texts = [prompt[mark.end():following.start()] for mark, following in pairwise(run)]
-    texts = [re.sub(r"[\s,;]+(?:or|and)\s*$", "", text, flags=re.I) for text in texts]
+    texts = [re.sub(r"(?:[\s,;]+(?:or|and)|\n\s*[-*•+>]+|[\s,;-]+(?:option|choice))\s*$", "", text, flags=re.I) for text in texts]
     last, _, _ = prompt[run[-1].end():].strip().partition("\n")
     last = INSTRUCTION.sub("", last)
     if not any(SENTENCE.search(text.strip()) for text in texts):  # the options are no paragraphs

@@ -93,7 +93,8 @@ def run_library(name, method, *arguments):
     process = subprocess.run(command, input=task.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                              env=os.environ | {"_JAVA_OPTIONS": options})
     lines = process.stdout.splitlines() or [""]
-    return parse_json_line(lines[-1]) or {"failed": f"killed, or its Java program was not done after {seconds} s"}
+    killed = f"killed, or its Java program was not done after {seconds} s"
+    return parse_json_line(lines[-1]) or {"failed": killed}
 
 
 def tokenize(references, answers, absent):

@@ -23,6 +23,8 @@ ARTICLE = re.compile(r"(?<!\S)(?:an?|the) (?!(?:(?:flat|sharp) )?(?:minor|major)
 TAG = r"<\s*/?\s*(?:summary|caption|reasoning|conclusion)\s*>"
 CONCLUSION = re.compile(rf"<\s*conclusion\s*>(.*?)(?={TAG}|$)", re.I | re.S)
 
+# What stands before a mark, on its line or in its list
+BEFORE_MARK = re.compile(r"(?:[\s,;]+(?:or|and)|\n\s*[-*•+>]+|[\s,;-]+(?:option|choice))\s*$", re.I)
 # What ends the last option: a new sentence (not after an initial or a title), or an instruction in the same
 # one.
 SENTENCE = re.compile(r"(?<!\b[a-z])(?<!\b[dmjs]r)(?<!\bm[rs]s)(?<!\b[dmjs]s)(?<!\bst)(?<!\bvs)(?<!\bft)"
@@ -95,8 +97,8 @@ MARK_STYLES = (r"\(\s*({})\.?\s*\)", r"\[\s*({})\s*\]", r"(?<![\p{{Latin}}\d_(])
                r"(?<![\p{{Latin}}\d_.'])({})\.(?=\s|[^\x00-\x7f])", r"(?m:^[ \t]*)({})\.(?=[^\s\d])",  # A.
                r"(?<![\p{{Latin}}\d_.'])({}):(?=\s|[^\x00-\x7f])",  # A:
                r"(?:(?m:^[ \t]*)|(?<![\p{{Latin}}\d_])(?!\d))({})[ \t]+[-–]\s",  # A - dog
-               r"(?m:^[ \t]*)(?!\d)({})(?:[ \t]*[|/])?[ \t]+(?=\S)")  # lines "A dog"; of "1 dog", 1 is a number
-# Marks in other characters: <A> {{A}} 【A】 （A）, **A.** `A`, A． A、 A：, ① Ⓐ ⒈
+               r"(?m:^[ \t]*)(?!\d)({})(?:[ \t]*[|/])?[ \t]+(?=\S)")  # "A dog", but not "1 dog"
+# Marks in other characters: <A> {A} 【A】 （A）, **A.** `A`, A． A、 A：, ① Ⓐ ⒈
 OTHER_MARKS = re.compile(
     r"(?|[<＜〈《{｛（［【〔「『]\s*([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})\s*[>＞〉》}｝）］】〕」』)\]][.:]?"
     r"|[*_`]+([A-Za-z]|\d{1,2})[.):]?[*_`]+[.):]?"
@@ -152,7 +154,7 @@ def _option_texts(prompt, found):
         if mark_index(mark[1]) == len(run):
             run.append(mark)
     texts = [prompt[mark.end():following.start()] for mark, following in pairwise(run)]
-    texts = [re.sub(r"(?:[\s,;]+(?:or|and)|\n\s*[-*•+>]+|[\s,;-]+(?:option|choice))\s*$", "", text, flags=re.I) for text in texts]
+    texts = [BEFORE_MARK.sub("", text) for text in texts]
     last, _, _ = prompt[run[-1].end():].strip().partition("\n")
     last = INSTRUCTION.sub("", last)
     if not any(SENTENCE.search(text.strip()) for text in texts):  # the options are no paragraphs

@@ -21,6 +21,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
@@ -101,7 +103,7 @@ def table_items(c, path, folder, undo):
     columns = Row(dict.fromkeys(itertools.chain(*rows), True), path)
     kept = [column for column in c.keep.split(",") if column and columns[column]]
     literal_prompt = " " in c.prompt and c.prompt not in columns
-    for row in rows:
+    for row in tqdm(rows, "rows", disable=None):
         item = {column: row[column] for column in kept if row.get(column) not in (None, "", [])}
         for column in item:
             cell_texts(row, column)

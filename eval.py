@@ -253,14 +253,18 @@ def results_folder(c, source):
     return settings.resolve_path(c.results or folder)
 
 
-def check_files(c, folder):
-    """Fail before the long work where results cannot be written."""
+def check_files(c, folder, outputs=(), file=""):
+    """Fail before the long work where results cannot be written, or would replace the file that is read."""
     if folder:
         check_folder_writable(folder)
     if c.scores:
         c.scores = settings.resolve_path(c.scores)
         check_writable(c.scores)
         records.read_scores(c.scores)
+    for output in outputs:
+        for path in (output, output + ".tmp"):  # the temporary file, too
+            if os.path.exists(path) and os.path.samefile(path, file):
+                raise UserError(f"{file}: results would replace it: give other --results or --scores")
 
 
 def results_file(folder, name, ending=".jsonl"):
@@ -319,14 +323,12 @@ def score_file(c):
         raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
     items = records.read_answers(c.files[0])
     folder = c.results and settings.resolve_path(c.results)
-    check_files(c, folder)
-    results = folder and results_file(folder, c.task)
-    if results and os.path.exists(results) and os.path.samefile(results, c.files[0]):
-        raise UserError(f"{results}: would be replaced by its own results: give another --results")
+    outputs = [results_file(folder, c.task), results_file(folder, "report", ".html")] if folder else []
+    check_files(c, folder, outputs, c.files[0])
     row = score_split(c.task, items, c, c.clap_checkpoint)
-    if results:
+    if folder:
         os.makedirs(folder, exist_ok=True)
-        records.write_items(results, items)
+        records.write_items(outputs[0], items)
     save_scores(c, folder, {c.task: row}, {c.task: items}, lambda name, item: "")
 
 

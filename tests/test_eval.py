@@ -297,8 +297,9 @@ def test_compare_pairs_the_same_items(tmp_path, capsys):
 def test_labels_that_a_file_lacks(score, tmp_path):
     lines = to_lines({"prompt": "?", "output": text, "answer": text} for text in ("Dog, bark", "cat", "owl"))
     labels = tmp_path / "labels.txt"
-    for content, missing in (("dog\nbark", "2 .*cat, owl"), ("cat\nowl", "2 .*bark, dog"), ("", "4 .*owl")):
-        labels.write_text(content)
+    cases = {b"dog\nbark": "2 .*cat, owl", b"cat\r\nowl": "2 .*bark, dog", b"": "4 .*owl", b"\xe9": "UTF-8"}
+    for content, missing in cases.items():
+        labels.write_bytes(content)
         for task in ("FSD50k-EventClassification", "Toy-SceneClassification"):
             with pytest.raises(UserError, match=f"labels.txt.*{missing}"):
                 score(lines, task=task, labels=str(labels))

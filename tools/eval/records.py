@@ -116,8 +116,10 @@ def read_entry(where, entry):
         form, options, order = MUCHOMUSIC, to_list(entry["answers"]), to_list(entry["answer_orders"])
         if 0 not in order[:len(options)]:
             refuse(where, "answer_orders", order, "the order of the answers, 0 for the right one")
-        right = str(options[order.index(0)])
-        changed = {"choices": options, "output": right, "answer": entry.get("model_output")}
+        right, answer = str(options[order.index(0)]), entry.get("model_output")
+        if isinstance(answer, str):  # as its script reads it
+            answer = answer.split("The correct answer is:")[-1]
+        changed = {"choices": options, "output": right, "answer": answer}
     elif {"question", "choices", "audio_id"} <= keys and not {"prompt", "output"} & keys:
         form, answer = MMAU, entry.get("model_output", entry.get("model_prediction"))
         changed = {"prompt": entry["question"], "output": entry.get("answer"), "answer": answer}
@@ -185,8 +187,11 @@ def read_labels(path, items=()):
     references that the file lacks."""
     if not path:
         return None
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        labels = [line.strip() for line in f if line.strip()]
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            labels = [line.strip() for line in f if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from error
     with_comma = {normalise(label) for label in labels if "," in label}
     missing = set()
     for text in chain.from_iterable(map(references_of, items)):
@@ -221,7 +226,7 @@ def add_scores(path, rows):
 def read_questions(path):
     """The items of such a file, with the name of their clip. MMAU's test split has no answers: its outputs
     are empty."""
-    return [item | {"name": os.path.normpath(str(item["audio"]))} for item in read_entries(path)[0]]
+    return [item | {"name": os.path.normpath(str(item.get("audio", "")))} for item in read_entries(path)[0]]
 
 
 def open_questions(path, name, data_root):

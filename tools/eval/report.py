@@ -83,11 +83,13 @@ def sub_categories(items, clips, bounds):
     for key in GROUPS:
         members = defaultdict(list)  # value: [(score, clip)]
         for item, clip in zip(items, clips):
-            for value in to_list(item.get(key)) if item["score"] is not None else ():
-                members[str(value)].append((item["score"], clip))
-        for value, scored in sorted(members.items()) if len(members) > 1 else ():
-            mean, spread = interval(*zip(*scored), bounds)
-            groups[f"{key.lower()}: {value}"] = {"value": mean, "interval": spread, "n": len(scored)}
+            if item["score"] is not None:
+                for value in to_list(item.get(key)):
+                    members[str(value)].append((item["score"], clip))
+        if len(members) > 1:
+            for value, scored in sorted(members.items()):
+                mean, spread = interval(*zip(*scored), bounds)
+                groups[f"{key.lower()}: {value}"] = {"value": mean, "interval": spread, "n": len(scored)}
     return groups
 
 

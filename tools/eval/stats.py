@@ -92,6 +92,11 @@ def id_of(item):
     return str(item.get("id"))
 
 
+def has_unique_ids(items):
+    ids = set(map(id_of, items)) - {"None"}
+    return len(ids) == len(items)
+
+
 def pair_by(key, first, second):
     """Pairs of items with the same key; items that share one are paired in their order."""
     groups = defaultdict(lambda: ([], []))
@@ -105,8 +110,8 @@ def pair_items(first, second):
     """-> [(item of the first, item of the second)], and what they are paired by. Ids count where both files
     have unique ones, which name the same questions: not lines, for example."""
     by_question, by_id = pair_by(question_of, first, second), pair_by(id_of, first, second)
-    unique = all(len(set(map(id_of, items)) - {"None"}) == len(items) for items in (first, second))
     agree = all(question_of(a) == question_of(b) for a, b in by_id) or not by_question
+    unique = has_unique_ids(first) and has_unique_ids(second)
     if unique and agree and len(by_id) >= len(by_question):
         return by_id, "id"
     if by_question:

@@ -279,8 +279,7 @@ def train(c, run):
         finished = state.finished(c)
         save_due = finished or stop or overdue or state.epoch_save_due(c)
         if save_due or state.step % c.logging_steps == 0:
-            steps = math.ceil(total_samples * state.step / state.samples)  # estimated
-            bar.total = min(steps, c.max_steps or steps)
+            bar.total = state.estimate_steps(c, total_samples)
             stats.log_line(epoch, c.learning_rate * factor, bar.total)  # raises where training diverged
         if save_due:
             save_checkpoint(c, run, model, optimizer, state, facts)

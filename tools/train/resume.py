@@ -1,5 +1,6 @@
 """Resume a run: the training state in a checkpoint, and whether today's settings can go on from it."""
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -49,6 +50,11 @@ class TrainState:
 
     def finished(self, c):
         return self.epoch >= c.num_epochs or 0 < c.max_steps <= self.step
+
+    def estimate_steps(self, c, total_samples):
+        """Steps of the whole run, if they go on to take as many samples."""
+        steps = math.ceil(total_samples * self.step / self.samples)
+        return min(steps, c.max_steps or steps)
 
     def epoch_save_due(self, c):
         return self.between_epochs() and self.epoch % c.save_epochs == 0

@@ -19,7 +19,7 @@ import pytest
 from tests.helpers import GOLDEN, save_byte_tokenizer, train, write_manifest
 
 
-LONGEST = ["test_full_size.py", "test_readme.py", "test_train.py"]
+LONGEST = ["test_full_size.py", "test_kernel.py", "test_readme.py", "test_train.py"]
 
 
 def pytest_collection_modifyitems(items):

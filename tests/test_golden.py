@@ -13,8 +13,8 @@ from tools.checkpoint.releases import our_name
 from tools.sample.decoding import stream
 
 # in Triton's interpreter a backward pass takes ten seconds
-TRITON = pytest.param("triton", marks=[pytest.mark.slow, pytest.mark.skipif(
-    not os.environ.get("TRITON_INTERPRET"), reason="the model is on the CPU, Triton compiles for a GPU")])
+TRITON = [pytest.mark.slow, pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="the model is on the CPU, Triton compiles for a GPU")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_audio_tokens(model, golden):
         assert max_error(ours[:keys], theirs[:keys]) < 2e-4
 
 
-@pytest.mark.parametrize("backend", ["naive", "sdpa", TRITON])
+@pytest.mark.parametrize("backend", ["naive", "sdpa", pytest.param("triton", marks=TRITON)])
 def test_logits_and_loss(model, golden, backend):
     arrays, _, windows, n = golden
     model.backend = backend
@@ -102,8 +102,12 @@ def attention_keeping(keep):
     return forward
 
 
-@pytest.mark.parametrize("backend", ["naive", "sdpa", TRITON])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend, checkpointing", [
+    ("naive", False),
+    ("naive", True),
+    ("sdpa", False),
+    ("sdpa", True),
+    pytest.param("triton", True, marks=TRITON)])
 def test_gradients(model, golden, backend, checkpointing, monkeypatch):
     arrays, _, windows, n = golden
     model.backend = backend

@@ -134,46 +134,45 @@ def answer_audio(model, c):
 def answer_input(model, questions, c):
     """--input: print a line for every question, in their order. Answers are kept in <output>.part as they
     end, where a killed run goes on; <output> is written when all are there -> exit code."""
-    sampling = sampling_of(c)
-    dtype = str(model.lm.norm.weight.dtype)
+    sampling, dtype = sampling_of(c), str(model.lm.norm.weight.dtype)
     identity = fingerprint(model.state_dict()), dtype, model.audio_config, asdict(sampling)
     keys = [answer_key(identity, question["prompt"], paths) for question, paths in questions]
     part = f"{c.output}.part"
-    kept = read_part(part, keys) if c.output else {}  # {key: an answer}
-    asked, errors, lines = [], {}, []
+    answers = read_part(part, keys) if c.output else {}  # {key: {"answer"}, with "error" where it is None}
+    asked, lines, seconds = [], [], []
 
     def items():
-        for number, (question, paths) in enumerate(questions):
-            if keys[number] in kept:
+        for key, (question, paths) in zip(keys, questions):
+            if key in answers:
                 continue
             try:
                 item, truncated = load_item(question["prompt"], paths, model)
                 encode_questions(model, [item], c.answer_prefix)
             except (UserError, FileNotFoundError) as error:
-                errors[number] = str(error)
+                answers[key] = {"answer": None, "error": str(error)}
                 continue
-            asked.append((number, truncated))
+            seconds.extend(truncated)
+            asked.append((key, question))
             yield item
 
-    answers = answer_items(model, items(), min(c.batch_size, len(questions)), sampling)
-    for number, key in enumerate(tqdm(keys, "answer", unit="question", disable=None)):
-        while key not in kept and number not in errors:  # answers end in any order
-            for index, text in itertools.islice(answers, 1):
-                done, truncated = asked[index]
-                answer = {"key": keys[done], "answer": text, "truncated_seconds": truncated}
-                kept[keys[done]] = answer
+    texts = answer_items(model, items(), min(c.batch_size, len(questions)), sampling)
+    for key, (question, _) in zip(tqdm(keys, "answer", unit="question", disable=None), questions):
+        while key not in answers:  # they end in any order
+            for index, text in itertools.islice(texts, 1):
+                done, about = asked[index]
+                answers[done] = {"answer": text}
                 if c.output:
-                    append_line(part, questions[done][0] | answer)
-        answer = {"answer": kept[key]["answer"]} if key in kept else {"answer": None, "error": errors[number]}
-        lines.append(to_json_line(questions[number][0] | answer))
+                    append_line(part, about | {"answer": text, "key": done})
+        lines.append(to_json_line(question | answers[key]))
         tqdm.write(lines[-1], end="")
     if c.output:
         with atomic_write(c.output, "wb") as f:
             f.write("".join(lines).encode())
         os.remove(part)
-    print_truncation([seconds for answer in kept.values() for seconds in answer["truncated_seconds"]], model)
-    for error in list(errors.values())[:1]:
-        print(f"{len(errors)} of {len(questions)} could not be answered, e.g. {error}", file=sys.stderr)
+    print_truncation(seconds, model)
+    errors = [answers[key]["error"] for key in keys if "error" in answers[key]]
+    if errors:
+        print(f"{len(errors)} of {len(questions)} could not be answered, e.g. {errors[0]}", file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -48,7 +48,7 @@ def draw_picture(run, clip, prompt):
     from data import load_audio
     from model import AudioFlamingo
     from tools.html_page import draw_attention, draw_log_mel, new_figure, plain_label, png_bytes
-    from tools.sample.attention_map import attention_over_time
+    from tools.sample.attention_map import attention_timeline
     model = AudioFlamingo.from_pretrained(run)
     windows = torch.from_numpy(load_audio(clip, **model.audio_config))
     answer = model.generate([prompt], windows, torch.tensor([len(windows)]), 32)[0]
@@ -58,7 +58,8 @@ def draw_picture(run, clip, prompt):
                                  width_ratios=[2, 1])
     axes["mel"].tick_params(labelbottom=False)
     seconds = draw_log_mel(axes["mel"], windows, model.audio_config["sample_rate"])
-    draw_attention(axes["attention"], attention_over_time(model, prompt, windows), seconds)
+    timeline = attention_timeline(model, prompt, answer.strip() or "?", windows)
+    draw_attention(axes["attention"], timeline["weights"][0], seconds)
     axes["loss"].plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries])
     axes["loss"].set(xlabel="step", ylabel="loss", title="training", yscale="log")
     axes["loss"].grid(alpha=0.3)

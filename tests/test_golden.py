@@ -10,7 +10,7 @@ from data import Collate, encode_prompts
 from model import AudioFlamingo, log_mel, rotate, to_float
 from tests.helpers import GOLDEN, max_error
 from tools.checkpoint.releases import our_name
-from tools.sample.decoding import stream
+from tools.sample.decoding import Sampling, decode_stream, split_batch
 
 # in Triton's interpreter a backward pass takes ten seconds
 TRITON = [pytest.mark.slow, pytest.mark.skipif(
@@ -137,8 +137,9 @@ def test_greedy_tokens_batched_alone_and_uncached(model, golden, backend, monkey
     expected = arrays["greedy"]
 
     def greedy(*question):
-        tokens = list(stream(model, *question, max_new_tokens=24))
-        return torch.stack(tokens, 1)
+        items = split_batch(*question)
+        *_, answers = decode_stream(model, items, len(items), Sampling(max_new_tokens=24))
+        return torch.tensor([answer.ids for answer in answers])
 
     assert torch.equal(greedy(prompts, windows, n), expected)
     assert model.generate(prompts, windows, n, max_new_tokens=24) == facts["greedy_text"]

@@ -86,7 +86,7 @@ def test_batched_or_alone(build):
 
 @pytest.mark.slow
 def test_a_decoding_step_is_one_graph(build, monkeypatch):
-    """Compiled once for all steps of an answer: without a graph break, which is an error, and not again."""
+    """Compiled once for all steps of an answer: without a graph break, and not again."""
     model, graphs = build(), []
 
     def counting(graph, inputs):

@@ -196,7 +196,7 @@ def test_a_truncated_clip_is_reported_once_with_its_seconds(ask, expected, tiny_
     ('{"path": "a.wav", "prompt": null}', "prompt"), ('{"path": "a.wav", "prompt": 3}', "prompt"),
     ('{"path": "a.wav"}', "prompt"), ('{"path": [], "prompt": "x"}', "path"), ('{"prompt": "x"}', "path"),
     ('{"path": {"path": "a.wav"}, "prompt": "x"}', "path"), ('{"path": ["a.wav", 3], "prompt": "x"}', "path"),
-    ('["a"]', "list"), ("{", "JSON"), ("caf\xe9", "JSON")])
+    ('["a"]', "JSON"), ("{", "JSON"), ("caf\xe9", "JSON")])
 def test_a_wrong_question_is_named_with_its_line(tmp_path, line, key):
     """Before the model is looked for."""
     (tmp_path / "q.jsonl").write_bytes(b'{"path": "a.wav", "prompt": "x"}\n\r\n' + line.encode("latin-1"))

@@ -76,24 +76,25 @@ def append_line(path, line):
 def answer_key(identity, prompt, paths):
     """A hash of what an answer depends on: identity (weights and settings), prompt and clips, which count by
     name, size and time."""
-    parts = [identity, prompt]
+    parts = [identity, prompt, paths]
     for path in filter(os.path.exists, paths):
-        parts += path, os.path.getsize(path), os.path.getmtime(path)
+        parts += os.path.getsize(path), os.path.getmtime(path)
     text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_part(part, keys):
-    """{key: line} of the answers that a killed run left in a file, where they have one of the keys; other
-    lines, e.g. a torn last one, are removed from it."""
-    lines, keys = [], set(keys)
+    """{key: {"answer"}} of the lines that a killed run left in a file, where they have one of the keys;
+    others, e.g. a torn last one, are removed from it."""
+    lines, kept, keys = [], {}, set(keys)
     if os.path.exists(part):
         with open(part, "rb") as f:
             lines = [parse_json_line(line) for line in f]
-    kept = {line["key"]: line for line in lines if line and str(line.get("key")) in keys}
     with atomic_write(part, "wb") as f:
-        for line in kept.values():
-            f.write(to_json_line(line).encode())
+        for line in filter(None, lines):
+            if str(line.get("key")) in keys:
+                kept[line["key"]] = {"answer": line["answer"]}
+                f.write(to_json_line(line).encode())
     if lines:
         begin = "goes on" if kept else "begins anew"
         print(f"{part}: {begin}, {len(kept)} of its {len(lines)} lines are answers to these questions with "

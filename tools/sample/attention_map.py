@@ -20,12 +20,14 @@ MAX_TOKENS = 60  # rows of the picture
 def cross_attention_weights(model, ids, windows, audio_kv=None):
     """ids [T] of a text about one clip, windows (W, L) -> (T, time steps of all windows): the mean over gated
     blocks, heads and frequency bins; rows sum to 1. audio_kv: of the clip, if it was encoded before."""
-    kv, n_keys = audio_kv or encode_audio_kv(model, [("", windows, [len(windows)])])
+    item = "", windows, [len(windows)]
+    kv, n_keys = audio_kv or encode_audio_kv(model, [item])
     weights = []
 
     def inspect(i, x):
         gated = model.xattn[str(i)]
-        q = gated.attn.to_q(gated.attn.norm(x[0]))
+        x = gated.attn.norm(x[0])
+        q = gated.attn.to_q(x)
         q = q.view(-1, gated.heads, gated.d)  # (T, H, d)
         k = kv[i][0, :, 0]  # (N, H, d)
         scores = torch.einsum("thd,nhd->htn", q, k)
@@ -41,13 +43,6 @@ def cross_attention_weights(model, ids, windows, audio_kv=None):
     return weights.sum(2).flatten(1).cpu()
 
 
-def attention_over_time(model, prompt, windows):
-    """The weights of the position after the prompt: (time steps,), summing to 1."""
-    (ids,) = encode_prompts(model.tokenizer, [prompt])
-    weights = cross_attention_weights(model, ids, windows)
-    return weights[-1]
-
-
 def attention_timeline(model, prompt, answer, windows, audio_kv=None):
     """-> {"tokens" of the answer, "weights" tokens x time steps, each from the position that predicts the
     token, "seconds" [start, end) of each step, "prompt", "answer", "sample_rate"}."""
@@ -60,14 +55,15 @@ def attention_timeline(model, prompt, answer, windows, audio_kv=None):
     steps = weights.shape[1] // len(windows)  # of a window
     step = length / steps  # seconds
     window_starts = torch.arange(len(windows)) * hop
-    starts = window_starts[:, None] + torch.arange(steps) * step
-    starts = starts.flatten()
+    step_starts = torch.arange(steps) * step
+    starts = (window_starts[:, None] + step_starts).flatten()
+    spans = torch.stack([starts, starts + step], 1)
     return {
         "prompt": prompt,
         "answer": answer,
         "sample_rate": model.audio_config["sample_rate"],
         "tokens": [model.tokenizer.decode([token]) for token in ids],
-        "seconds": torch.stack([starts, starts + step], 1).tolist(),
+        "seconds": spans.tolist(),
         "weights": weights.tolist(),
     }
 

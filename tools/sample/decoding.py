@@ -215,7 +215,6 @@ class Answer:
     most: int  # tokens
     generator: torch.Generator  # noise of sampled tokens
     ids: list = field(default_factory=list)  # tokens so far
-    token: int = -1  # the latest; -1: a stop token
     ended: bool = False
 
 
@@ -259,13 +258,10 @@ def append_tokens(active, tokens, stop_ids):
     """Append a token to each active answer, and remove those that end -> all of them."""
     answers = list(active.values())
     for row, answer in list(active.items()):
-        if tokens[row] in stop_ids:
-            answer.token, answer.ended = -1, True
-        else:
-            answer.token = tokens[row]
-            answer.ids.append(answer.token)
-            answer.ended = len(answer.ids) == answer.most
-        if answer.ended:
+        if tokens[row] not in stop_ids:
+            answer.ids.append(tokens[row])
+        if tokens[row] in stop_ids or len(answer.ids) == answer.most:
+            answer.ended = True
             del active[row]
     return answers
 
@@ -297,16 +293,6 @@ def split_batch(prompts, windows, n_windows):
         raise ValueError(f"{len(prompts)} prompts and clips of {clips} windows: expected clips for each")
     windows = windows.split([sum(row) for row in clips])
     return list(zip(prompts, windows, clips))
-
-
-def stream(model, prompts, windows, n_windows, **sampling):
-    """AudioFlamingo.stream: per step (B,) token ids, -1 in rows that have ended."""
-    items = split_batch(prompts, windows, n_windows)
-    for answers in decode_stream(model, items, len(items), Sampling(**sampling)):
-        step = torch.full((len(items),), -1)
-        for answer in answers:
-            step[answer.index] = answer.token
-        yield step
 
 
 def generate(model, prompts, windows, n_windows, **sampling):

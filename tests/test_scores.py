@@ -16,7 +16,7 @@ import eval as scoring
 from tests.helpers import ROOT, fails_with_one_line
 from tools.common import UserError
 from tools.eval import captions, records, report, rules, stats
-from tools.eval.parsing import labels_of, normalise, options_of
+from tools.eval.parsing import normalise, options_of
 
 MC = "Which? (A) dog. (B) big dog. (C) cat."
 VOICE = "Who speaks? (A) A male voice. (B) A female voice. (C) A child. Answer with the letter."
@@ -406,13 +406,3 @@ def test_report_escapes_markup(tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert page.count("data:image/png") == 1 and page.count('class="item"') == 4 and "genre: a" in page
     assert "<b>" not in page and "&lt;b&gt;What 1?" in page and "http" not in page
-
-
-def test_labels_that_hold_a_comma_are_one_label():
-    names = ["Male speech, man speaking", "Dog"]
-    items = [{"prompt": "?", "output": names[0], "answer": "male speech, man speaking"},
-             {"prompt": "?", "output": names[0], "answer": "man speaking"},
-             {"prompt": "?", "output": names[1], "answer": "dog"}]
-    assert rules.closed_set(items, labels=names)["accuracy"] == [True, False, True]
-    known = {normalise(names[0])}
-    assert labels_of("dog, male speech, man speaking", known) == known | {"dog"}

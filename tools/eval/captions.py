@@ -28,7 +28,6 @@ JAVA = "Java: apt-get install default-jre-headless"
 JARS = "Stanford's jars: python -m pycocoevalcap.spice.get_stanford_models"
 # In a German locale Java prints 0,5; in the C locale it writes ASCII. _JAVA_OPTIONS come before all others.
 JAVA_OPTIONS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
-PUNCTUATION = str.maketrans("", "", ".?!,:;`'\"()[]{}-")
 
 
 def captioning(items):
@@ -110,11 +109,8 @@ def tokenize(references, answers, absent):
     tokens, last = outcome.get("result", {}), max(captions)
     if len(tokens.get(last, ())) < len(captions[last]):
         absent.setdefault(TOKENIZER, outcome.get("failed", "its Java program lost captions"))
-        tokens = {clip: list(map(plain_tokens, texts)) for clip, texts in captions.items()}
+        for clip, texts in captions.items():
+            plain = [re.findall(r"\w+", re.sub("['’-]", "", fold(text))) for text in texts]
+            tokens[clip] = list(map(" ".join, plain))
     references = {clip: texts[:-1] for clip, texts in tokens.items()}
     return references, {clip: texts[-1:] for clip, texts in tokens.items()}
-
-
-def plain_tokens(text):
-    text = re.sub(r"[^\P{P}\x00-\x7f]", " ", fold(text.replace("’", "'")))  # 。 « —
-    return " ".join(text.translate(PUNCTUATION).split())

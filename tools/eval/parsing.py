@@ -39,8 +39,7 @@ def fold(text):
     """One spelling of texts that differ in case (ß is ss, ς is σ, İ is i), in composed accents, full-width
     forms, the digits of a script or invisible characters."""
     text = re.sub(r"(?<=\d)(?=\p{No})", " ", text.replace("´", "'"))  # 10² is not 102
-    text = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
-    text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text))
+    text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold()).replace("i\u0307", "i")
     return re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
 
 
@@ -174,15 +173,13 @@ def split_mark(text, options):
     (None, text) without one. "A dog" begins with an article; a number is no mark where an option begins with
     one."""
     found = FRONT_MARK.match(plain_marks(text))
-    if not found:
+    if not found or found[1].isdigit() and any(re.match(r"\W*\d", option) for option in options):
         return None, text
     index, rest = mark_index(found[1]), found.string[found.end():]
-    numbered = found[1].isdigit() and any(re.match(r"\W*\d", option) for option in options)
-    if numbered or not 0 <= index < len(options):
-        return None, text
-    if found[2] is not None and normalise(rest) != normalise(options[index]):
-        return None, text
-    return index, rest
+    marked = options[index:index + 1]
+    if found[2] is not None:
+        marked = [option for option in marked if normalise(option) == normalise(rest)]
+    return (index, rest) if marked else (None, text)
 
 
 def reference_option(reference, options):

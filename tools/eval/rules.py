@@ -15,7 +15,7 @@ from tools.eval.parsing import answer_text, labels_of, normalise, references_of
 from tools.eval.stats import clips_of, mean_average_precision
 
 # The fields of NSynth's "produced by X, pitch P, velocity V, source S, and having qualities like …"
-NSYNTH = {"source": r"\bsource:? ([^,.]+)", "instrument": r"\bproduced by (?:an? |the )?([^,.]+)"}
+NSYNTH = {"source": r"\bsource:? ([^,.\n]+)", "instrument": r"\bproduced by (?:an? |the )?([^,.\n]+)"}
 
 
 def per_item(rule):
@@ -70,19 +70,16 @@ def nsynth(items, labels=None, embed=None):
     """NSynth's sentences by source and instrument, two closed sets; other items as one closed set."""
     fields = {}
     for name, pattern in NSYNTH.items():
-
-        def field(text):
-            found = re.search(pattern, text, re.I)
-            return found[1] if found else text
-
-        if all(re.search(pattern, references_of(item)[0], re.I) for item in items):
-            rows = [{"output": "", "references": list(map(field, references_of(item))),
-                     "answer": field(answer_text(item))} for item in items]
+        rows = []
+        for item in items:
+            references = re.findall(pattern, "\n".join(references_of(item)), re.I)
+            answer = re.findall(pattern, answer_text(item), re.I) or [answer_text(item)]
+            rows.append({"output": "", "references": references, "answer": answer[0]})
+        if all(row["references"] for row in rows):
             fields[name] = closed_set(rows, None, embed)["accuracy"]
     if not fields:
         return closed_set(items, labels, embed)
-    accuracy = np.mean(list(fields.values()), 0).tolist()
-    return {"accuracy": accuracy} | fields
+    return {"accuracy": np.mean(list(fields.values()), 0).tolist()} | fields
 
 
 def multi_label(items, labels=None, embed=None):
@@ -94,17 +91,17 @@ def multi_label(items, labels=None, embed=None):
     with_comma = {normalise(label) for label in [*(labels or ()), *listed] if "," in label}
     references = [labels_of("\n".join(several), with_comma) for several in texts]
     names = sorted(frozenset(map(normalise, labels or ())) or frozenset().union(*references))
-    truth = indicators(references, names)
+    truth = indicators(references, names) > 0
     answers = [answer_text(item) for item in items]
     if embed is None:
         scores = indicators([labels_of(answer, with_comma) for answer in answers], names)
     else:
         scores = similarities(embed, answers, names)
-    for item, answer, row, mask in zip(items, answers, scores, truth > 0):
+    for item, answer, row, mask in zip(items, answers, scores, truth):
         ranks = (row >= row[mask][:, None]).sum(1)  # of its labels; equal scores rank last
         item["score"] = float((ranks <= len(ranks)).mean()) if answer and len(ranks) else 0.0
     try:
-        return {"mAP": mean_average_precision(truth > 0, scores, clips_of(items))}
+        return {"mAP": mean_average_precision(truth, scores, clips_of(items))}
     except UserError as error:  # no scikit-learn
         return {"mAP": None, "not computed": str(error)}
 
@@ -126,12 +123,13 @@ BOUNDARY = (rf"[.;:!\n—–→]|\s-+>?\s|\((?=\W*(?:an?\s+)?{CLASS})|"
             rf"(?:\w+\s+)?{CLASS}(?![^.;:!\n]*\bn?or\b)))")
 NEGATOR = (rf"{NOT}(?!\s+only)|\b(?:non|un)-?(?={CLASS})|"
            r"\b(?:no|neither|nor|nothing|none|without|hardly|barely|doubt|rather than|instead of|fail\w*|"
-           r"lack\w*|insufficient|unable|unlikely|impossible|absence|far from|rul\w+ out)\b")
+           r"lack\w*|insufficient|unable|unlikely|impossible|absence|far from|rul\w+ out|"
+           r"(?:false|untrue|wrong|incorrect) (?:that|to))\b")
 CLAIMS = re.compile(
     rf"(?P<boundary>{BOUNDARY})|(?P<negator>{NEGATOR})|(?P<unclear>\b(?:whether|if|sure|certain)\b)|"
     rf"(?P<named>{CLASS})\w*(?P<denied_after>(?:\s+(?:relation\w*|label))?(?:\s+\w+)?\s*(?:{NOT}|"
     r"\s(?:is|was|are|can be)\s+(?:ruled out|excluded|unlikely|impossible|absent|wrong|incorrect|false)\b|"
-    r"\s*[:=]\s*(?:no|none|not|false)\b))?")
+    r"\s*[:=]\s*(?:no|none|not|false)\b|\s+(?:nothing|would\s+(?:require|need|mean))\b))?")
 
 
 def entailment_named(text):

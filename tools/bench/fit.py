@@ -175,19 +175,18 @@ def step_memory(model, B, W, T, A, p, accumulates=False, shards=1):
     table = model.lm.embed_tokens
     parts = [model.lm, model.xattn, model.audio_transformer, model.clap]  # in the order of the backward pass
     gradients = [0, *(4 * count(part, trained=True) for part in parts)]
-    matrices = sum(x.numel() for x in model.parameters() if x.requires_grad and x.ndim > 1)
     always = {
         "frozen weights": p * count(model, trained=False),
         "trained weights": sum(gradients),
         "Adam's moments": 2 * sum(gradients) / shards,
-        "bf16 copies of trained weights": p * matrices if p < 4 else 0,
+        "bf16 copies of trained weights": sum(gradients) / 2 if p < 4 else 0,
         "batch": B * W * 2 * model.config.window_length * model.audio_config["sample_rate"]}  # int16
 
     text, gated, text_block = text_activations(model, p, T, S)
     encoder, encoder_peak = 0, 0
     if model.clap_trains():
         encoder, encoder_peak = encoder_activations(model.clap, p)
-    logits = 4 * (len(table.weight) + len(table.added)) * min(B * A, HEAD_ROWS)
+    logits = 4 * len(model.tokenizer) * min(B * A, HEAD_ROWS)
     activations = {
         "head and loss": 3 * logits,  # log-probabilities and two gradients
         "language model": B * text,

@@ -26,7 +26,8 @@ def heads_of(x, d, *layers):
 
 def attend(q, k, v, mask):
     """q (B, H, T, d), k and v (B, H, S, d), mask True where a query sees a key -> (B, T, H d)."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    scale = math.sqrt(q.shape[-1])
+    scores = q @ k.mT / scale
     scores = scores.masked_fill(~mask, -math.inf)
     o = scores.softmax(-1) @ v
     return o.transpose(1, 2).flatten(2)
@@ -54,7 +55,8 @@ def encode(clap, windows):
     """One clip's windows (W, L) -> its tokens (W, 64, C), by laion-clap's own blocks."""
     h = clap.htsat
     x = log_mel(windows).mT[..., None]
-    x = h.bn0(x).permute(0, 3, 2, 1)
+    x = h.bn0(x)
+    x = x.permute(0, 3, 2, 1)
     x = h.reshape_wav2img(x)
     x = h.patch_embed.proj(x).flatten(2)
     x = h.patch_embed.norm(x.mT)
@@ -103,7 +105,8 @@ def audio_tokens(model, windows, n_windows):
 
 def rms_norm(module, x):
     x32 = x.float()
-    mean = x32.pow(2).mean(-1, keepdim=True)
+    squares = x32.pow(2)
+    mean = squares.mean(-1, keepdim=True)
     x32 = x32 * torch.rsqrt(mean + module.eps)
     return module.weight * x32.to(x.dtype)
 

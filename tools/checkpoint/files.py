@@ -47,6 +47,18 @@ def load_tensors(file):
                         f"pointer in its place? ({shorten(error)})") from error
 
 
+def load_shards(folder, names_of, index):
+    """{name: tensor} of {file: names}, which `index` lists; nothing else in the folder is read."""
+    tensors = {}
+    for file, names in names_of.items():
+        path = os.path.join(folder, file)
+        stored = load_tensors(path)
+        if missing := [name for name in names if name not in stored]:
+            raise UserError(f"{path}: tensors that {index} names are missing: {join_names(missing)}")
+        tensors |= {name: stored[name] for name in names}
+    return tensors
+
+
 class NumpyStub:
     """Stands in for numpy objects in LAION's pickles: metadata that weights do not need."""
 

@@ -2,14 +2,15 @@
 computes."""
 import os
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
 
 from data import extend_tokenizer
 from model import SPECIAL_TOKENS
-from tools.checkpoint.files import load_tensors, local_or_hub
-from tools.common import UserError, join_names, read_json_object, shorten
+from tools.checkpoint.files import load_shards, load_tensors, local_or_hub
+from tools.common import UserError, read_json_object, shorten
 
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["model*.safetensors"]
@@ -102,12 +103,10 @@ def lm_tensors(folder):
     index = single + ".index.json"
     if os.path.exists(single) or not os.path.exists(index):
         return load_tensors(single)
-    named = read_json_object(index)["weight_map"]
-    shards = {file: load_tensors(os.path.join(folder, file)) for file in sorted(set(named.values()))}
-    if missing := [name for name, file in named.items() if name not in shards[file]]:
-        raise UserError(f"{folder}/{named[missing[0]]}: tensors that {index} names are missing: "
-                        f"{join_names(missing)}")
-    return {name: shards[file][name] for name, file in named.items()}
+    names_of = defaultdict(list)
+    for name, file in read_json_object(index)["weight_map"].items():
+        names_of[file].append(name)
+    return load_shards(folder, names_of, index)
 
 
 def lm_state(folder, lm_config, tokenizer):

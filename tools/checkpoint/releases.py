@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import config as settings
-from tools.checkpoint.files import (load_pickle, load_tensors, local_or_hub, replace_folder, save_atomically,
+from tools.checkpoint.files import (load_pickle, load_shards, local_or_hub, replace_folder, save_atomically,
                                     state_dict_of)
 from tools.checkpoint.language_models import drop_tied_head
 from tools.checkpoint.model_card import model_card
-from tools.common import UserError, join_names, name_disk_errors, read_json_object
+from tools.common import UserError, name_disk_errors, read_json_object
 
 # ------------------------------------------------------------------------------------------------------------
 # Names: ours, and those of the published checkpoints
@@ -72,15 +72,13 @@ def split_embeddings(state, lm_config, source):
 
 
 def release_tensors(folder):
-    """{published name: tensor} of what safe_ckpt/metadata.json names; nothing else in the folder is read."""
-    listing, tensors = os.path.join(folder, "safe_ckpt/metadata.json"), {}
+    """{published name: tensor} of what safe_ckpt/metadata.json names."""
+    folder = os.path.join(folder, "safe_ckpt")
+    listing = os.path.join(folder, "metadata.json")
+    names_of = {}
     for shard, names in read_json_object(listing).items():
-        file = os.path.join(folder, "safe_ckpt", shard.removesuffix(".safetensors") + ".safetensors")
-        stored = load_tensors(file)
-        if missing := [name for name in names if name not in stored]:
-            raise UserError(f"{file}: tensors that metadata.json names are missing: {join_names(missing)}")
-        tensors |= {name: stored[name] for name in names}
-    return tensors
+        names_of[shard.removesuffix(".safetensors") + ".safetensors"] = names
+    return load_shards(folder, names_of, listing)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def build_meta_model(c, state, text, source, overrides=(), fresh=False):
                               **encoder_options)
     with torch.device("cpu" if fresh else "meta"):
         model = AudioFlamingo(c, lm, tokenizer, encoder)
-    model.about, model.skipped = {"language_model": public_name(c.lang_encoder_path)}, {}
+    model.about = {"language_model": public_name(c.lang_encoder_path)}
+    model.skipped = {}
     return model
 
 
@@ -138,14 +139,14 @@ def open_pretrained(c, overrides):
     path = c.pretrained_path
     if c.pretrained_ckpt and checkpoints(settings.resolve_path(path)):
         path = os.path.join(path, c.pretrained_ckpt)
-    overrides = {name: value for name, value in overrides.items() if name != "pretrained_path"}
+    overrides = {**overrides}
+    overrides.pop("pretrained_path", None)
     return open_checkpoint(path, overrides, "pretrained_path")
 
 
 def model_settings(saved, file):
     """The model's settings among those that a file holds, checked."""
-    values = {name: saved[name] for name in settings.MODEL_SETTINGS if name in saved}
-    return settings.check(values, file)
+    return settings.check(settings.pick(saved, settings.MODEL_SETTINGS), file)
 
 
 def read_checkpoint(file, overrides):
@@ -153,10 +154,10 @@ def read_checkpoint(file, overrides):
     where the run got them."""
     saved = load_pickle(file)
     state_dict_of(saved, "model_state_dict", file)  # before a language model is downloaded
-    config, folder = saved.get("config", {}), os.path.dirname(file)  # none in those of the published code
+    config = saved.get("config", {})  # none in those of the published code
+    folder = os.path.dirname(file)
     own = model_settings(config, file)
-    parts = {name: config[name] for name in settings.ORIGINS if name in config}
-    parts |= moved_parts(config, folder)
+    parts = settings.pick(config, settings.ORIGINS) | moved_parts(config, folder)
     c = SimpleNamespace(**settings.defaults() | own | parts | overrides)
     sizes = {name: value for name, value in own.items() if name not in settings.PATHS}
     try:
@@ -186,8 +187,10 @@ def trained_tensors(saved, lm_config, source="checkpoint"):
 
 def read_release(folder, overrides):
     state, skipped = rename_published(release_tensors(folder))
-    saved, about = {"max_num_window": 12}, {"nvidia": True}  # as published: 2 min
-    config_file, lm = os.path.join(folder, "config.json"), os.path.join(folder, "lm")
+    saved = {"max_num_window": 12}  # as published: 2 min
+    about = {"nvidia": True}
+    config_file = os.path.join(folder, "config.json")
+    lm = os.path.join(folder, "lm")
     if os.path.isfile(config_file):
         content = read_json_object(config_file)
         if own := model_settings(content, config_file):
@@ -213,8 +216,11 @@ def fingerprint(tensors):
     """A short hash of a set of weights, from some 256 values of each, rounded to bf16."""
     digest = hashlib.sha256()
     for name, t in sorted(tensors.items()):
-        sample = t.detach().flatten()[:: max(1, t.numel() // 256)].float().cpu().to(torch.bfloat16)
-        digest.update(f"{name} {tuple(t.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+        stride = max(1, t.numel() // 256)
+        sample = t.detach().flatten()[::stride].float().cpu()
+        bits = sample.to(torch.bfloat16).view(torch.int16).numpy()
+        digest.update(f"{name} {tuple(t.shape)}".encode())
+        digest.update(bits.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -246,7 +252,8 @@ def place_weights(model, state, device, frozen, source):
     """Copy every weight to its final dtype and device, one by one, from `state`, which is emptied. Trained
     weights, BatchNorm's and mel bands become float32, frozen ones the dtype `frozen` (None: as in the file).
     UserError lists what does not fit."""
-    wrong = [f"{what}: {join_names(names)}" for what, names in find_misfits(model, state).items() if names]
+    misfits = find_misfits(model, state)
+    wrong = [f"{what}: {join_names(names)}" for what, names in misfits.items() if names]
     if wrong:
         raise UserError(f"{source} does not fit the model: {'; '.join(wrong)}")
     names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
@@ -319,6 +326,9 @@ def print_state_report(paths, overrides):
     return int(any(wrong.values()))
 
 
+def main(c):
+    return print_state_report(c.files, settings.overrides(c))
+
+
 if __name__ == "__main__":
-    settings.run(lambda c: print_state_report(c.files, settings.overrides(c)), "checkpoint.py",
-                 settings.LOADING, files=True)
+    settings.run(main, "checkpoint.py", settings.LOADING, files=True)

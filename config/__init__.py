@@ -34,9 +34,15 @@ def resolve_path(path):
     return os.path.join(ROOT, os.path.expanduser(path))
 
 
-def overrides(config, names=LOADING):
-    """{name: value} of those settings that the user gave, in a config file or on the command line."""
-    return {name: getattr(config, name) for name in names if name in config.user_set}
+def pick(values, names):
+    """Those of the names that a dict holds."""
+    return {name: values[name] for name in names if name in values}
+
+
+def overrides(config):
+    """{name: value} of those settings of a model that the user set, in a config file or on the command line.
+    """
+    return pick(vars(config), [name for name in LOADING if name in config.user_set])
 
 
 # ------------------------------------------------------------------------------------------------------------

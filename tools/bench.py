@@ -6,7 +6,8 @@
     python tools/bench.py data      # index, batches and decoding of a large blend; --items=10000000
     python tools/bench.py fit config/sft.py --gpu=24   # what a recipe needs, before a GPU is rented
 
-Prints times and figures; the last line of stdout is one JSON object. Settings: python tools/bench.py fit --help
+Prints times and figures; the last line of stdout is one JSON object.
+Settings: python tools/bench.py fit --help
 """
 import importlib
 import json

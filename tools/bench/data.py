@@ -43,18 +43,18 @@ def write_manifests(folder, total):
     """-> names of MANIFESTS files, the largest a quarter of all: clips of 1-300 s, texts of Python's manual.
     """
     from pydoc_data.topics import topics
-    words = " ".join(topics.values()).split()
+    text = " ".join(topics.values())
     rng = random.Random(0)
     names = []
     for k in range(1, MANIFESTS + 1):
         data = {}
         for i in range(1 + int(total * 0.2337 / k)):  # 1 / the sum of all 1 / k
-            first = rng.randrange(len(words) - 40)
+            first = rng.randrange(len(text) - 300)
             data[i] = {
                 "name": f"{i % 997}/clip-{i}.flac",
                 "prompt": "Describe the sound.",
                 "duration": round(rng.uniform(1, 10 ** rng.uniform(0.5, 2.5)), 3),
-                "output": " ".join(words[first:first + 3 + i % 37])}
+                "output": text[first:first + 20 + i % 251]}
         head = {"split": "train", "split_path": "a", "flamingo_task": f"Set{k}-AQA", "total_num": len(data)}
         os.mkdir(f"{folder}/Set{k}-AQA")
         with open(f"{folder}/Set{k}-AQA/train.json", "w") as f:

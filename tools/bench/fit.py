@@ -142,7 +142,8 @@ def text_activations(model, p, T, S):
     c = model.lm.config
     D, gated = c.width, len(model.xattn)
     first = min(map(int, model.xattn))
-    heads, d = model.xattn[str(first)].heads, model.xattn[str(first)].d
+    heads = model.xattn[str(first)].heads
+    d = model.xattn[str(first)].d
     blocks = c.layers
     if not count(model.lm, trained=True):
         blocks -= first

@@ -46,7 +46,8 @@ def compile_kernel(arch, name, dtype, d):
         if is_pointer or re.fullmatch("[qkv]_[btnh]", argument):
             attributes[i,] = [["tt.divisibility", 16]]  # as at run time
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[arch]), options=options)
+    target = GPUTarget(*ARCHITECTURES[arch])
+    compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm.get("ptx", "")
     return {
         "arch": arch,
@@ -60,13 +61,15 @@ def compile_kernel(arch, name, dtype, d):
 
 def spilled_bytes(compiled):
     if "amdgcn" in compiled.asm:
-        return 4 * sum(map(int, re.findall(r"gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])))
+        registers = re.findall(r"gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        return 4 * sum(map(int, registers))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", f.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))  # no arrays: a stack means spills
+        usage = subprocess.check_output(command, text=True)
+    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)  # no arrays: a stack means spills
+    return sum(map(int, sizes))
 
 
 def compile_all():

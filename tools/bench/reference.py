@@ -136,8 +136,8 @@ def language_block(block, x, c, kv_cache):
     groups = c.heads // c.kv_heads
     k = k.repeat_interleave(groups, 1)
     v = v.repeat_interleave(groups, 1)
-    causal = x.new_ones(q.shape[2], k.shape[2]).bool()
-    y = attend(q, k, v, causal.tril(first))
+    causal = q.new_ones(q.shape[2], k.shape[2]).tril(first)
+    y = attend(q, k, v, causal > 0)
     x = x + a.o_proj(y)
     y = rms_norm(block.post_attention_layernorm, x)
     return x + block.mlp(y)

@@ -32,9 +32,9 @@ def run_facts(saved, folder, base):
     c = saved.get("config")
     if c is None:  # of the published code
         return base
-    facts = {name: base[name] for name in ("language_model", "nvidia", "encoder") if name in base}
-    shown = {name: c[name] for name in SETTINGS_SHOWN if name in c}
-    facts |= {"data": c.get("dataset_blending_config"), "settings": shown | {"steps": saved.get("step")}}
+    facts = settings.pick(base, ("language_model", "nvidia", "encoder"))
+    facts["data"] = c.get("dataset_blending_config")
+    facts["settings"] = settings.pick(c, SETTINGS_SHOWN) | {"steps": saved.get("step")}
     if c.get("clap_checkpoint") and not c.get("pretrained_path"):
         facts["encoder"] = public_name(c["clap_checkpoint"])
     scores = os.path.join(folder, "scores.json")

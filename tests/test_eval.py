@@ -246,28 +246,29 @@ def test_every_value_is_scored_right_or_refused_in_one_line(score):
             score(to_lines([ITEM]) + line)
 
 
-def test_one_figure_from_every_form(score):
-    """Ours, with indices, with references as a list and as a text, sample.py's of earlier, MMAU's, and
-    MuChoMusic's; as lines, as a list, and as Windows writes lines."""
-    options, files = ITEM["choices"], [[] for _ in range(7)]
+# Ours, with indices, with references as a list and as a text, sample.py's of earlier, MMAU's, MuChoMusic's
+FORMS = ('{"prompt": "Which?", "choices": <options>, "output": <name>, "answer": <answer>}',
+         '{"prompt": "Which? (A) dog (B) cat (C) cow", "output": <right>, "answer": <index>}',
+         '{"prompt": "Which?", "choices": <options>, "references": [<name>], "answer": [<answer>]}',
+         '{"prompt": "Which?", "choices": <cell>, "references": <list>, "answer": <answer>}',
+         '{"prompt": "Which?", "choices": <options>, "reference": "<right>", "output": <answer>}',
+         '{"question": "", "audio_id": "", "choices": <options>, "answer": <name>, "model_output": <answer>}',
+         '{"prompt": "", "answers": <options>, "answer_orders": <order>, "model_output": <answer>}')
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_figure_from_every_form(score, form):
+    """As lines, as a list, and as Windows writes lines, below a header."""
+    options, lines = ITEM["choices"], ""
     for right, index in ((2, 2), (0, 0), (1, 0), (2, None)):
-        reference, answer = options[right], None if index is None else options[index]
-        ask = {"prompt": "Which?", "choices": options}
-        forms = [ask | {"output": reference, "answer": answer},
-                 {"prompt": "Which? (A) dog (B) cat (C) cow", "output": right, "answer": index},
-                 ask | {"references": [reference], "answer": [answer]},
-                 ask | {"choices": str(options), "references": str([reference]), "answer": answer},
-                 ask | {"reference": str(right), "output": answer},
-                 {"question": "Which?", "audio_id": "a.wav", "choices": options, "answer": reference,
-                  "model_output": answer},
-                 {"prompt": "Which?", "answers": options, "model_output": answer,
-                  "answer_orders": [abs(right - i) for i in range(3)]}]
-        for file, item in zip(files, forms):
-            file.append(item)
-    windows = "\ufeff" + to_lines([{"identity": {}}, *files[0]]).replace("\n", "\r\n")  # with a header
-    for content in [*map(to_lines, files), *map(json.dumps, files), windows]:
+        name, answer = options[right], None if index is None else options[index]
+        values = {"options": options, "cell": f" {options}", "right": right, "index": index, "name": name,
+                  "list": str([name]), "order": [right, 1 - right, 2 - right], "answer": answer}
+        lines += re.sub("<(.*?)>", lambda name: json.dumps(values[name[1]]), form) + "\n"
+    windows = '\ufeff{"identity": {}}\r\n' + lines.replace("\n", "\r\n")
+    for content in (lines, f"[{','.join(lines.splitlines())}]", windows):
         row, _ = score(content)
-        assert (row["accuracy"], row["as read"], row["empty answers"]) == (0.5, 0.5, 1), content
+        assert (row["accuracy"], row["as read"], row["empty answers"]) == (0.5, 0.5, 1)
 
 
 def test_compare_pairs_the_same_items(tmp_path, capsys):

@@ -26,6 +26,7 @@ GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "di
           "Dataset", "genre", "music_knowledge", "music_reasoning", "knowledge", "reasoning")
 OTHER_NAMES = {"reference": "output", "references": "output", "path": "audio", "paths": "audio",
                "audio_path": "audio", "audio_id": "audio", "audio_start": "start"}
+REFERENCES = ("references", "reference", "output")
 PLAIN = {str, int, float}  # types of a text, and of a number that stands for one; bool does not
 NUMBERED = re.compile(r"(?<![\w.])1\s?[).:\]].*(?<![\w.])2\s?[).:\]]", re.S)  # a prompt with options 1. 2.
 MMAU, MUCHOMUSIC = "MMAU's form", "MuChoMusic's form"
@@ -48,8 +49,8 @@ def plain_json(value):
 def to_list(value):
     """A list; of one value, or of none (null, "") where it is no list. Also the list that a cell of a table
     holds as text, of JSON, Python or numpy (which prints no commas)."""
-    if isinstance(value, str) and value.startswith("["):
-        commas = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", value)
+    if isinstance(value, str) and value.strip().startswith("["):
+        commas = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", value.strip())
         for read, text in ((json.loads, value), (ast.literal_eval, commas)):
             try:
                 return read(text)
@@ -66,19 +67,26 @@ def option_text(value, item, key, where):
     if isinstance(value, str) or plain and not options:
         return text
     indexed = options[int(value)] if plain and value in range(len(options)) else None
-    named = text if text in options or plain and key == "answer" else None
+    named = text if text in options or plain and key not in REFERENCES else None
     ambiguous = text in options and indexed not in (None, text) or NUMBERED.search(item["prompt"])
     if ambiguous or not (indexed or named):
         refuse(where, key, value, "a text, or the index of an option (from 0), which is no option's text")
     return indexed or named
 
 
+def read_answer(value, item, key, where):
+    """An answer as text, "" where the system gave none; it may be the only one of a list."""
+    if isinstance(value, list) and len(value) < 2:
+        value = [*value, None][0]
+    return "" if value is None else option_text(value, item, key, where)
+
+
 def check_item(item, where):
     """The item as this module describes it; UserError names the file, the line or item, and the wrong key."""
     item = plain_json(item)
     for other, key in OTHER_NAMES.items():
-        if other in item:
-            item.setdefault(key, item[other])
+        if other in item and item.get(key) is None:
+            item[key] = item[other]
     for key in ("prompt", "output", "answer"):
         if key not in item:
             raise UserError(f"{where}: no {key!r}, expected prompt, output, answer; or MMAU's question, "
@@ -91,17 +99,14 @@ def check_item(item, where):
     if "choices" in item:
         item["choices"] = list(map(str, choices))
     texts = {}
-    for key in ("references", "reference", "output"):
+    for key in REFERENCES:
         values = [option_text(value, item, key, where) for value in to_list(item.get(key))]
         texts[key] = [text for text in values if text.strip()]
     item["references"] = texts["references"] or texts["output"]
     item["output"] = [*texts["output"], *item["references"], ""][0]
     if len(item["references"]) < 2:
         del item["references"]
-    answer = item["answer"]
-    if isinstance(answer, list) and len(answer) < 2:
-        answer = [*answer, None][0]
-    item["answer"] = "" if answer is None else option_text(answer, item, "answer", where)
+    item["answer"] = read_answer(item["answer"], item, "answer", where)
     return item
 
 
@@ -114,29 +119,33 @@ def read_entry(where, entry):
     keys, changed, form = set(entry), {}, "references in 'output', answers in 'answer'"
     if {"answers", "answer_orders"} <= keys:
         form, options, order = MUCHOMUSIC, to_list(entry["answers"]), to_list(entry["answer_orders"])
-        if 0 not in order[:len(options)]:
+        if 0 not in order or len(order) != len(options):
             refuse(where, "answer_orders", order, "the order of the answers, 0 for the right one")
-        right, answer = str(options[order.index(0)]), entry.get("model_output")
-        if isinstance(answer, str):  # as its script reads it
-            answer = answer.split("The correct answer is:")[-1]
-        changed = {"choices": options, "output": right, "answer": answer}
+        changed = {"choices": options, "output": str(options[order.index(0)]), "answer": None}
     elif {"question", "choices", "audio_id"} <= keys and not {"prompt", "output"} & keys:
-        form, answer = MMAU, entry.get("model_output", entry.get("model_prediction"))
-        changed = {"prompt": entry["question"], "output": entry.get("answer"), "answer": answer}
+        form = MMAU
+        changed = {"prompt": entry["question"], "output": entry.get("answer"), "answer": None}
     elif "output" in keys and "answer" not in keys and {"reference", "references"} & keys:
         form = "references in 'reference' or 'references', answers in 'output'"
         changed = {"answer": entry["output"], "output": entry.get("reference")}
     item = check_item(entry | changed, where)
     choices, prompt = item.get("choices", ()), item["prompt"]
-    if form == MMAU:
-        item["prompt"] = f"{prompt.removesuffix(INSTRUCTION).rstrip()} {INSTRUCTION}"
-        for letter, choice in zip(ascii_uppercase, choices):
-            item["prompt"] += f"\n({letter}) {choice}"
-    words = re.findall(r"\w+", " ".join(choices))
-    if words and form not in (MMAU, MUCHOMUSIC) and "score" not in item and not NUMBERED.search(prompt):
+    if form in (MMAU, MUCHOMUSIC):
+        answer = item.get("model_output", item.get("model_prediction"))
+        if form == MUCHOMUSIC and isinstance(answer, str):  # as its script reads it
+            answer = answer.split("The correct answer is:")[-1]
+        item["answer"] = read_answer(answer, item, "model_output", where)
+    elif choices and "score" not in item and not NUMBERED.search(prompt):
+        words = re.findall(r"\w+", " ".join(choices))
         for key in ("output", "answer"):  # an index as text, as tables have it
             if re.fullmatch(r"\d\d?", item[key]) and item[key] not in words:
                 item[key] = option_text(int(item[key]), item, key, where)
+    if form == MMAU:
+        if not choices:
+            refuse(where, "choices", choices, "a list of two or more texts")
+        item["prompt"] = f"{prompt.removesuffix(INSTRUCTION).rstrip()} {INSTRUCTION}"
+        for letter, choice in zip(ascii_uppercase, choices):
+            item["prompt"] += f"\n({letter}) {choice}"
     return item, form
 
 

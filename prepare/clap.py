@@ -74,16 +74,25 @@ def contrast(similarity, positive, contrasted):
     return (by_text + by_clip) / 2
 
 
+def quintic(square):
+    """x x^T -> the factor an iteration multiplies x by: 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2."""
+    factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+    factor.diagonal().add_(3.4445)
+    return factor
+
+
 def orthogonalize(x):
-    """Newton-Schulz: every singular value of a matrix to about 1."""
+    """Newton-Schulz: every singular value of a matrix to about 1, by products of the short side alone."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
     x = x / (x.norm() + 1e-7)
-    for _ in range(5):  # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
-        square = x @ x.T
-        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, factor, x, beta=3.4445)
-    return x
+    square = x @ x.T
+    product = factor = quintic(square)
+    for _ in range(4):
+        square = factor @ square @ factor
+        factor = quintic(square)
+        product = factor @ product
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):

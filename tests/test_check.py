@@ -182,7 +182,7 @@ def test_the_temporaries_of_a_killed_run_are_removed(tmp_path):
     open(of_another, "w").close()
     run(*command)
     left = all_files(tmp_path / "to/audio")
-    assert len(left) == 2 and of_another in left and [f.endswith(".flac") for f in left].count(True) == 1
+    assert sorted(os.path.splitext(file)[1] for file in left) == [".flac", ".tmp"] and of_another in left
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -71,15 +71,6 @@ def test_limits_that_are_accepted_compute(train_clap, options):
     assert all(t.isfinite().all() for t in train_clap(CLIPS, *options).values() if t.is_floating_point())
 
 
-def test_learning_rates_are_those_of_one_cycle():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1, 60, pct_start=0.1, cycle_momentum=False)
-    for step in range(60):
-        assert clap.rate_factor(step, 60) == pytest.approx(schedule.get_last_lr()[0], abs=1e-5)
-        optimizer.step()
-        schedule.step()
-
-
 def test_the_demo_hands_its_settings_on(monkeypatch, tmp_path):
     commands = []
 

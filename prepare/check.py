@@ -129,13 +129,13 @@ def cause_of(problem):
 
 
 class Findings:
-    """{item: problem} of a manifest, and the seconds of every item."""
+    """{item: problem} of a manifest, and the seconds of its good items, -1 elsewhere."""
 
     def __init__(self, manifest):
-        self.manifest, self.problems, self.seconds = manifest, {}, np.zeros(len(manifest))
+        self.manifest, self.problems, self.seconds = manifest, {}, np.full(len(manifest), -1.0)
 
     def good(self):
-        return np.setdiff1d(np.arange(len(self.manifest)), list(self.problems))
+        return np.flatnonzero(self.seconds >= 0)
 
 
 def inspect_manifests(manifests, audio_config, workers):
@@ -143,10 +143,11 @@ def inspect_manifests(manifests, audio_config, workers):
     findings = [Findings(manifest) for manifest in manifests]
     work = partial(inspect_item, manifests, audio_config)
     for (m, i), (problem, seconds) in map_items(work, manifests, workers, "check"):
-        findings[m].seconds[i] = seconds
         if problem:
             findings[m].problems[i] = problem
             tqdm.write(f"{manifests[m].name} {i}: {manifests[m][i]['path']}: {problem}")
+        else:
+            findings[m].seconds[i] = seconds
     return findings
 
 
@@ -158,23 +159,16 @@ COLUMNS = ("manifest", "items", "good", "hours", "median seconds", "longest", "c
 
 def summary_row(found):
     """The COLUMNS of a manifest."""
-    good = found.good()
-    seconds = found.seconds[good] if len(good) else np.zeros(1)
-    figures = [seconds.sum() / 3600, np.median(seconds), seconds.max()]
+    seconds = found.seconds[found.good()]
+    n, median = len(seconds), np.median(seconds) if len(seconds) else 0
     causes = Counter(map(cause_of, found.problems.values())).most_common()
     names = ", ".join(f"{cause} {n}" for cause, n in causes)
-    return [found.manifest.name, len(found.manifest), len(good), *(f"{x:.4g}" for x in figures), names]
-
-
-def item_html(manifest, i, audio_config):
-    """An item as the model gets it: windows to see and to hear, prompt and output."""
-    clip = Clips([manifest], np.array([[0, i]]), audio_config)[0]
-    rows = [(name, clip[name]) for name in ("path", "n_windows", "prompt", "output")]
-    sound = clip_html(clip["windows"], audio_config["sample_rate"])
-    return f'<div class="item">{html_table(rows)}{sound}</div>'
+    figures = [f"{x:.4g}" for x in (seconds.sum() / 3600, median, seconds.max(initial=0))]
+    return [found.manifest.name, len(found.manifest), n, *figures, names]
 
 
 def write_check_page(path, findings, audio_config):
+    """The causes, with examples, and items as the model gets them: windows to see and to hear, texts."""
     body, causes = [html_table(map(summary_row, findings), COLUMNS)], defaultdict(list)
     for found in findings:
         for i, problem in found.problems.items():
@@ -185,7 +179,10 @@ def write_check_page(path, findings, audio_config):
         body.append(html_table(rows[:EXAMPLES], ("item", "file", "problem")))
     body.append("<h2>Items as the model sees them</h2>")
     for found in findings:
-        body += [item_html(found.manifest, i, audio_config) for i in found.good()[:2].tolist()]
+        for clip in Clips([found.manifest], [(0, i) for i in found.good()[:2]], audio_config):
+            texts = html_table((name, clip[name]) for name in ("path", "n_windows", "prompt", "output"))
+            sound = clip_html(clip["windows"], audio_config["sample_rate"])
+            body.append(f'<div class="item">{texts}{sound}</div>')
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with atomic_write(path) as f:
         f.write(html_page("Data", "\n".join(body)))
@@ -203,7 +200,7 @@ def main(c):
     for found in findings:
         print(" | ".join(f"{name} {value}" for name, value in zip(COLUMNS, summary_row(found))))
     for path, found in zip(paths, findings):
-        items = [found.manifest.items[i] for i in found.good().tolist()]
+        items = map(found.manifest.items.__getitem__, found.good())
         save_manifest(path, found.manifest.head["split_path"], items)
         print(f"wrote {path}")
     if page:

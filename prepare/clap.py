@@ -221,10 +221,6 @@ class ClapModel(nn.Module):
         pooled = torch.stack([windows.mean(0) for windows in clips])
         return F.normalize(self.audio_projection(pooled), dim=-1)
 
-    def embed_text(self, states):
-        """States (n, D) of the language model -> (n, width), of length 1."""
-        return F.normalize(self.text_projection(states), dim=-1)
-
 
 def make_optimizers(c, model):
     """Muon for matrices, AdamW for the rest."""
@@ -271,7 +267,7 @@ def main(c):
     for step, mels in zip(tqdm(range(1, c.clap_steps + 1), "clap", disable=None), batches):
         texts, positive, contrasted = captions.targets(mels)
         audio = model.embed_audio(list(mels.values()), autocast)  # (B, 256)
-        text = model.embed_text(states[texts])  # (K, 256)
+        text = F.normalize(model.text_projection(states[texts]), dim=-1)  # (K, 256)
         similarity = model.logit_scale_a.exp() * audio @ text.T
         loss = contrast(similarity, positive.to(device), contrasted.to(device))
         loss.backward()

@@ -132,7 +132,7 @@ def main(c):
         else:
             copies[m][i] = made
     for path, manifest, made in zip(paths, manifests, copies):
-        save_manifest(path, audio, list(converted_items(manifest, made)))
+        save_manifest(path, audio, converted_items(manifest, made))
         print(f"{manifest.name}: {len(made)} of {len(manifest)} items: {path}")
     return 1 if sum(map(len, copies)) < sum(map(len, manifests)) else 0
 

@@ -4,9 +4,11 @@
     python prepare/datasets.py esc50 --from=/data/ESC-50-master --to=data/manifests --data_root=data
 
 Nothing is downloaded: --help lists the sources, where each comes from, under which licence, and which files
-are expected. Archives may be unpacked into folders of their own. A clip may have any ending that soundfile
-reads; of videos extract the sound first, under the same name (ffmpeg -i x.mp4 -vn -ac 1 x.wav). Clips that
-are missing are left out and counted (exit code 1). Prompts are ours (prompts.json), chosen by clip.
+are expected. Archives may be unpacked into folders of their own. A clip may be in any format; of several the
+one in the documented folder is taken, lossless rather than not. Of videos extract the sound first, under the
+same name (ffmpeg -i x.mp4 -vn -ac 1 x.wav). What can't be used is left out and counted (exit code 1): missing
+clips, metadata that was not downloaded, rows of one id that contradict each other. Prompts are ours
+(prompts.json), chosen by clip.
 
 To add a source, describe it in sources.json (see described_items), or write a function that yields
 (Name-Task/split, item). For a single table of clips there is prepare/table.py.
@@ -62,25 +64,25 @@ def described_items(source, form):
         rows = source.match(form["pattern"], form["example"])
     else:
         rows = source.rows(form["files"], *form["parts"])
-    found = []
+    labelled = []  # (manifest and clip, label, what is yielded)
     for row in rows:
         names = [name.format_map(row) for name in form["clips"]]
-        if names[0] not in form.get("left_out", ()):
-            row["clip"] = source.clip(*names)
-            labels = [answer.get("label", "").format_map(row) for answer in form["manifests"].values()]
-            found.append((row["clip"], str(labels), row))
-    for row in source.consistent(found):
+        if names[0] in form.get("left_out", ()):
+            continue
+        clip = source.clip(*names)
         for manifest, answer in form["manifests"].items():
             task, split = manifest.format_map(row).split("/")
             split = form.get("splits", {}).get(split, split)
             if "captions" in answer:
                 captions = [caption.format_map(row) for caption in answer["captions"]]
-                yield from caption_items(task, split, row["clip"], captions, answer["prompt"])
-            else:
-                label = answer["label"].format_map(row).strip().lower()
-                label = label.replace("_", " ").replace(",", ", ")
-                label = form.get("spelling", {}).get(label, label)
-                yield f"{task}/{split}", make_item(answer["prompt"], row["clip"], label)
+                yield from caption_items(task, split, clip, captions, answer["prompt"])
+                continue
+            label = answer["label"].format_map(row).strip().lower()
+            label = label.replace("_", " ").replace(",", ", ")
+            label = form.get("spelling", {}).get(label, label)
+            item = make_item(answer["prompt"], clip, label)
+            labelled.append((f"{task}/{split} {clip}", label, (f"{task}/{split}", item)))
+    yield from source.consistent(labelled)
 
 
 # ------------------------------------------------------------------------------------------------------------

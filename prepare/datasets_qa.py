@@ -6,12 +6,10 @@ import random
 import re
 import zlib
 from collections import Counter, defaultdict
-from string import ascii_uppercase
 
-from prepare.manifests import stem
+from prepare.manifests import add_options, stem
 from tools.common import join_names
 
-MUSIC_AVQA_CONTENT = ("video_id", "question_content", "templ_values", "type", "anser")  # of a question's id
 CONFIDENCE = {"yes": 1.0, "maybe": 0.6, "no": 0.1}  # weight of an answer of Clotho-AQA in the vote
 
 
@@ -56,8 +54,7 @@ def music_avqa(source):
     rows, known = [], set()
     for row in source.rows(files, "train", "val", "test"):
         if not row.get("question_deleted"):
-            content = [row[column] for column in MUSIC_AVQA_CONTENT]
-            rows.append((f"{row['part']} {row['question_id']}", str(content), row))
+            rows.append((f"{row['part']} {row['question_id']}", str(row), row))
     for row in source.consistent(rows):
         kind, category = json.loads(row["type"])
         question = row["question_content"].strip()
@@ -110,11 +107,8 @@ def muchomusic(source):
         columns = "correct_answer", "distractor_1_answer", "distractor_2_answer", "distractor_3_answer"
         options = [row[column] for column in columns]
         random.Random(zlib.crc32((ident + row["question"]).encode())).shuffle(options)
-        prompt = row["question"]
-        for letter, option in zip(ascii_uppercase, options):
-            prompt += f" ({letter}) {option.rstrip('.')}."
-        item = {"name": clip, "prompt": prompt, "output": row["correct_answer"],
-                "choices": options, "dataset": row["dataset"], "genre": row["genre"]}
+        item = {"name": clip, "prompt": add_options(row["question"], options), "choices": options,
+                "output": row["correct_answer"], "dataset": row["dataset"], "genre": row["genre"]}
         for group in ("music_knowledge", "music_reasoning"):
             item[group] = ast.literal_eval(row[group] or "[]")
         yield "MuChoMusic-AQA/test", item

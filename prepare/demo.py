@@ -31,14 +31,14 @@ def start_step(title, *command):
     return subprocess.Popen([sys.executable, *command])
 
 
-def finish_step(process):
-    """Wait for a command; stop where it fails."""
+def run_step(title, *command):
+    """Run one command; stop where it fails."""
+    finish(start_step(title, *command))
+
+
+def finish(process):
     if process.wait() != 0:
         sys.exit(process.returncode)
-
-
-def run_step(title, *command):
-    finish_step(start_step(title, *command))
 
 
 def draw_picture(run, clip, prompt):
@@ -56,13 +56,11 @@ def draw_picture(run, clip, prompt):
     figure = new_figure(11, 4.2)
     axes = figure.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1],
                                  width_ratios=[2, 1])
-    axes["mel"].tick_params(labelbottom=False)
     seconds = draw_log_mel(axes["mel"], windows, model.audio_config["sample_rate"])
     timeline = attention_timeline(model, prompt, answer.strip() or "?", windows)
     draw_attention(axes["attention"], timeline["weights"][0], seconds)
     axes["loss"].plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries])
     axes["loss"].set(xlabel="step", ylabel="loss", title="training", yscale="log")
-    axes["loss"].grid(alpha=0.3)
     figure.suptitle(plain_label(f"“{prompt}” → “{answer.strip()}”"))
     with atomic_write(f"{run}/demo.png", "wb") as f:
         f.write(png_bytes(figure, dpi=110))
@@ -75,7 +73,7 @@ def main(c):
     changed = [f"--{name}={vars(c)[name]}" for name in c.user_set if vars(c)[name] != own[name]]
     unpacking = start_step("language model", "prepare/smollm2.py", "--out", c.lang_encoder_path)
     run_step("real instruments, meanwhile", "prepare/gm_notes.py", "--out", c.data_root)
-    finish_step(unpacking)
+    finish(unpacking)
     if not os.path.exists(c.clap_checkpoint):
         run_step("audio encoder: CLAP on captions", "prepare/clap.py", "config/demo_clap.py",
                  f"--clap_out={c.clap_checkpoint}", *changed)

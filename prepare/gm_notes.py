@@ -28,7 +28,7 @@ import soxr
 from tqdm import tqdm
 
 import config as settings
-from prepare.manifests import save_manifest
+from prepare.manifests import add_options, save_manifest
 from tools.common import UserError, map_parallel, new_folder, optional_import, read_json
 
 out: str = "data/gm"  # folder to write
@@ -213,15 +213,12 @@ def make_questions(split, clips, n, rng):
             return tasks
         easy = split == "train" and number >= 3
         asked = balanced(clips, field, 2 * n // 5 if easy else n, rng)
-        prompts = [prompt] * len(asked)
+        tasks[task] = [make_item(clip, prompt, clip[field]) for clip in asked]
         if n_options:
-            positions = cycle(rng, range(n_options), len(asked))
-            for i, (clip, position) in enumerate(zip(asked, positions)):
+            for clip, item, position in zip(asked, tasks[task], cycle(rng, range(n_options), len(asked))):
                 options = wrong_options(clip, n_options - 1, rng)
                 options.insert(position, clip[field])
-                for letter, option in zip("ABCD", options):
-                    prompts[i] += f" ({letter}) {option}."
-        tasks[task] = [make_item(clip, text, clip[field]) for clip, text in zip(asked, prompts)]
+                item["prompt"] = add_options(prompt, options)
     described = shuffled(rng, clips)[:len(clips) if split == "train" else n]
     tasks["GM-Note-AudioCaptioning"] = [caption_item(clip) for clip in described]
     return tasks

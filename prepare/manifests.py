@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from string import ascii_uppercase
 from pathlib import Path
 
 from tqdm import tqdm
@@ -301,6 +302,13 @@ def measure_clip(path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Manifests
+
+
+def add_options(question, options):
+    """-> "Question? (A) xxx. (B) yyy." of the options xxx and yyy."""
+    for letter, option in zip(ascii_uppercase, options):
+        question += f" ({letter}) {option.rstrip('.')}."
+    return question
 
 
 def measure_item(item, folder):

@@ -127,13 +127,6 @@ def window_counts(clips):
     return counts[:, 0] if counts.shape[1] == 1 else counts
 
 
-def make_labels(input_ids, sep_id, end_id, pad_id):
-    """(B, T) ids -> labels: the tokens after the first sep, else -100; all -100 where the end was cut off."""
-    after_sep = np.cumsum(input_ids == sep_id, 1) - (input_ids == sep_id) > 0
-    finished = (input_ids == end_id).any(1, keepdims=True)
-    return np.where(after_sep & (input_ids != pad_id) & finished, input_ids, -100)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Manifests
 
@@ -348,19 +341,21 @@ class Collate:
             "n_windows": [1]}
 
     def encode(self, pairs, n_clips=None):
-        """(prompt, output) pairs -> input_ids, labels (B, T) int64 and how many outputs max_tokens cut."""
+        """(prompt, output) pairs -> input_ids, labels (B, T) int64 and how many outputs max_tokens cut: those
+        have no labels, as in the published code."""
         t = self.tokenizer
-        end_id = t.convert_tokens_to_ids(SPECIAL_TOKENS[1])
         prompts = encode_prompts(t, [prompt for prompt, _ in pairs], n_clips)
         outputs = encode_text(t, [output for _, output in pairs])
-        rows = []
+        end = [t.convert_tokens_to_ids(SPECIAL_TOKENS[1]), t.eos_token_id]
+        rows, labels, unfinished = [], [], 0
         for prompt, output in zip(prompts, outputs):
-            row = prompt + output + [end_id, t.eos_token_id]
-            rows.append(row[:self.max_tokens])
+            row = (prompt + output + end)[:self.max_tokens]
+            finished = len(prompt) + len(output) < len(row)
+            unfinished += not finished
+            rows.append(row)
+            labels.append([-100] * len(prompt) + row[len(prompt):] if finished else [-100])
         ids = pad_rows(rows, t.pad_token_id, self.multiple)
-        labels = make_labels(ids.numpy(), t.sep_token_id, end_id, t.pad_token_id)
-        unfinished = (labels == -100).all(1).sum()
-        return ids, torch.from_numpy(labels), int(unfinished)
+        return ids, pad_rows(labels, -100, ids.shape[1]), unfinished
 
     def __call__(self, items):
         good = [item for item in items if item["windows"] is not None]

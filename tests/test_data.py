@@ -16,7 +16,7 @@ import torch
 
 import config
 import data
-from data import Clips, Collate, Manifest, make_labels, open_manifests, train_loader
+from data import Clips, Collate, Manifest, open_manifests, train_loader
 from tests.helpers import GOLDEN_SPEC, fails_with_one_line, write_manifest
 from tools.common import UserError
 from tools.data.audio import count_frames, missing_seconds
@@ -339,17 +339,6 @@ def test_every_pass_visits_every_item_once(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples and batches
-
-
-def test_labels_against_a_loop():
-    ids = rng.integers(0, 6, (200, 12))
-    labels = make_labels(ids, sep_id=1, end_id=2, pad_id=0)
-    for row, label in zip(ids.tolist(), labels.tolist()):
-        expected = [-100] * 12
-        if 1 in row and 2 in row:
-            for t in range(row.index(1) + 1, 12):
-                expected[t] = row[t] or -100
-        assert expected == label
 
 
 def test_a_batch_reports_what_is_missing(tmp_path, tokenizer):

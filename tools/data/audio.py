@@ -163,7 +163,7 @@ def open_sounds(path):
             if head[:4] == b"fLaC":  # behind a tag libsndfile cannot seek
                 begin = start
             f, frames = open_part(file, begin, end, head)
-            f.path = path
+            f.path = file
             with f:
                 yield f, frames
     except (soundfile.SoundFileError, OSError) as error:
@@ -187,9 +187,14 @@ def read_blocks(f, first, n):
 
 def read_channel(f, first, n, channel):
     """-> (k,) float32, k <= n."""
-    blocks = [block[:, channel].copy() for block in read_blocks(f, first, n)]
-    x = join(blocks)
-    return x if x.dtype == np.float32 else x.astype(np.float32) * np.float32(2 ** -15)  # exact
+    x = np.empty(n, np.float32)
+    end = 0
+    for block in read_blocks(f, first, n):
+        x[end:end + len(block)] = block[:, channel]
+        end += len(block)
+    if block.dtype == np.int16:
+        x *= np.float32(2 ** -15)  # exact
+    return x[:end]
 
 
 def read_first_channel(f, first, n):
@@ -230,19 +235,8 @@ def missing_seconds(path):
         for promised, held in re.findall(chunks, f.extra_info):
             if int(promised) < 2 ** 31 - 2 ** 16:
                 missing.append(int(promised) - int(held))
-        seconds += max(missing) * frames / f.samplerate / os.path.getsize(path)
+        seconds += max(missing) * frames / f.samplerate / os.path.getsize(f.path)
     return seconds
-
-
-def join(arrays):
-    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]  # a copy takes as long as decoding a WAV
-
-
-def resample(x, rate, sample_rate):
-    if rate == sample_rate:
-        return x
-    x = soxr.resample(x, rate, sample_rate)  # HQ
-    return x if len(x) else np.zeros(1, np.float32)  # less than one sample
 
 
 def read_audio(path, start, seconds, sample_rate):
@@ -250,19 +244,20 @@ def read_audio(path, start, seconds, sample_rate):
     has from there on: of a FLAC without a length, those read. FileNotFoundError, UserError name the file."""
     pieces, seconds_left, offset = [], 0, start
     for f, frames in open_sounds(path):
-        rate, first = f.samplerate, int(offset * f.samplerate)
+        rate = f.samplerate
+        first = int(offset * rate)
         n = min(f.frames - first, max(not pieces, math.ceil(round(seconds * rate, 6))))
-        x = read_first_channel(f, first, n) if n > 0 else np.empty(0, np.float32)
-        if frames >= UNKNOWN_LENGTH:
-            frames = first + len(x)
-        if len(x):
-            pieces.append(resample(x, rate, sample_rate))
-        seconds -= len(x) / rate
+        if n > 0:
+            x = read_first_channel(f, first, n)
+            seconds -= len(x) / rate
+            if frames >= UNKNOWN_LENGTH:
+                frames = first + len(x)
+            pieces.append(soxr.resample(x, rate, sample_rate) if rate != sample_rate else x)  # HQ
         seconds_left += max(0, frames - first) / rate
         offset = max(0, offset - frames / rate)
-    if not pieces:
+    if not sum(map(len, pieces)):
         raise UserError(f"{path}: no audio from {start} s on")
-    x = join(pieces)
+    x = np.concatenate(pieces)
     if not np.isfinite(x).all():
         raise UserError(f"{path}: holds samples that are not finite numbers")
     return x, seconds_left

@@ -18,7 +18,6 @@ import socket
 import struct
 import sys
 import zlib
-from contextlib import contextmanager
 
 import numpy as np
 
@@ -83,33 +82,19 @@ def write_index(f, content, stamp):
     f.writelines(blocks)
 
 
-def index_in_memory(content, stamp):
-    f = open(os.memfd_create("index"), "w+b")
-    write_index(f, content, stamp)
-    return Items(f)
-
-
-@contextmanager
-def one_builder(file):
-    """One process at a time builds the index of a manifest. -> a suffix for its temporary file: on a file
-    system without locks they build side by side, each in a file of its own."""
-    suffix = ""
-    with open(file, "rb") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX)  # released when the process ends, however it ends
-        except OSError:
-            suffix = f".{socket.gethostname()}-{os.getpid()}"
-        yield suffix
-
-
 def open_items(file, check, cache_dir=None):
-    """Items of a manifest, by its index, which is built where there is none. items.header["head"]: the other
-    keys of the manifest. check(JSON of the manifest) raises UserError."""
+    """Items of a manifest, by its index, which is built where there is none: by one process at a time.
+    items.header["head"]: the other keys of the manifest. check(JSON of the manifest) raises UserError."""
     path = file + ".index"
     if cache_dir:
         name = hashlib.sha256(os.path.abspath(file).encode()).hexdigest()[:16]
         path = os.path.join(cache_dir, f"{os.path.basename(file)}.{name}.index")
-    with one_builder(file) as suffix:
+    suffix = ""
+    with open(file, "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+        except OSError:  # a file system without locks: builders side by side, each with a file of its own
+            suffix = f".{socket.gethostname()}-{os.getpid()}"
         stat = os.stat(file)
         stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
         if os.path.isfile(path):
@@ -118,15 +103,16 @@ def open_items(file, check, cache_dir=None):
                 return items
         content = read_json(file)
         check(content)
-        if len(content["data"]) < SMALL:
-            return index_in_memory(content, stamp)
-        try:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            with atomic_write(path + suffix, "wb") as f:
-                write_index(f, content, stamp)
-            os.replace(path + suffix, path)
-            return Items(open(path, "rb"))
-        except OSError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"Warning: {file}: its index is kept in memory ({error})", file=sys.stderr)
-            return index_in_memory(content, stamp)
+        if len(content["data"]) >= SMALL:
+            try:
+                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+                with atomic_write(path + suffix, "wb") as f:
+                    write_index(f, content, stamp)
+                os.replace(path + suffix, path)
+                return Items(open(path, "rb"))
+            except OSError as error:
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"Warning: {file}: its index is kept in memory ({error})", file=sys.stderr)
+        in_memory = open(os.memfd_create("index"), "w+b")
+        write_index(in_memory, content, stamp)
+        return Items(in_memory)

@@ -19,11 +19,11 @@ from checkpoint import export_release, fingerprint, materialize, open_checkpoint
 from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.run_dir import newest_run
 from tools.common import UserError, atomic_write, check_folder_writable, check_writable
-from tools.sample.asking import (answer_key, append_line, load_item, read_part, read_questions, sampling_of,
-                                 to_json_line, truncation_note)
+from tools.sample.asking import (answer_key, append_line, load_clips, load_item, read_part, read_questions,
+                                 sampling_of, to_json_line, truncation_note)
 from tools.sample.attention_map import attention_timeline, write_timeline
-from tools.sample.decoding import (answer_items, check_text, compile_decoding, encode_audio_kv,
-                                   encode_questions, stream_text)
+from tools.sample.decoding import (answer_items, check_text, compile_decoding, encode_questions,
+                                   stream_text)
 from tools.sample.int8 import quantize
 from tools.sample.page import import_gradio, serve_page
 
@@ -68,7 +68,7 @@ def load_weights(c, source, model, state):
         quantize(model)
     if c.compile:
         compile_decoding(model)
-    print(f"model {source} | {compute}", file=sys.stderr)
+    print_note(f"model {source} | {compute}")
     return model
 
 
@@ -86,9 +86,9 @@ def print_stream(texts):
     return shown
 
 
-def print_truncation(seconds, model):
-    if note := truncation_note(seconds, model):
-        print(note, file=sys.stderr)
+def print_note(text):
+    if text:
+        print(text, file=sys.stderr)
 
 
 def prompts_of(c):
@@ -109,9 +109,8 @@ def prompts_of(c):
 def answer_audio(model, c):
     """--audio: one clip, or several of one prompt; with --chat one question after the other. A question of a
     chat that cannot be answered does not end it -> exit code."""
-    (_, windows, counts), truncated = load_item("", c.audio, model)
-    print_truncation(truncated, model)
-    audio_kv = encode_audio_kv(model, [("", windows, counts)])
+    windows, counts, audio_kv, note = load_clips(c.audio, model)
+    print_note(note)
     sampling, failed = sampling_of(c), 0
     for number, prompt in enumerate(prompts_of(c)):
         try:
@@ -121,7 +120,7 @@ def answer_audio(model, c):
             if not c.chat:
                 raise
             failed = 1
-            print(f"not answered: {str(error) or 'interrupted'}", file=sys.stderr)
+            print_note(f"not answered: {str(error) or 'interrupted'}")
             continue
         if c.timeline:
             base = f"{c.timeline}-{number}" if number else c.timeline
@@ -169,10 +168,10 @@ def answer_input(model, questions, c):
         with atomic_write(c.output, "wb") as f:
             f.write("".join(lines).encode())
         os.remove(part)
-    print_truncation(seconds, model)
+    print_note(truncation_note(seconds, model))
     errors = [answers[key]["error"] for key in keys if "error" in answers[key]]
     if errors:
-        print(f"{len(errors)} of {len(questions)} could not be answered, e.g. {errors[0]}", file=sys.stderr)
+        print_note(f"{len(errors)} of {len(questions)} could not be answered, e.g. {errors[0]}")
     return 1 if errors else 0
 
 

@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-import config
-import sample
 from tests.helpers import ROOT
-from tools.sample.page import CACHED_CLIPS, build_page
 
 pytestmark = pytest.mark.slow
 
@@ -146,24 +143,6 @@ def test_only_uploads_are_readable(address, folder):
 
 def test_the_page_names_no_other_host(address):
     assert not re.search("(src|href)=[\"'](https?:)?//", httpx.get(address).text)
-
-
-def test_a_clip_is_encoded_once_while_it_is_cached(trained, folder, tmp_path):
-    """A question about a cached clip does not need its file."""
-    c = config.load([f"--init_from={trained}/tiny", "--max_new_tokens=3"], "sample.py")
-    page = build_page(sample.load_weights(c, *sample.read_model(c)), c)
-    (ask,) = [function.fn for function in page.fns.values() if function.api_name == "ask"]
-    clip = str(shutil.copy(folder / "tone.wav", tmp_path))
-    *_, (chat, about, *_) = ask(clip, "What?", [], None)
-    os.remove(clip)
-    *_, (chat, about, *_) = ask(clip, "And?", chat, about)
-    assert len(chat) == 4
-    for i in range(CACHED_CLIPS):  # so many others take its place in the cache
-        other = str(shutil.copy(folder / "tone.wav", tmp_path / f"{i}.wav"))
-        *_, (chat, about, *_) = ask(other, "What?", chat, about)
-        assert len(chat) == 2
-    *_, (_, _, _, note, _) = ask(clip, "And?", chat, about)
-    assert "tone.wav" in note
 
 
 def test_a_file_beyond_the_limit(address, folder, tmp_path):

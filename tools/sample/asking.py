@@ -10,7 +10,7 @@ import torch
 
 from data import read_clip, truncation_warning
 from tools.common import UserError, atomic_write, name_disk_errors, parse_json_line, read_json_lines
-from tools.sample.decoding import Sampling
+from tools.sample.decoding import Sampling, encode_audio_kv
 
 
 def sampling_of(c):
@@ -28,6 +28,14 @@ def load_item(prompt, paths, model):
         clips.append(torch.from_numpy(windows))
         seconds.append(truncated)
     return (prompt, torch.cat(clips), list(map(len, clips))), seconds
+
+
+def load_clips(paths, model):
+    """Clips to ask about -> windows, the numbers of them, audio keys and values, a note if one was
+    truncated."""
+    item, truncated = load_item("", paths, model)
+    _, windows, counts = item
+    return windows, counts, encode_audio_kv(model, [item]), truncation_note(truncated, model)
 
 
 def truncation_note(seconds, model):

@@ -9,9 +9,9 @@ import threading
 from functools import lru_cache, partial
 
 from tools.common import UserError, optional_import
-from tools.sample.asking import load_item, sampling_of, truncation_note
+from tools.sample.asking import load_clips, sampling_of
 from tools.sample.attention_map import attention_timeline, timeline_figure
-from tools.sample.decoding import check_text, encode_audio_kv, stream_text
+from tools.sample.decoding import check_text, stream_text
 
 MAX_QUEUE = 64  # questions that may wait
 CACHED_CLIPS = 4  # half a gigabyte each, of a 3B model and 5 minutes
@@ -30,14 +30,12 @@ def as_text(text):
 
 
 def load_clip(path, model):
-    """A visitor's clip -> item without a prompt, audio keys and values, a note if it was truncated."""
+    """load_clips of a visitor's file."""
     try:
-        item, truncated = load_item("", [path], model)
+        return load_clips([path], model)
     except (UserError, FileNotFoundError) as error:
         folder = os.path.dirname(path) + os.sep  # the visitor knows the name alone
         raise UserError(str(error).replace(folder, "")) from error
-    audio_kv = encode_audio_kv(model, [item])
-    return item, audio_kv, truncation_note(truncated, model)
 
 
 def build_page(model, c):
@@ -63,7 +61,7 @@ def build_page(model, c):
         yield chat, path, None, "" if before else "listening", ""
         try:
             with lock:
-                (_, windows, counts), audio_kv, note = cached_clip(path)
+                windows, counts, audio_kv, note = cached_clip(path)
                 texts = stream_text(model, (prompt, windows, counts), audio_kv, sampling_of(c))
                 for text in texts:
                     reply["content"] = as_text(text) or "…"

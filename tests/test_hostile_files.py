@@ -14,7 +14,6 @@ from tools.common import UserError
 
 SHARD, LISTING = "safe_ckpt/weight_0.safetensors", "safe_ckpt/metadata.json"
 NORM = "lang_encoder.model.norm.weight"
-GATED = "lang_encoder.model.layers.1.gated_cross_attn_layer_sound."
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\nsize 132\n"
 PAGE = "<!DOCTYPE html><html><body>Access to this repository is restricted.</body></html>"
 
@@ -53,11 +52,6 @@ def edit_shard(edit, list_again=True):
     return change
 
 
-def lose_block(state):
-    for name in [name for name in state if name.startswith(GATED)]:
-        del state[name]
-
-
 FILES = {  # what happened to a release: (how, words of the error)
     "cut": (cut(SHARD), "weight_0.safetensors"),
     "Git LFS pointer": (rewrite(SHARD, POINTER), "weight_0.safetensors"),
@@ -75,7 +69,6 @@ FILES = {  # what happened to a release: (how, words of the error)
     "other blocks": (edit_config(cross_attn_every_n_layers=2), "unexpected.*xattn"),
     "not in the shard": (edit_shard(lambda s: s.pop(NORM), False), "weight_0.safetensors.*" + NORM),
     "missing": (edit_shard(lambda s: s.pop(NORM)), "missing: lm.norm.weight"),
-    "a block less": (edit_shard(lose_block), "missing: xattn.1.attn"),
     "extra": (edit_shard(lambda s: s.update(extra=torch.zeros(2))), "unexpected: extra"),
     "shape": (edit_shard(lambda s: s.update({NORM: s[NORM][:-1].clone()})), "wrong shape: lm.norm.weight"),
     "dtype": (edit_shard(lambda s: s.update({NORM: s[NORM].long()})), "wrong type: lm.norm.weight")}

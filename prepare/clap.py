@@ -139,12 +139,12 @@ class Captions:
         self.bank = {text for text, _ in self.counts.most_common(bank_size)}
 
     def number(self, texts):
-        return {self.numbers.setdefault(text.strip().lower(), len(self.numbers)) for text in texts}
+        return [self.numbers.setdefault(text.strip().lower(), len(self.numbers)) for text in texts]
 
     def targets(self, rows):
         """Of a batch of B clips: the numbers (K,) of their captions and of the text bank; (B, K) which of
         them are a clip's own; (B, K) with which it is contrasted: all captions, of the negatives its own."""
-        texts = self.bank.union(*(self.positives[i] | self.negatives[i] for i in rows))
+        texts = self.bank.union(*(self.positives[i] + self.negatives[i] for i in rows))
         texts = sorted(texts)
         positive = [[text in self.positives[i] for text in texts] for i in rows]
         contrasted = [[text in self.counts or text in self.negatives[i] for text in texts] for i in rows]

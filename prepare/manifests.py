@@ -174,12 +174,12 @@ def find_placeholder(path):
     """What there is instead of a file that was not downloaded, or None."""
     try:
         with open(path, "rb") as f:
-            head = f.read(99).lstrip().lower()
+            head = f.read(99).lstrip(b"\xef\xbb\xbf\r\n\t ")
     except PermissionError:  # which whoever reads it reports
         return None
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: run git lfs pull"
-    return "an HTML page" if head.startswith((b"<!doctype", b"<html")) else None
+    return "an HTML page" if head.startswith(b"<") else None
 
 
 class Folder:

@@ -157,8 +157,8 @@ def test_what_users_have(case, tmp_path, capsys):
     found = {name: [[item["name"], item["output"]] for item in manifest.items]
              for name, manifest in read_manifests(tmp_path).items()}
     assert found == case["manifests"]
-    out = capsys.readouterr().out
-    assert [text for text in case["printed"] if text not in out] == []
+    printed = "".join(capsys.readouterr())
+    assert [text for text in case["printed"] if text not in printed] == []
 
 
 def test_a_source_outside_of_data_root_has_an_absolute_path(tmp_path):

@@ -235,7 +235,13 @@ def add_scores(path, rows):
 def read_questions(path):
     """The items of such a file, with the name of their clip. MMAU's test split has no answers: its outputs
     are empty."""
-    return [item | {"name": os.path.normpath(str(item.get("audio", "")))} for item in read_entries(path)[0]]
+    items, _ = read_entries(path)
+    outputs = [(item["output"], item.get("choices")) for item in items]
+    wrong = [output for output, choices in outputs if choices and output not in ("", *choices)]
+    if wrong:
+        print(f"Warning: {path}: {len(wrong)} answers are none of their choices, {join_names(wrong)}",
+              file=sys.stderr)
+    return [item | {"name": os.path.normpath(str(item.get("audio", "")))} for item in items]
 
 
 def open_questions(path, name, data_root):

@@ -230,3 +230,32 @@ def test_a_bos_token_stays_and_an_eos_token_goes(tiny_lm):
     (prompt,) = encode_prompts(tokenizer, ["Hi"])
     assert prompt[:2] == [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<audio>")]
     assert prompt[-1] == tokenizer.sep_token_id and tokenizer.eos_token_id not in prompt
+
+
+@pytest.mark.slow
+def test_one_batch_overfits(build):
+    model = build(gates=0.0)
+    model.set_trainable(settings())
+    ids, windows, n, labels = make_batch(model)
+    windows[0] = 0  # silence trains like any other window
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0)
+    for _ in range(60):
+        _, loss = model(ids, windows, n, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_training_encoder_gets_no_remainder_of_one_window(build):
+    """Which BatchNorm would normalise by itself."""
+    model = build()
+    model.set_trainable(settings({"clap_finetune": True}))
+    model.train()
+    sizes = []
+    model.clap.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    model.encode_audio(torch.randn(65, 40000), torch.tensor([65]))
+    assert sizes == [33, 32]

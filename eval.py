@@ -180,7 +180,8 @@ def answer_split(model, manifest, cache, identity, c, rank, world):
     """Answer what is not cached, this rank's share of it; -> on rank 0 all items, in the manifest's order."""
     keys = []
     for clip in map(manifest.__getitem__, range(len(manifest))):
-        keys.append(answer_key([identity, clip["start"], clip["duration"]], clip["prompt"], clip["paths"]))
+        asked = [identity, clip["paths"], clip["start"], clip["duration"]]
+        keys.append(answer_key(asked, clip["prompt"], clip["paths"]))
     cached = records.read_cache(cache)
     uncached = [i for i, key in enumerate(keys) if key not in cached]
     if rank == 0 and cached and uncached:

@@ -138,8 +138,11 @@ def read_entry(where, entry):
     elif choices and "score" not in item and not NUMBERED.search(prompt):
         words = re.findall(r"\w+", " ".join(choices))
         for key in ("output", "answer"):  # an index as text, as tables have it
-            if re.fullmatch(r"\d\d?", item[key]) and item[key] not in words:
-                item[key] = option_text(int(item[key]), item, key, where)
+            if re.fullmatch(r"\d\d?", item[key]) and item[key] not in choices:
+                if item[key] not in words:
+                    item[key] = option_text(int(item[key]), item, key, where)
+                elif key == "output":  # "2 dogs", or the third option?
+                    refuse(where, key, item[key], "the text of an option")
     if form == MMAU:
         if not choices:
             refuse(where, "choices", choices, "a list of two or more texts")

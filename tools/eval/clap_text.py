@@ -8,6 +8,7 @@ import sys
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 import config as settings
 from tools.checkpoint.devices import pick_device
@@ -64,7 +65,7 @@ def load_text_encoder(state, t5="google/flan-t5-large", device="cpu"):
     branch |= dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), embedding)
     encoder.load_state_dict({name: branch[name] for name in encoder.state_dict()})
     d, hidden = linear["0.weight"].shape
-    project = torch.nn.Sequential(torch.nn.Linear(hidden, d), torch.nn.ReLU(), torch.nn.Linear(d, d))
+    project = nn.Sequential(nn.Linear(hidden, d), nn.ReLU(), nn.Linear(d, d))
     project.load_state_dict(linear)
     encoder, project = encoder.to(device).eval(), project.to(device).eval()
 
@@ -76,7 +77,7 @@ def load_text_encoder(state, t5="google/flan-t5-large", device="cpu"):
                             return_tensors="pt").to(device)
             states = encoder(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])[0]
             vectors = project(states.mean(1))  # (n, 77, d) -> (n, d'): the mean counts padding, too
-            parts.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
+            parts.append(nn.functional.normalize(vectors, dim=-1).cpu())
         return torch.cat(parts).numpy()
 
     return embed

@@ -37,7 +37,7 @@ INSTRUCTION = "Choose the correct option from the following options:"  # of MMAU
 
 
 def refuse(where, key, value, expected):
-    raise UserError(f"{where}: {key!r} is {json.dumps(value)[:80]}, expected {expected}")
+    raise UserError(f"{where}: {key!r} is {value!r:.80}, expected {expected}")
 
 
 def plain_json(value):

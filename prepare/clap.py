@@ -1,6 +1,6 @@
 """Train a CLAP audio encoder (HTS-AT) on captioned manifests, against texts as the frozen LM reads them.
 
-    python prepare/clap.py config/demo.py        # the demo's encoder, 2 cores
+    python prepare/clap.py config/demo_clap.py   # the demo's encoder, 2 cores
     python prepare/clap.py my.py --clap_config='{"audiocaps-AudioCaptioning/train": 1}' --clap_out=clap/my.pt
 
 Contrastive: the mean of the audio tokens, through a linear map, and the mean of the language model's states

@@ -54,13 +54,14 @@ def draw_picture(run, clip, prompt):
     answer = model.generate([prompt], windows, torch.tensor([len(windows)]), 32)[0]
     entries = [entry for _, entry in read_json_lines(f"{run}/log.jsonl") if "loss" in entry]
     figure = new_figure(11, 4.2)
-    axes = figure.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1],
-                                 width_ratios=[2, 1])
-    seconds = draw_log_mel(axes["mel"], windows, model.audio_config["sample_rate"])
+    mosaic = figure.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1],
+                                   width_ratios=[2, 1])
+    mel, loss, attention = mosaic.values()
+    seconds = draw_log_mel(mel, windows, model.audio_config["sample_rate"])
     timeline = attention_timeline(model, prompt, answer.strip() or "?", windows)
-    draw_attention(axes["attention"], timeline["weights"][0], seconds)
-    axes["loss"].plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries])
-    axes["loss"].set(xlabel="step", ylabel="loss", title="training", yscale="log")
+    draw_attention(attention, timeline["weights"][0], seconds)
+    loss.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries])
+    loss.set(xlabel="step", ylabel="loss", title="training", yscale="log")
     figure.suptitle(plain_label(f"“{prompt}” → “{answer.strip()}”"))
     with atomic_write(f"{run}/demo.png", "wb") as f:
         f.write(png_bytes(figure, dpi=110))

@@ -178,7 +178,7 @@ def test_the_temporaries_of_a_killed_run_are_removed(tmp_path):
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    of_another = f"{glob.glob(f'{tmp_path}/to/audio/*/*.tmp')[0]}.{os.getpid()}.tmp"  # which is at work
+    of_another = f"{glob.glob(f'{tmp_path}/to/audio/*/*.tmp')[0]}.{os.getpid()}.tmp"  # of a process that runs
     open(of_another, "w").close()
     run(*command)
     left = all_files(tmp_path / "to/audio")
@@ -186,7 +186,7 @@ def test_the_temporaries_of_a_killed_run_are_removed(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is heard
+# The audio settings of a config
 
 
 @pytest.mark.parametrize("rate", [16000, 48000])
@@ -199,10 +199,10 @@ def test_windows_and_rate_are_those_of_the_pretrained_model(tiny_settings, tmp_p
     names = config.defaults() | tiny_settings | {"clap_checkpoint": f"{tmp_path}/clap.pt"}
     model, state = checkpoint.init_from_parts(SimpleNamespace(**names))
     checkpoint.materialize(model, state, "cpu", None, "new").save_pretrained(f"{tmp_path}/release")
-    heard = {"window_length": 2.5, "window_overlap": 0.0, "max_num_window": 2, "sample_rate": rate}
-    for options, expected in [([], {}), (["--max_num_window=5"], {"max_num_window": 5})]:
+    expected = {"window_length": 2.5, "window_overlap": 0.0, "max_num_window": 2, "sample_rate": rate}
+    for options, changed in [([], {}), (["--max_num_window=5"], {"max_num_window": 5})]:
         c = config.load([f"--pretrained_path={tmp_path}/release", *options], "prepare/check.py", files=True)
-        assert check.audio_config_of(c) == heard | expected
+        assert check.audio_config_of(c) == expected | changed
 
 
 @pytest.mark.parametrize("options, most", [

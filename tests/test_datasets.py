@@ -16,7 +16,7 @@ import eval as scoring
 from data import Manifest
 from prepare import datasets, manifests
 from tests.helpers import ROOT, fails_with_one_line, lay_out, run
-from tools.common import UserError, read_json_list
+from tools.common import UserError, read_json_elements, read_json_rows
 
 with open(f"{ROOT}/tests/sources.json", encoding="utf-8") as f:
     SOURCES = json.load(f)
@@ -170,12 +170,22 @@ def test_a_source_outside_of_data_root_has_an_absolute_path(tmp_path):
     assert manifest.head["split_path"] == folder and os.path.isfile(manifest[0]["path"])
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000])
-@pytest.mark.parametrize("text", ["[]", "[ ]", '[{"a": [1, "]}"]}\n ,{"b\\"": "é\\u00e9"},{}]', "[null]"])
-def test_json_lists_are_read_in_parts(text, size):
-    assert list(read_json_list(io.StringIO(text[1:]), size)) == json.loads(text)
-    with pytest.raises(ValueError):
-        list(read_json_list(io.StringIO(text[1:-1]), size))
+@pytest.mark.parametrize("text, rows", [
+    ("[]", []), (" [ ] ", []), ("{}", []),
+    ('{"data": {"a": 1}, "]": {"b": [":"]}}', [{"a": 1}, {"b": [":"]}]),
+    ('[{"a": [1, "]}"]}\n ,{"b\\"": "é\\u00e9"},{}]', [{"a": [1, "]}"]}, {'b"': "éé"}, {}]),
+    ('{"n": 1, "data": [{"a": 1}], "m": 2}', [{"a": 1}]), (f'["{"x" * 9000}"]', ["x" * 9000]),
+    *[(text, None) for text in ("[1", "[{}", '{"a": {}', "[}", "5", "", "[{]", "{1", "[1][2]", "{}{}", "[],")]])
+def test_json_is_read_in_parts(text, rows, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="utf-8")
+    if rows is None:
+        with pytest.raises(UserError, match="x.json"):
+            list(read_json_rows(path))
+        return
+    assert list(read_json_rows(path)) == rows
+    parts = read_json_elements(io.StringIO(f"{json.dumps(rows)}, {json.dumps(rows)}]"), "[", size=7)
+    assert list(parts) == [rows, rows]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import islice
 
 
 # How long a rank waits for another one: for its disk, its share of a validation, its scoring. A dead one is
@@ -153,34 +154,31 @@ def read_json_object(path):
 
 
 def read_json_rows(path):
-    """Yield the rows of a JSON list, {"data": a list} or {name: row}. A list is read as its rows are taken:
-    of millions, few are in memory."""
-    with open(path, encoding="utf-8-sig") as f:
-        try:
-            if f.read(1) == "[":
-                yield from read_json_list(f)
-                return
-        except ValueError as error:
-            raise UserError(f"{path}: not readable JSON ({error})") from error
-    content = read_json(path)
-    if isinstance(content, dict):
-        content = content.get("data", list(content.values()))
-    if not isinstance(content, list):
-        raise UserError(f"{path}: a {type(content).__name__}, expected a list of rows")
-    yield from content
+    """Yield the rows of a JSON list, {"data": a list} or {name: row} as they are read: of millions, few are
+    in memory."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read(2 ** 12).lstrip()
+            data = re.match(r'\{[^[{]*"data"\s*:\s*(?=\[)', text)
+            elements = read_json_elements(f, text[data.end():] if data else text, nested=bool(data))
+            yield from islice(elements, 1, None, 2) if text.startswith("{") and not data else elements
+    except ValueError as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from error
 
 
-def read_json_list(f, size=2 ** 20, longest=2 ** 26):
-    """Yield the elements of the list that an open file goes on with behind its "[", read `size` characters
-    at a time; ValueError where one is no JSON, or longer than `longest`."""
-    decode, text, begin = json.JSONDecoder().raw_decode, "", 0
+def read_json_elements(f, text, nested=False, size=2 ** 20, longest=2 ** 26):
+    """Yield the elements of a list, or the names and values of an object by turns. `text` begins with it, an
+    open file holds the rest, read `size` characters at a time. ValueError where there is none, where an
+    element is no JSON or longer than `longest`, or where something follows, unless it is nested."""
+    if not text.startswith(("[", "{")):
+        raise ValueError("neither a list nor an object")
+    close = "]" if text.startswith("[") else "}"
+    decode, begin = json.JSONDecoder().raw_decode, 1
     while True:
-        begin = re.compile(r"[\s,]*").match(text, begin).end()
+        begin = re.compile(r"[\s,:]*").match(text, begin).end()
         try:
-            if text.startswith("]", begin):
-                if (text[begin + 1:] + f.read()).strip():
-                    raise ValueError("more after the end of the list")
-                return
+            if text.startswith(close, begin):
+                break
             element, begin = decode(text, begin)
         except ValueError:  # the rest of the element is not read yet
             more = f.read(size)
@@ -189,6 +187,8 @@ def read_json_list(f, size=2 ** 20, longest=2 ** 26):
             text, begin = text[begin:] + more, 0
         else:
             yield element
+    if not nested and (text[begin + 1:] + f.read()).strip():
+        raise ValueError("more after its end")
 
 
 def parse_json_line(line):

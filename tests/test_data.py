@@ -95,7 +95,7 @@ WHOLE = SOUNDS | {  # 3 s of 440 Hz
     "mp3.wav": MP3,
     "wav.mp3": WAV,
     "aiff.gsm": SOUNDS["AIFF"],
-    "w64.raw": SOUNDS["W64"],
+    "w64.RAW": SOUNDS["W64"],
     "tag.mp3": TAG + MP3,
     "tag.flac": TAG + FLAC,
     "zeros.mp3": bytes(3000) + MP3,
@@ -195,6 +195,7 @@ BAD = {  # name: content, what the error says
     "0 Hz.wav": (patched(WAV, at24=bytes(4)), ""),
     "1 Hz.wav": (patched(WAV, at24=b"\1\0\0\0"), "1 Hz"),
     "2 GHz.wav": (patched(WAV, at24=b"\xff\xff\xff\x7f"), "2147483647 Hz"),
+    "two rates.mp3": (without_header(MP3) + without_header(NEXT["MP3"]), "rate or channels"),
     "half.flac": (cut(encoded("FLAC", seconds=12)), ""),
     "half.mp3": (cut(encoded("MP3", seconds=12)), ""),
     "nothing.wav": (encoded("WAV", seconds=0), "")}

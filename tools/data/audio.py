@@ -116,8 +116,8 @@ def sound_end(path, begin):
 
 @lru_cache(maxsize=4096)
 def split_sounds(path, size, modified):
-    """-> (begin, end) of each sound in a file. Searching an hour of Ogg takes 50 ms: once
-    for all its items."""
+    """-> (begin, end) of each sound in a file. Searching an hour of Ogg takes 50 ms: once for all its
+    items."""
     begins = [0]
     while True:
         end = sound_end(path, begins[-1])
@@ -130,7 +130,8 @@ def split_sounds(path, size, modified):
 def open_part(path, begin, end, head):
     """-> AudioFile of a part of a file, which begins with `head`; its frames by the header, or estimated for
     an MP3 without one."""
-    whole = end - begin == os.path.getsize(path) and not path.endswith(".raw")  # soundfile refuses that name
+    named_raw = path.lower().endswith(".raw")  # which soundfile refuses
+    whole = end - begin == os.path.getsize(path) and not named_raw
     riff_end = begin + 8 + int.from_bytes(head[4:8], "little")
     content = path
     if head[:4] == b"RIFF" and NO_DATA in head and abs(riff_end - end) > 1:
@@ -166,6 +167,10 @@ def open_sounds(path):
             f.path = file
             with f:
                 yield f, frames
+                if isinstance(f.name, EndlessFile) and not len(f.read(1)):
+                    rest = read_at(file, io.FileIO.tell(f.name) - 4, 12)
+                    if len(rest) == 12 and (NEXT_SOUND.match(rest) or NEXT_SOUND.match(rest, 4)):
+                        raise soundfile.SoundFileRuntimeError("an MP3 whose rate or channels change")
     except (soundfile.SoundFileError, OSError) as error:
         causes = [cause for beginning, cause in NO_SOUND.items() if re.match(beginning, head)]
         raise UserError(f"{path}: not readable as audio ({causes[0] if causes else error})") from error
@@ -192,9 +197,8 @@ def read_channel(f, first, n, channel):
     for block in read_blocks(f, first, n):
         x[end:end + len(block)] = block[:, channel]
         end += len(block)
-    if block.dtype == np.int16:
-        x *= np.float32(2 ** -15)  # exact
-    return x[:end]
+    scale = 2 ** -15 if block.dtype == np.int16 else 1  # exact
+    return x[:end] * np.float32(scale)
 
 
 def read_first_channel(f, first, n):
@@ -250,8 +254,9 @@ def read_audio(path, start, seconds, sample_rate):
         if n > 0:
             x = read_first_channel(f, first, n)
             seconds -= len(x) / rate
-            if frames >= UNKNOWN_LENGTH:
-                frames = first + len(x)
+            end = first + len(x)
+            if len(x) < n or not end <= frames < UNKNOWN_LENGTH:  # else estimated, perhaps
+                frames = end
             pieces.append(soxr.resample(x, rate, sample_rate) if rate != sample_rate else x)  # HQ
         seconds_left += max(0, frames - first) / rate
         offset = max(0, offset - frames / rate)

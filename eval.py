@@ -34,7 +34,7 @@ from tools.eval.rules import closed_set, cmm, entailment, exact_match, multi_lab
 from tools.eval.stats import compare_systems
 from tools.html_page import clip_html
 from tools.sample.asking import answer_key, truncation_note
-from tools.sample.decoding import Sampling, answer_items
+from tools.sample.decoding import Sampling, answer_items, encode_questions
 
 split: str = ""  # Name-Task/split, or several separated by commas
 init_from: str | None = None  # run, checkpoint file, release directory or hub id; None: the newest run
@@ -176,6 +176,15 @@ def score_split(name, items, c, clap_checkpoint=None):
 # Answers
 
 
+def check_question(model, clip):
+    """A clip of Clips -> an item of decoding.py; UserError where it is unreadable or its prompt too long."""
+    if "error" in clip:
+        raise UserError(clip["error"])
+    item = clip["prompt"], clip["windows"], clip["n_windows"]
+    encode_questions(model, [item])
+    return item
+
+
 def answer_split(model, manifest, cache, identity, c, rank, world):
     """Answer what is not cached, this rank's share of it; -> on rank 0 all items, in the manifest's order."""
     keys = []
@@ -198,11 +207,13 @@ def answer_split(model, manifest, cache, identity, c, rank, world):
         def questions():
             bar = tqdm(loader, manifest.name, len(share), unit="clip", disable=rank > 0 or None)
             for i, clip in zip(share, bar):
-                if "error" in clip:  # an unreadable clip counts as wrong, and is reported
-                    records.append_answer(f, keys[i], answer="", error=clip["error"])
+                try:
+                    item = check_question(model, clip)
+                except UserError as error:  # it counts as wrong, and is reported
+                    records.append_answer(f, keys[i], answer="", error=str(error))
                     continue
                 pending.append((keys[i], round(clip["truncated_seconds"], 2)))
-                yield clip["prompt"], clip["windows"], clip["n_windows"]
+                yield item
 
         sampling = Sampling(max_new_tokens=c.max_new_tokens)
         for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):

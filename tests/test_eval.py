@@ -82,12 +82,13 @@ def test_cached_answers_belong_to_model_settings_clip_and_prompt(evaluate, train
     content = json.loads(manifest.read_text())
     content["data"]["0"]["output"] = "kept"  # references are those of now
     content["data"]["1"]["prompt"] = "Another question?"
+    content["data"]["3"]["prompt"] = 600 * "too long "  # counts as wrong, the others are asked
     content["data"]["4"]["duration"] = 1.0
     manifest.write_text(json.dumps(content))
     soundfile.write(tmp_path / "data/2.wav", np.random.default_rng(5).standard_normal(50000) * 0.1, 16000)
     answers, scores, note = ask()
-    assert [answer == "kept" for answer in answers] == [True, False, False, True, False, True, True, False]
-    assert scores[0] == 1 and "3 of 8" in note
+    assert [answer == "kept" for answer in answers] == [True, False, False, False, False, True, True, False]
+    assert scores[0] == 1 and answers[3] == "" and "4 of 8" in note
 
     saved = torch.load(tmp_path / "run/checkpoint_0.pt", weights_only=True)
     saved["model_state_dict"]["xattn.0.attn_gate"] += 1

@@ -1,5 +1,5 @@
-"""Copies of what the model hears: mono FLAC at its sample rate (16 kHz, or that of clap_checkpoint), cut to
-its length, and manifests that point at them.
+"""Copies of what the model hears: mono FLAC at its sample rate (16 kHz, or that of pretrained_path or
+clap_checkpoint), cut to its length, and manifests that point at them.
 
     python prepare/convert.py config/pretrain.py --to=packed             # all manifests of a config
     python prepare/convert.py a.json b.json --data_root=data --to=packed

@@ -119,11 +119,9 @@ def plan_solo(draws, family, register, count, trend):
     slot = 2.3 / count
     start = draws.rng.uniform(0.03, 0.15)
     length = draws.rng.uniform(0.45, slot - 0.3)  # how much of the clip sounds does not tell the count
-    notes = []
-    for i, velocity in enumerate(velocities):
-        notes.append((program, key, velocity, round(start + i * slot, 3), round(length, 3)))
     return {
-        "notes": notes,
+        "notes": [(program, key, velocity, round(start + i * slot, 3), round(length, 3))
+                  for i, velocity in enumerate(velocities)],
         "family": FAMILY_NAMES[family],
         "instrument": PROGRAMS[program],
         "register": register,
@@ -183,7 +181,7 @@ def caption_item(clip):
     positives = [family, instrument, f"{register} pitch", f"{count} in number"]
     if clip["trend"]:
         positives.append(f"getting {clip['trend']}")
-        text += ", " + positives[-1]
+        text += f", getting {clip['trend']}"
     return make_item(clip, "Describe the sound.", text, positives=positives)
 
 

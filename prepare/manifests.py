@@ -347,11 +347,11 @@ class ManifestWriter:
         """Write <...>/<Name-Task>/<split>.json, whole or not at all."""
         task, split = self.file.removesuffix(".json").split("/")[-2:]
         head = json.dumps({"split": split, "split_path": self.split_path, "flamingo_task": task,
-                           "total_num": self.total, "data": {}}, indent=1)
+                           "total_num": self.total, "data": {}}, indent=1).removesuffix("}\n}")
         os.makedirs(os.path.dirname(self.file), exist_ok=True)
         with self.items, atomic_write(self.file) as f:
             self.items.seek(0)
-            f.write(head.removesuffix("}\n}"))
+            f.write(head)
             shutil.copyfileobj(self.items, f)
             f.write("\n }\n}" if self.total else "}\n}")
 

@@ -96,11 +96,9 @@ WHOLE = SOUNDS | {  # 3 s of 440 Hz
     "wav.mp3": WAV,
     "aiff.gsm": SOUNDS["AIFF"],
     "w64.RAW": SOUNDS["W64"],
-    "tag.mp3": TAG + MP3,
     "tag.flac": TAG + FLAC,
     "zeros.mp3": bytes(3000) + MP3,
     "loud.mp3": LOUD,
-    "soft.mp3": SOFT,
     "garbage.flac": FLAC + rng.bytes(9000),
     "sizes 0.wav": patched(WAV, at4=bytes(4), at40=bytes(4)),
     "sizes of nothing.wav": patched(WAV, at4=b"\x24\0\0\0", at40=bytes(4)),
@@ -193,7 +191,6 @@ BAD = {  # name: content, what the error says
     "noise.au": (rng.bytes(5000), "no header"),
     "gzip.wav": (gzip.compress(WAV), ""),
     "0 Hz.wav": (patched(WAV, at24=bytes(4)), ""),
-    "1 Hz.wav": (patched(WAV, at24=b"\1\0\0\0"), "1 Hz"),
     "2 GHz.wav": (patched(WAV, at24=b"\xff\xff\xff\x7f"), "2147483647 Hz"),
     "two rates.mp3": (without_header(MP3) + without_header(NEXT["MP3"]), "rate or channels"),
     "half.flac": (cut(encoded("FLAC", seconds=12)), ""),
@@ -266,32 +263,30 @@ def edit_manifest(folder, change, n=20):
     return path
 
 
-@pytest.mark.parametrize("key, value", [
-    ("total_num", 3),
-    ("split", None),
-    ("split_path", 7),
-    ("split_path", "../x"),
-    ("data", []),
-    ("flamingo_task", None)])
-def test_a_wrong_key_of_a_manifest_is_named(tmp_path, key, value):
-    path = edit_manifest(tmp_path, lambda content: content.update({key: value}))
-    with pytest.raises(UserError, match=rf"train\.json: {key}"):
-        Manifest(path)
+WRONG = {
+    "total_num": [3],
+    "split": [None],
+    "split_path": [7, "../x"],
+    "data": [[]],
+    "flamingo_task": [None]}
+WRONG_IN_ITEM = {
+    "name": [["a"], ["a", 3], "../../x.wav", None],
+    "prompt": [None, ["p"]],
+    "output": [3, ["o"]],
+    "choices": [[1, 2], "a", {"A": "a"}],
+    "duration": [float("nan"), float("inf"), 1e300, 10 ** 400, -1, True, None, "3", [1]],
+    "audio_start": [float("nan")]}
 
 
-SECONDS = [float("nan"), float("inf"), 1e300, 10 ** 400, -1, True, None, "3", [1]]
-
-
-@pytest.mark.parametrize("key, value", [
-    *(("name", value) for value in (["a"], ["a", 3], "../../x.wav", None)),
-    *(("prompt", value) for value in (None, ["p"])),
-    *(("output", value) for value in (3, ["o"])),
-    *(("choices", value) for value in ([1, 2], "a", {"A": "a"})),
-    *(("duration", value) for value in SECONDS), ("audio_start", float("nan"))])
-def test_a_wrong_key_of_an_item_is_named(tmp_path, key, value):
-    path = edit_manifest(tmp_path, lambda content: content["data"]["11"].update({key: value}))
-    with pytest.raises(UserError, match=rf"train\.json: data\['11'\] {key}"):
-        Manifest(path)
+@pytest.mark.parametrize("key", [*WRONG, *WRONG_IN_ITEM])
+def test_a_wrong_key_is_named(tmp_path, key):
+    where = key if key in WRONG else rf"data\['11'\] {key}"
+    for value in (WRONG | WRONG_IN_ITEM)[key]:
+        def change(content):
+            mapping = content if key in WRONG else content["data"]["11"]
+            mapping[key] = value
+        with pytest.raises(UserError, match=rf"train\.json: {where} = "):
+            Manifest(edit_manifest(tmp_path, change))
 
 
 @pytest.mark.parametrize("change", [
@@ -384,9 +379,6 @@ def test_a_batch_reports_what_is_missing(tmp_path, tokenizer):
     nothing = collate([clips[2]])
     assert (nothing["labels"] == -100).all()
     assert not nothing["windows"].any()
-    warning = data.truncation_warning(5, 1, 2.5, clips.audio_config)
-    for figure in ("1 of 5", "max_num_window = 1 ", "2.5 s"):
-        assert figure in warning
 
 
 def test_planned_windows_are_those_that_are_read(tmp_path, tokenizer):
@@ -471,7 +463,6 @@ def test_token_estimate(tokenizer):
     texts = ["", " ", "a dog barks, twice.", "Ünï 3.5 dB -- (x)", "音楽", "a" * 300, "tab\t\n new"]
     exact = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     assert np.abs(estimate_tokens(tokenizer, texts) - exact).max() <= 1
-    assert len(estimate_tokens(tokenizer, [])) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -536,8 +527,3 @@ def test_a_killed_worker_is_one_line(tiny_config, tmp_path):
                       "config.run(train.main, 'train.py')\n")
     fails_with_one_line(killer, tiny_config, f"--expdir={tmp_path}", "--num_workers=1",
                         saying="DataLoader worker")
-
-
-@pytest.mark.slow
-def test_commands_that_moved_name_their_new_place():
-    fails_with_one_line("data.py", "convert", saying="prepare/convert.py")

@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from tests.helpers import fails_with_one_line, settings
+from tests.helpers import settings
 from tools.common import UserError
 
 SHARD, LISTING = "safe_ckpt/weight_0.safetensors", "safe_ckpt/metadata.json"
 NORM = "lang_encoder.model.norm.weight"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\nsize 132\n"
-PAGE = "<!DOCTYPE html><html><body>Access to this repository is restricted.</body></html>"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,6 @@ def edit_shard(edit, list_again=True):
 FILES = {  # what happened to a release: (how, words of the error)
     "cut": (cut(SHARD), "weight_0.safetensors"),
     "Git LFS pointer": (rewrite(SHARD, POINTER), "weight_0.safetensors"),
-    "empty": (rewrite(SHARD, ""), "weight_0.safetensors"),
     "absent": (lambda folder: os.remove(folder / SHARD), "weight_0.safetensors"),
     "listing cut": (cut(LISTING), "metadata.json"),
     "CLAP cut": (cut("clap_ckpt/epoch_16.pt"), "epoch_16.pt"),
@@ -63,7 +61,6 @@ FILES = {  # what happened to a release: (how, words of the error)
     "config no JSON": (rewrite("config.json", "max_num_window = 3"), "config.json"),
     "wrong type": (edit_config(max_num_window="3"), "config.json.*max_num_window"),
     "below the minimum": (edit_config(audio_transformer_n_head=0), "config.json.*audio_transformer_n_head"),
-    "three stages": (edit_config(clap_depths=[1, 1, 1]), "clap_depths"),
     "stages": (edit_config(clap_num_heads=[3, 2, 2, 4]), "clap_num_heads"),
     "longer than CLAP": (edit_config(window_length=11.0), "window_length"),
     "other blocks": (edit_config(cross_attn_every_n_layers=2), "unexpected.*xattn"),
@@ -82,14 +79,6 @@ def test_a_broken_release_is_refused(release, tmp_path, kind):
     with pytest.raises((UserError, OSError), match=words):
         model = checkpoint.load(str(folder))
         model.save_pretrained(str(tmp_path / "again"))  # reads clap_ckpt
-
-
-@pytest.mark.slow
-def test_a_script_prints_one_line(release, tmp_path, tiny_data):
-    folder = shutil.copytree(release, tmp_path / "r")
-    cut(SHARD)(folder)
-    fails_with_one_line("sample.py", f"--init_from={folder}", f"--audio={tiny_data}/0.wav",
-                        saying=str(folder / SHARD))
 
 
 @pytest.mark.parametrize("name, value", [("max_num_window", "3"), ("window_length", float("nan")),
@@ -124,9 +113,8 @@ def test_pickles_run_nothing(tiny_settings, tmp_path, protocol):
     assert os.path.exists(made)  # it would have
 
 
-@pytest.mark.parametrize("content", [PAGE, POINTER, ""])
-def test_text_in_place_of_a_checkpoint_is_refused(tmp_path, content):
-    (tmp_path / "checkpoint_9.pt").write_text(content)
+def test_text_in_place_of_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoint_9.pt").write_text(POINTER)
     with pytest.raises(UserError, match="checkpoint_9.pt"):
         checkpoint.load(str(tmp_path / "checkpoint_9.pt"))
 

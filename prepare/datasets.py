@@ -153,10 +153,12 @@ def nsynth(source):
     layout: nsynth-{train,valid,test}/examples.json and audio/{note_str}.wav
     """
     form = ("produced by {instrument_family_str}, pitch {pitch}, velocity {velocity}, source "
-            "{instrument_source_str}, and having qualities like {qualities}")
+            "{instrument_source_str}")
     for row in source.rows(["nsynth-{}/examples.json"], "train", "valid", "test"):
-        row["qualities"] = " and ".join(row["qualities_str"]).replace("_", " ")
-        output = form.format_map(row).removesuffix(", and having qualities like ")
+        output = form.format_map(row)
+        qualities = " and ".join(row["qualities_str"]).replace("_", " ")
+        if qualities:
+            output += f", and having qualities like {qualities}"
         clip = source.clip("nsynth-{part}/audio/{note_str}.wav".format_map(row))
         split = "val" if row["part"] == "valid" else row["part"]
         yield f"NSynth-MIR/{split}", make_item("note", clip, output)

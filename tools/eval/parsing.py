@@ -106,7 +106,7 @@ OTHER_MARKS = re.compile(
     r"|([①-⑳⑴-⒇⒈-⒛⒜-⒵Ⓐ-ⓩ🄐-🄩❶-❾🅰-🅴🅐-🅔]\ufe0f?|\d\ufe0f?\u20e3))")
 # An option's mark at the front of a text; the last form, "B dog", has an empty second group
 FRONT_MARK = re.compile(r"[\s*_`\"'“‘]*(?|[(\[]\s*([A-Za-z]|\d{1,2})\.?\s*[)\]][.:]?"
-                        r"|([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})(?:\.?\)|[.:](?=\s|$|[^\x00-\x7f])|\W*$)"
+                        r"|([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})(?:\.?\)|[.:](?=\s|$|[^\x00-\x7f])|[^\w#+]*$)"
                         r"|(?![Aa]\s)([A-Za-z]|\d{1,2})()[\s.,:–-]+)[\s*_`]*")
 # Letters that name an option inside a text; those that do where the text names none otherwise
 NAMED_MARK = (r"[(\[]\s*([A-Za-z])\s*[)\]]|\b(?i:(?:option|choice|(?:answer|option|choice)\s*"

@@ -116,8 +116,8 @@ NOT = (r"(?:\b(?:not|never|cannot)\b|"
        r"\b(?:is|are|was|were|do|does|did|ca|could|wo|would|should|has|have|had|ai)n['’]?t\b)")
 # What ends the reach of a denial: "not X; but Y", "no rain, so X", "not X (Y)", "not X, Y" (not "not X, Y or
 # Z"), and not "does not, however, X"
-BOUNDARY = (rf"[.;:!\n—–→]|\s-+>?\s|\((?=\W*(?:an?\s+)?{CLASS})|"
-            rf"\band\s+(?=(?:is|it|this|that|the)\b|{CLASS}s\b)|(?<!{NOT}(?:\s+|,[^,]*))"
+BOUNDARY = (rf"[.;:!\n—–→]|\s-+>?\s|\((?=\W?(?:an?\s+)?{CLASS})|"
+            rf"\band\s+(?=(?:is|it|this|that|the)\b|{CLASS}s\b)|(?<!{NOT}(?:\s|,[^,]{{,60}}))"
             r"(?:\b(?:but|however|instead(?! of)|rather(?! than)|so|therefore|thus|hence|because|since|"
             r"whereas|yet)\b|,\s*(?=(?:it|its|this|that|the|they|there|which|an?)\b|"
             rf"(?:\w+\s+)?{CLASS}(?![^.;:!\n]*\bn?or\b)))")

@@ -144,8 +144,7 @@ class Captions:
     def targets(self, rows):
         """Of a batch of B clips: the numbers (K,) of their captions and of the text bank; (B, K) which of
         them are a clip's own; (B, K) with which it is contrasted: all captions, of the negatives its own."""
-        texts = self.bank.union(*(self.positives[i] + self.negatives[i] for i in rows))
-        texts = sorted(texts)
+        texts = sorted(self.bank.union(*(self.positives[i] + self.negatives[i] for i in rows)))
         positive = [[text in self.positives[i] for text in texts] for i in rows]
         contrasted = [[text in self.counts or text in self.negatives[i] for text in texts] for i in rows]
         return texts, torch.tensor(positive), torch.tensor(contrasted)
@@ -155,9 +154,7 @@ class LogMels:
     """Log-mels of clips. Those that can't be read are skipped and named; UserError above max_bad_fraction."""
 
     def __init__(self, clips, c, device):
-        self.clips = clips
-        self.device = device
-        self.unread = set()
+        self.clips, self.device, self.unread = clips, device, set()
         self.most_unread = min(len(clips) - 1, max(1, c.max_bad_fraction * len(clips)))
         if c.cache_audio:
             self.read = cache(self.read)
@@ -181,9 +178,9 @@ class LogMels:
         for epoch in count():
             for (rows,) in plan_batches(no_sizes, batch_size, [seed, epoch]):
                 mels = {i: self.read(i) for i in rows.tolist()}
-                readable = {i: mel for i, mel in mels.items() if mel is not None}
-                if readable:
-                    yield readable
+                mels = {i: mel for i, mel in mels.items() if mel is not None}
+                if mels:
+                    yield mels
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def music_avqa(source):
     rows, known = [], set()
     for row in source.rows(files, "train", "val", "test"):
         if not row.get("question_deleted"):
-            rows.append((f"{row['part']} {row['question_id']}", str(row), row))
+            ident = row.get("question_id", f"row {len(rows)}")
+            rows.append((f"{row['part']} {ident}", str(row), row))
     for row in source.consistent(rows):
         kind, category = json.loads(row["type"])
         question = row["question_content"].strip()

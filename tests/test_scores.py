@@ -235,6 +235,7 @@ def test_java_that_fails_costs_its_own_figure(monkeypatch, tmp_path, script, wor
     assert works or any("METEOR" in text and "Java" in text for text in missing)
 
 
+@pytest.mark.slow
 def test_java_that_hangs_is_killed(monkeypatch, tmp_path):
     """With its Java program, of which no more than a zombie is left."""
     pytest.importorskip("pycocoevalcap")

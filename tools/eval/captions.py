@@ -22,8 +22,11 @@ from tools.eval.parsing import answer_text, fold, spaced
 from tools.eval.stats import clips_of, interval
 
 TOKENIZER = "PTB tokenizer of published figures"
-METRICS = {"CIDEr-D": "cider.cider.Cider", "BLEU-4": "bleu.bleu.Bleu", "ROUGE-L": "rouge.rouge.Rouge",
-           "METEOR": "meteor.meteor.Meteor", "SPICE": "spice.spice.Spice"}
+METRICS = {"CIDEr-D": "cider.cider.Cider",
+           "BLEU-4": "bleu.bleu.Bleu",
+           "ROUGE-L": "rouge.rouge.Rouge",
+           "METEOR": "meteor.meteor.Meteor",
+           "SPICE": "spice.spice.Spice"}
 JAVA = "Java: apt-get install default-jre-headless"
 JARS = "Stanford's jars: python -m pycocoevalcap.spice.get_stanford_models"
 # In a German locale Java prints 0,5; in the C locale it writes ASCII. _JAVA_OPTIONS come before all others.
@@ -73,14 +76,17 @@ def caption_scores(answers, references):
             absent[metric] = outcome["failed"]
             continue
         value, scores = outcome["result"]
+        if metric == "SPICE":
+            scores = [score["All"]["f"] for score in scores]
         if metric in ("BLEU-4", "METEOR"):  # the corpus figure is not the mean of the clips: no interval
             figures[metric] = float(np.ravel(value)[-1])  # the last of BLEU-1 to 4
         else:
-            per_clip[metric] = np.array([s["All"]["f"] if metric == "SPICE" else s for s in scores], float)
+            per_clip[metric] = np.array(scores, float)
     if {"CIDEr-D", "SPICE"} <= set(per_clip):
         per_clip["SPIDEr"] = (per_clip["CIDEr-D"] + per_clip["SPICE"]) / 2
     means = {metric: interval(scores, range(len(scores)), None) for metric, scores in per_clip.items()}
-    return means | figures, per_clip, [f"{metric}: {reason}" for metric, reason in absent.items()]
+    missing = [f"{metric}: {reason}" for metric, reason in absent.items()]
+    return means | figures, per_clip, missing
 
 
 def run_library(name, method, *arguments):
@@ -89,8 +95,8 @@ def run_library(name, method, *arguments):
     options = f"{os.environ.get('_JAVA_OPTIONS', '')} {JAVA_OPTIONS}"
     command = [sys.executable, os.path.join(os.path.dirname(__file__), "metric_process.py")]
     task = json.dumps([seconds, f"pycocoevalcap.{name}", method, arguments])
-    process = subprocess.run(command, input=task.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             env=os.environ | {"_JAVA_OPTIONS": options})
+    process = subprocess.run(command, env=os.environ | {"_JAVA_OPTIONS": options}, input=task.encode(),
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     lines = process.stdout.splitlines() or [""]
     killed = f"killed, or its Java program was not done after {seconds} s"
     return parse_json_line(lines[-1]) or {"failed": killed}

@@ -21,13 +21,13 @@ from tools.common import UserError, read_json_elements, read_json_rows
 with open(f"{ROOT}/tests/sources.json", encoding="utf-8") as f:
     SOURCES = json.load(f)
 with open(f"{ROOT}/tests/source_cases.json", encoding="utf-8") as f:
-    CASES = json.load(f)
+    CASES, JSON_TEXTS = json.load(f).values()
 
 
-def convert(tmp_path, source, files, clips=()):
+def convert(tmp_path, source, files, clips=(), data_root=""):
     """-> exit code of prepare/datasets.py, after which the manifests are in tmp_path/to."""
     folder = lay_out(tmp_path / source, files, clips)
-    options = [source, f"--from={folder}", f"--to={tmp_path}/to", f"--data_root={tmp_path}"]
+    options = [source, f"--from={folder}", f"--to={tmp_path}/to", f"--data_root={tmp_path}/{data_root}"]
     return datasets.main(config.load(options, "prepare/datasets.py", files=True))
 
 
@@ -162,20 +162,13 @@ def test_what_users_have(case, tmp_path, capsys):
 
 
 def test_a_source_outside_of_data_root_has_an_absolute_path(tmp_path):
-    table_of_one = {"meta/esc50.csv": ["filename,category", "0.wav,dog"]}
-    folder = lay_out(tmp_path / "esc50", table_of_one, ["audio/0.wav"])
-    options = ["esc50", f"--from={folder}", f"--to={tmp_path}/to", f"--data_root={tmp_path}/elsewhere"]
-    assert datasets.main(config.load(options, "prepare/datasets.py", files=True)) == 0
-    manifest = Manifest(f"{tmp_path}/to/ESC50-EventClassification/test.json", "anywhere")
-    assert manifest.head["split_path"] == folder and os.path.isfile(manifest[0]["path"])
+    files = {"meta/esc50.csv": ["filename,category", "0.wav,dog"]}
+    assert convert(tmp_path, "esc50", files, ["audio/0.wav"], "elsewhere") == 0
+    manifest = read_manifests(tmp_path)["ESC50-EventClassification/test"]
+    assert manifest.head["split_path"] == f"{tmp_path}/esc50" and os.path.isfile(manifest[0]["path"])
 
 
-@pytest.mark.parametrize("text, rows", [
-    ("[]", []), (" [ ] ", []), ("{}", []),
-    ('{"data": {"a": 1}, "]": {"b": [":"]}}', [{"a": 1}, {"b": [":"]}]),
-    ('[{"a": [1, "]}"]}\n ,{"b\\"": "é\\u00e9"},{}]', [{"a": [1, "]}"]}, {'b"': "éé"}, {}]),
-    ('{"n": 1, "data": [{"a": 1}], "m": 2}', [{"a": 1}]), (f'["{"x" * 9000}"]', ["x" * 9000]),
-    *[(text, None) for text in ("[1", "[{}", '{"a": {}', "[}", "5", "", "[{]", "{1", "[1][2]", "{}{}")]])
+@pytest.mark.parametrize("text, rows", JSON_TEXTS)
 def test_json_is_read_in_parts(text, rows, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(text, encoding="utf-8")

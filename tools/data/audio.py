@@ -130,18 +130,17 @@ def split_sounds(path, size, modified):
 def open_part(path, begin, end, head):
     """-> AudioFile of a part of a file, which begins with `head`; its frames by the header, or estimated for
     an MP3 without one."""
-    named_raw = path.lower().endswith(".raw")  # which soundfile refuses
-    whole = end - begin == os.path.getsize(path) and not named_raw
     riff_end = begin + 8 + int.from_bytes(head[4:8], "little")
-    content = path
-    if head[:4] == b"RIFF" and NO_DATA in head and abs(riff_end - end) > 1:
-        # a recorder did not come back to fill in the sizes
-        content = io.BytesIO(read_at(path, begin, end - begin).replace(NO_DATA, b"data" + b"\xff" * 4, 1))
-    elif not whole:
-        content = io.BytesIO(read_at(path, begin, end - begin))
-    f = AudioFile(content)
+    unfinished = head[:4] == b"RIFF" and NO_DATA in head and abs(riff_end - end) > 1
+    source = path
+    named_raw = path.lower().endswith(".raw")  # which soundfile refuses
+    if unfinished or named_raw or end - begin < os.path.getsize(path):
+        # unfinished: its recorder did not come back to fill in the sizes; -1 means up to the end
+        content = read_at(path, begin, end - begin).replace(NO_DATA, b"data" + b"\xff" * 4, unfinished)
+        source = io.BytesIO(content)
+    f = AudioFile(source)
     frames = f.frames
-    if whole and f.format.startswith("MP") and not re.search(b"Xing|Info|VBRI", head):
+    if source == path and f.format.startswith("MP") and not re.search(b"Xing|Info|VBRI", head):
         f = AudioFile(EndlessFile(path))
     if f.format == "RAW":  # by its ending alone: .au, .snd, .vox, .gsm
         raise soundfile.SoundFileRuntimeError("no header")

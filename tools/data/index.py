@@ -40,16 +40,14 @@ class Items:
         self.offsets = len(line)
         self.lines = len(line) + 8 * (self.n + 1)
 
-    def _read(self, begin, end):
-        return os.pread(self.file.fileno(), end - begin, begin)
-
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
+        fd = self.file.fileno()
         offset = self.offsets + 8 * range(self.n)[i]  # IndexError
-        begin, end = struct.unpack("=2q", self._read(offset, offset + 16))
-        line = self._read(self.lines + begin, self.lines + end)
+        begin, end = struct.unpack("=2q", os.pread(fd, 16, offset))
+        line = os.pread(fd, end - begin, self.lines + begin)
         item = json.loads(line)
         if b"\\ud" in line:  # a surrogate: half a pair, which JSON can spell, is no text for a tokenizer
             text = json.dumps(item, ensure_ascii=False).encode("utf-16", "surrogatepass")

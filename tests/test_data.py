@@ -267,8 +267,7 @@ WRONG = {
     "total_num": [3],
     "split": [None],
     "split_path": [7, "../x"],
-    "data": [[]],
-    "flamingo_task": [None]}
+    "data": [[]]}
 WRONG_IN_ITEM = {
     "name": [["a"], ["a", 3], "../../x.wav", None],
     "prompt": [None, ["p"]],

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from tools.data.audio import read_audio
 from tools.data.batches import estimate_tokens, padding_stats, plan_batches
 from tools.data.index import open_items
 
+planning_thread = ThreadPoolExecutor(1)
 MAX_SECONDS = 1e7  # bound of a manifest's duration and audio_start
 
 # ------------------------------------------------------------------------------------------------------------
@@ -450,15 +452,22 @@ def train_loader(manifests, config, tokenizer, audio_config, epoch, rank=0, worl
 
     loader: the one of the epoch before, which goes on: its workers and what they cached stay, its list of
     batches is replaced. loader.rows: row numbers of each micro-step of all ranks; loader.stats:
-    padding_stats."""
+    padding_stats. The next epoch is planned in a thread while this one is read: 50,000 items take a
+    second."""
+    plan = partial(plan_epoch, manifests, config, tokenizer, audio_config, rank=rank, world=world)
     if loader is None:
         no_rows = np.empty((0, 2), int)
         clips = Clips(list(manifests.values()), no_rows, audio_config, config.cache_audio)
         loader = make_loader(clips, [], tokenizer, config, persistent_workers=True)
-        iter(loader)  # forks the workers before the tokenizer has threads
-    batches, loader.rows, loader.stats = plan_epoch(
-        manifests, config, tokenizer, audio_config, epoch, rank, world, start, only)
+        iter(loader)  # forks the workers now: not while the thread holds a lock of the tokenizer
+        loader.planned = {}  # {epoch: its plan, perhaps on its way}
+    if epoch in loader.planned and start == 0 and only is None:
+        batches, loader.rows, loader.stats = loader.planned[epoch].result()
+    else:
+        batches, loader.rows, loader.stats = plan(epoch, start=start, only=only)
     loader.batch_sampler[:] = batches
+    if config.num_workers and epoch + 1 < config.num_epochs:  # else this process uses the tokenizer itself
+        loader.planned = {epoch + 1: planning_thread.submit(plan, epoch + 1)}
     return loader
 
 

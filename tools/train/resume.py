@@ -95,6 +95,9 @@ def count_samples(c, run, manifests):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path) as f:
             f.writelines(json.dumps(entry) + "\n" for entry in record)
+    passes = c.num_epochs * c.dataset_blending_global_weight
+    if abs(passes - 1) > 1e-6:
+        run.say(f"note: num_epochs x dataset_blending_global_weight = {passes:g} passes over the blend")
     return items.total()
 
 

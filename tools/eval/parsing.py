@@ -106,7 +106,7 @@ OTHER_MARKS = re.compile(
     r"|([①-⑳⑴-⒇⒈-⒛⒜-⒵Ⓐ-ⓩ🄐-🄩❶-❾🅰-🅴🅐-🅔]\ufe0f?|\d\ufe0f?\u20e3))")
 # An option's mark at the front of a text; the last form, "B dog", has an empty second group
 FRONT_MARK = re.compile(r"[\s*_`\"'“‘]*(?|[(\[]\s*([A-Za-z]|\d{1,2})\.?\s*[)\]][.:]?"
-                        r"|([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})(?:\.?\)|[.:](?=\s|$|[^\x00-\x7f])|[^\w#+]*$)"
+                        r"|([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})(?:\.?\)|[.:](?=\s|$|[^\x00-\x7f])|[^\w#+]*(?:$|\n))"
                         r"|(?![Aa]\s)([A-Za-z]|\d{1,2})()[\s.,:–-]+)[\s*_`]*")
 # Letters that name an option inside a text; those that do where the text names none otherwise
 NAMED_MARK = (r"[(\[]\s*([A-Za-z])\s*[)\]]|\b(?i:(?:option|choice|(?:answer|option|choice)\s*"
@@ -198,7 +198,8 @@ def marks_in(answer, options, capitals=False):
     with `capitals` any that stands alone. An A or I before another word is an article or the speaker."""
     first, _ = split_mark(answer, options)
     pattern = f"{NAMED_MARK}|{LONE_CAPITAL}" if capitals else NAMED_MARK
-    found = re.finditer(f"(?|{pattern})", plain_marks(answer))
+    text = unicodedata.normalize("NFKC", plain_marks(answer))
+    found = re.finditer(f"(?|{pattern})", text)
     marks = {mark_index(mark[1]) for mark in found} | {first}
     return marks & set(range(len(options)))
 

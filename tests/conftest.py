@@ -7,8 +7,7 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvid
     # no GPU: the kernels run in Triton's interpreter; to be set before `import model`
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # two processes at once: threads of both would wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of tensors as small as these, threads wait for each other
 
 import importlib.util
 import json

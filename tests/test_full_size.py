@@ -5,8 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from tests.helpers import run, write_manifest
+from tools.checkpoint.devices import pick_precision
+from tools.checkpoint.files import load_pickle
 
 pytestmark = pytest.mark.slow
 REPO = "nvidia/audio-flamingo-2-0.5B"
@@ -60,7 +63,13 @@ def test_trains_and_is_written_again(cache):
         "--batch_size=1", "--gradient_accumulation_steps=1", "--clap_finetune=false",
         "--freeze_lm_embeddings=added")
     done = [json.loads(line) for line in open(f"{cache}/sft/log.jsonl")]
-    assert done[-1]["step"] == 2 and done[-1]["mem_gb"] < 8, done
+    assert done[-1]["step"] == 2
+    moments = load_pickle(f"{cache}/sft/checkpoint_0.pt")["optimizer_state_dict"]["state"].values()
+    trained = sum(moment["exp_avg"].numel() for moment in moments)
+    dtype, _ = pick_precision("amp_bf16", torch.device("cpu"))  # float32 where a CPU has no bf16 units
+    # trained weights, gradients and two moments in float32, frozen weights, all else
+    bound = 16 * trained + dtype.itemsize * (1.07e9 - trained) + 1e9
+    assert done[-1]["mem_gb"] * 2 ** 30 < bound, (done, bound)
     run("sample.py", f"--init_from={cache}/sft", f"--cache_dir={cache}", f"--export={cache}/release")
     card = open(f"{cache}/release/README.md").read()
     assert "noise-AQA/train" in card and "Qwen/Qwen2.5-0.5B: Apache-2.0" in card and "NVIDIA" in card

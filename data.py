@@ -252,7 +252,7 @@ def pass_order(name, n, k):
 def leaves_root(folder, name=""):
     """Whether ".." leads a path out of data_root, or out of an absolute folder."""
     root = folder if os.path.isabs(folder) else "."
-    path = os.path.relpath(os.path.join(folder, name), root)
+    path = os.path.relpath(os.path.join(".", folder, name), root)
     return path == ".." or path.startswith("../")
 
 

@@ -114,8 +114,8 @@ def answer_audio(model, c):
     sampling, failed = sampling_of(c), 0
     for number, prompt in enumerate(prompts_of(c)):
         try:
-            item = prompt, windows, counts
-            text = print_stream(stream_text(model, item, audio_kv, sampling))
+            texts = stream_text(model, (prompt, windows, counts), audio_kv, sampling)
+            text = print_stream(texts)
         except (UserError, KeyboardInterrupt) as error:
             if not c.chat:
                 raise
@@ -179,7 +179,7 @@ def answer_input(model, questions, c):
 
 
 def check_arguments(c):
-    """Fail fast, before the model is loaded."""
+    """Fail fast, before the model is loaded -> the questions of --input."""
     if bool(c.audio) + bool(c.input) + c.serve != 1:
         raise UserError("give one of --audio clip.wav, --input questions.jsonl and --serve")
     if c.timeline and len(c.audio) != 1:
@@ -191,14 +191,18 @@ def check_arguments(c):
         raise UserError(f"port = {c.port}, expected 0 to 65535")
     sampling_of(c)
     check_text(c.prompt)
+    questions = read_questions(c.input) if c.input else []
+    inputs = itertools.chain([c.input or ""], c.audio, *(paths for _, paths in questions))
+    if c.output and os.path.realpath(c.output) in map(os.path.realpath, filter(os.path.exists, inputs)):
+        raise UserError(f"{c.output}: would be overwritten, it is read here: name another --output")
+    return questions
 
 
 def main(c):
     if c.export:
         check_folder_writable(c.export)
         return export_release(*read_model(c), c.export)
-    check_arguments(c)
-    questions = read_questions(c.input) if c.input else []
+    questions = check_arguments(c)
     if c.serve:
         import_gradio()
     model = load_weights(c, *read_model(c))

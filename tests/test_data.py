@@ -195,6 +195,7 @@ BAD = {  # name: content, what the error says
     "two rates.mp3": (without_header(MP3) + without_header(NEXT["MP3"]), "rate or channels"),
     "half.flac": (cut(encoded("FLAC", seconds=12)), ""),
     "half.mp3": (cut(encoded("MP3", seconds=12)), ""),
+    "second cut.ogg": (SOUNDS["OGG"] + SOUNDS["OGG"][:60], ""),
     "nothing.wav": (encoded("WAV", seconds=0), "")}
 for ending in ("au", "snd", "vox", "gsm", "raw", "mp3", "wav"):
     BAD[f"page.{ending}"] = b"\xef\xbb\xbf" + PAGE, "an HTML page"
@@ -225,6 +226,7 @@ def test_bad_audio_is_one_named_error(tmp_path, name):
     with pytest.raises((UserError, FileNotFoundError), match=cause or None) as error:
         load_audio(path, start)
     assert str(error.value).startswith(path + ": ")
+    assert " object " not in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -295,6 +297,11 @@ def test_a_wrong_key_is_named(tmp_path, key):
 def test_a_wrong_item_is_named(tmp_path, change):
     with pytest.raises(UserError, match=r"train\.json: data"):
         Manifest(edit_manifest(tmp_path, lambda content: change(content["data"])))
+
+
+def test_an_empty_split_path_is_data_root(tmp_path):
+    path = edit_manifest(tmp_path, lambda content: content.update(split_path=""))
+    assert Manifest(path, str(tmp_path))[0]["path"] == f"{tmp_path}/x.wav"
 
 
 @pytest.mark.parametrize("raw", [

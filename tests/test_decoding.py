@@ -13,7 +13,7 @@ from data import encode_prompts, encode_text
 from tools.common import UserError
 from tools.sample.attention_map import attention_timeline
 from tools.sample.decoding import (Sampling, compile_decoding, decode_stream, decode_text,
-                                   encode_audio_kv, sample_tokens, stream_text)
+                                   encode_audio_kv, sample_tokens, stream_text, warn_once)
 from tools.sample.int8 import Int8Linear, quantize
 
 
@@ -133,10 +133,12 @@ def test_a_prefix_before_a_tokenizer_that_drops_the_first_space():
     assert decode_text(model, answer, Sampling(answer_prefix="A")) == "a dog"
 
 
-def test_an_answer_ends_with_the_positions_of_the_model(endless):
+def test_an_answer_ends_with_the_positions_of_the_model(endless, capsys):
     item = "x" * 500, noise(1), [1]
-    (ids,) = decode_ids(endless, [item], 1, Sampling(max_new_tokens=50))
-    assert len(ids) == 512 + 1 - 502  # <audio>, prompt, <sep>; the last token is not read again
+    warn_once.cache_clear()
+    for ids in decode_ids(endless, [item] * 2, 1, Sampling(max_new_tokens=50)):
+        assert len(ids) == 512 + 1 - 502  # <audio>, prompt, <sep>; the last token is not read again
+    assert capsys.readouterr().err.count("512") == 1
 
 
 @pytest.mark.parametrize("prompts, n, kind", [
@@ -203,6 +205,9 @@ def test_the_weights_of_every_token_are_those_of_naive_attention(model, monkeypa
     windows = (noise(2) * 32767).to(torch.int16)
     timeline = attention_timeline(model, prompt, "a red dog", windows)
     assert "".join(timeline["tokens"]) == "a red dog"
+    many = attention_timeline(model, prompt, "Été 何😀", windows)  # a token of this tokenizer is a byte
+    assert many["tokens"] == list("Été 何😀") and len(many["weights"]) == 6
+    assert torch.tensor(many["weights"]).sum(1).allclose(torch.ones(6))
     assert timeline["seconds"][0][0] == 0
     assert timeline["seconds"][-1][1] == 5.0
     blocks = []

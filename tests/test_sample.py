@@ -105,6 +105,9 @@ def test_a_line_of_output_for_every_line_of_input(ask, expected, tiny_data, tmp_
         names = [path] if isinstance(path, str) else path
         paths = [os.path.join(tmp_path, name) for name in names]
         assert answer == question | {"answer": None if word else expected(prompt, *paths)}
+    for name in ("q.jsonl", "2.wav"):
+        with pytest.raises(UserError, match=name):
+            ask(*files[:2], "--output", tmp_path / name)
     assert {f.name for f in tmp_path.glob("*.jsonl*")} == {"a.jsonl", "q.jsonl"}
 
 
@@ -116,10 +119,13 @@ class Interrupted(io.StringIO):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(ask, tiny_settings, tmp_path, monkeypatch):
-    """With the answers that depend on nothing that changed."""
-    soundfile.write(tmp_path / "clip.wav", np.ones(8000) * 0.1, 16000)
-    questions = [{"path": "clip.wav", "prompt": f"Question {i}?", "id": i} for i in range(5)]
-    files = "--input", write_lines(tmp_path / "q.jsonl", questions), "--output", tmp_path / "a.jsonl"
+    """With the answers that depend on nothing that changed. The disk's name of the clip is decomposed."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("folder")
+    soundfile.write("e\u0301.wav", np.ones(8000) * 0.1, 16000)
+    questions = [{"path": "\xe9.wav", "prompt": f"Question {i}?", "id": i} for i in range(5)]
+    file = tmp_path / "folder" / "q.jsonl"
+    files = "--input", write_lines(file, questions), "--output", tmp_path / "a.jsonl"
     part = tmp_path / "a.jsonl.part"
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(sys, "stdout", Interrupted())
@@ -139,9 +145,9 @@ def test_a_killed_run_goes_on(ask, tiny_settings, tmp_path, monkeypatch):
                    "--answer_prefix=a", "--window_length=2"):
         assert asked_again(option) == [0, 1, 2, 3, 4]
     questions[4]["prompt"] = "Another?"
-    write_lines(tmp_path / "q.jsonl", questions)
+    write_lines(file, questions)
     assert asked_again() == [2, 4]
-    soundfile.write(tmp_path / "clip.wav", np.ones(9000) * 0.1, 16000)
+    soundfile.write("e\u0301.wav", np.ones(9000) * 0.1, 16000)
     assert asked_again() == [0, 1, 2, 3, 4]
 
 
@@ -185,11 +191,12 @@ def test_a_chat(ask, expected, tiny_data, tmp_path, monkeypatch):
     os.write(terminal, b"Two?\n\n" + b"long " * 600 + b"\n\xff?\nThree?\n\x04")
     monkeypatch.setattr(sys, "stdin", open(keyboard))
     output, audio = tmp_path / "a.jsonl", [f"--audio={clip}" for clip in clips]
+    output.write_text('{"torn": ')
     code, out, err = ask(*audio, "--chat", "--prompt=One?", "--output", output)
     answers = [expected(prompt, *clips) for prompt in ("One?", "Two?", "Three?")]
     assert code == 1 and out == "".join(answer + "\n" for answer in answers)
     assert "tokens" in err and "surrogate" in err and err.count("> ") == 6
-    assert [line["answer"] for line in read_lines(output)] == answers
+    assert [json.loads(line)["answer"] for line in output.read_text().splitlines()[1:]] == answers
 
 
 def test_a_truncated_clip_is_reported_once_with_its_seconds(ask, expected, tiny_data, tmp_path):
@@ -220,7 +227,7 @@ def test_a_wrong_question_is_named_with_its_line(tmp_path, line, key):
 
 @pytest.mark.parametrize("options, name", [
     ([], "--audio"), (["--audio={clip}", "--serve"], "--serve"),
-    (["--audio={clip}", "--output={tmp}"], "{tmp}"),
+    (["--audio={clip}", "--output={tmp}"], "{tmp}"), (["--audio={clip}", "--output={clip}"], "{clip}"),
     (["--audio={clip}", "--output=/dev/null/x.jsonl"], "/dev/null"),
     (["--export=/dev/null/x"], "/dev/null/x"),
     (["--audio={clip}", "--top_p=2"], "top_p"), (["--audio={clip}", "--temperature=-1"], "temperature"),

@@ -172,7 +172,8 @@ def open_sounds(path):
                         raise soundfile.SoundFileRuntimeError("an MP3 whose rate or channels change")
     except (soundfile.SoundFileError, OSError) as error:
         causes = [cause for beginning, cause in NO_SOUND.items() if re.match(beginning, head)]
-        raise UserError(f"{path}: not readable as audio ({causes[0] if causes else error})") from error
+        reason = [*causes, getattr(error, "error_string", error)][0]  # libsndfile's, without the path
+        raise UserError(f"{path}: not readable as audio ({reason})") from error
 
 
 def read_blocks(f, first, n):
@@ -191,13 +192,8 @@ def read_blocks(f, first, n):
 
 def read_channel(f, first, n, channel):
     """-> (k,) float32, k <= n."""
-    x = np.empty(n, np.float32)
-    end = 0
-    for block in read_blocks(f, first, n):
-        x[end:end + len(block)] = block[:, channel]
-        end += len(block)
-    scale = 2 ** -15 if block.dtype == np.int16 else 1  # exact
-    return x[:end] * np.float32(scale)
+    x = np.concatenate([block[:, channel].copy() for block in read_blocks(f, first, n)])
+    return x * np.float32(2 ** -15) if x.dtype == np.int16 else x  # exact
 
 
 def read_first_channel(f, first, n):

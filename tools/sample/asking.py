@@ -9,14 +9,14 @@ from dataclasses import fields
 import torch
 
 from data import read_clip, truncation_warning
-from tools.common import UserError, atomic_write, name_disk_errors, parse_json_line, read_json_lines
+from tools.common import UserError, name_disk_errors, parse_json_line, read_json_lines
+from tools.data.audio import find_file
 from tools.sample.decoding import Sampling, encode_audio_kv
 
 
 def sampling_of(c):
     """The Sampling that a script's settings ask for."""
-    names = [field.name for field in fields(Sampling)]
-    return Sampling(**{name: getattr(c, name) for name in names})
+    return Sampling(**{field.name: getattr(c, field.name) for field in fields(Sampling)})
 
 
 def load_item(prompt, paths, model):
@@ -59,7 +59,7 @@ def read_questions(path):
         for key, texts in expected.items():
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise UserError(f"{path} line {number}: {texts!r:.80}, expected {key}")
-        paths = [name if os.path.exists(name) else os.path.join(folder, name) for name in names]
+        paths = [name if os.path.exists(find_file(name)) else os.path.join(folder, name) for name in names]
         question.pop("error", None)  # of an earlier answer
         answered += "answer" in question
         questions.append((question, paths))
@@ -77,32 +77,32 @@ def to_json_line(line):
 
 
 def append_line(path, line):
-    with name_disk_errors(path), open(path, "a", encoding="utf-8") as f:
-        f.write(to_json_line(line))
+    """To the end of a file, whose last line may have been torn."""
+    with name_disk_errors(path), open(path, "a+b") as f:
+        f.seek(max(0, f.tell() - 1))
+        torn = f.read() not in (b"", b"\n")
+        f.write(b"\n" * torn + to_json_line(line).encode())
 
 
 def answer_key(identity, prompt, paths):
     """A hash of what an answer depends on: identity (weights and settings), prompt and clips, which count by
     name, size and time."""
     parts = [identity, prompt, paths]
-    for path in filter(os.path.exists, paths):
+    for path in filter(os.path.exists, map(find_file, paths)):
         parts += os.path.getsize(path), os.path.getmtime(path)
     text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_part(part, keys):
-    """{key: {"answer"}} of the lines that a killed run left in a file, where they have one of the keys;
-    others, e.g. a torn last one, are removed from it."""
-    lines, kept, keys = [], {}, set(keys)
-    if os.path.exists(part):
-        with open(part, "rb") as f:
-            lines = [parse_json_line(line) for line in f]
-    with atomic_write(part, "wb") as f:
-        for line in filter(None, lines):
-            if str(line.get("key")) in keys:
-                kept[line["key"]] = {"answer": line["answer"]}
-                f.write(to_json_line(line).encode())
+    """{key: {"answer"}} of the lines that killed runs left in a file, where they have one of the keys."""
+    kept, keys = {}, set(keys)
+    with open(part, "a+b") as f:
+        f.seek(0)
+        lines = [parse_json_line(line) or {} for line in f]
+    for line in lines:
+        if str(line.get("key")) in keys:
+            kept[line["key"]] = {"answer": line["answer"]}
     if lines:
         begin = "goes on" if kept else "begins anew"
         print(f"{part}: {begin}, {len(kept)} of its {len(lines)} lines are answers to these questions with "

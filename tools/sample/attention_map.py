@@ -4,11 +4,10 @@ The weights are the softmax of the queries and keys of every gated block, comput
 enter it: the same whatever attention backend answered.
 """
 import json
-import os
 
 import torch
 
-from data import encode_prompts, encode_text
+from data import encode_prompts
 from tools.common import atomic_write
 from tools.html_page import log_mel_figure, plain_label, png_bytes
 from tools.sample.decoding import encode_audio_kv
@@ -26,14 +25,12 @@ def cross_attention_weights(model, ids, windows, audio_kv=None):
 
     def inspect(i, x):
         gated = model.xattn[str(i)]
-        x = gated.attn.norm(x[0])
-        q = gated.attn.to_q(x)
+        q = gated.attn.to_q(gated.attn.norm(x[0]))
         q = q.view(-1, gated.heads, gated.d)  # (T, H, d)
         k = kv[i][0, :, 0]  # (N, H, d)
         scores = torch.einsum("thd,nhd->htn", q, k)
         scores = scores.float() / gated.d ** 0.5
-        mean = scores.softmax(-1).mean(0)
-        weights.append(mean)  # (T, N)
+        weights.append(scores.softmax(-1).mean(0))  # (T, N)
 
     ids = torch.tensor([ids], device=n_keys.device)
     model.forward_hidden(ids, kv, n_keys, inspect=inspect)
@@ -44,27 +41,32 @@ def cross_attention_weights(model, ids, windows, audio_kv=None):
 
 
 def attention_timeline(model, prompt, answer, windows, audio_kv=None):
-    """-> {"tokens" of the answer, "weights" tokens x time steps, each from the position that predicts the
-    token, "seconds" [start, end) of each step, "prompt", "answer", "sample_rate"}."""
+    """-> {"tokens" of the answer, which are its text, "weights" tokens x time steps, each from the position
+    that predicts the token, "seconds" [start, end) of each step, "prompt", "answer", "sample_rate"}. Tokens
+    that are bytes of one character count as one, with the mean of their weights."""
     (before,) = encode_prompts(model.tokenizer, [prompt])
-    (ids,) = encode_text(model.tokenizer, [answer])
+    ids = model.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     weights = cross_attention_weights(model, before + ids, windows, audio_kv)
     weights = weights[len(before) - 1:-1]
+    tokens, rows, shown, first = [], [], "", 0
+    for end in range(1, len(ids) + 1):
+        text = model.tokenizer.decode(ids[:end])
+        if end == len(ids) or not text.endswith("\ufffd"):
+            tokens.append(text[len(shown):])
+            rows.append(weights[first:end].mean(0).tolist())
+            shown, first = text, end
     length = model.audio_config["window_length"]
     hop = length - model.audio_config["window_overlap"]
     steps = weights.shape[1] // len(windows)  # of a window
     step = length / steps  # seconds
-    window_starts = torch.arange(len(windows)) * hop
-    step_starts = torch.arange(steps) * step
-    starts = (window_starts[:, None] + step_starts).flatten()
-    spans = torch.stack([starts, starts + step], 1)
+    starts = [w * hop + k * step for w in range(len(windows)) for k in range(steps)]
     return {
         "prompt": prompt,
         "answer": answer,
         "sample_rate": model.audio_config["sample_rate"],
-        "tokens": [model.tokenizer.decode([token]) for token in ids],
-        "seconds": spans.tolist(),
-        "weights": weights.tolist(),
+        "tokens": tokens,
+        "seconds": [[start, start + step] for start in starts],
+        "weights": rows,
     }
 
 
@@ -76,7 +78,6 @@ def timeline_figure(timeline, windows):
 
 def write_timeline(base, timeline, windows):
     """<base>.json and, with matplotlib, <base>.png."""
-    os.makedirs(os.path.dirname(base) or ".", exist_ok=True)
     with atomic_write(base + ".json") as f:
         json.dump(timeline, f, ensure_ascii=False)
     figure = timeline_figure(timeline, windows)

@@ -9,8 +9,10 @@ follow-up question.
 """
 import itertools
 import math
+import sys
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -247,21 +249,30 @@ def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None)
                 return
             for tokens in batch.choose_tokens(sampling, active, sync_every):
                 if active:
-                    yield append_tokens(active, tokens, model.stop_ids)
+                    yield append_tokens(active, tokens, model, sampling)
             if active:
                 batch.step()
     finally:
         model.train(was_training)
 
 
-def append_tokens(active, tokens, stop_ids):
+@lru_cache
+def warn_once(text):
+    print(f"Warning: {text} (reported once)", file=sys.stderr)
+
+
+def append_tokens(active, tokens, model, sampling):
     """Append a token to each active answer, and remove those that end -> all of them."""
     answers = list(active.values())
     for row, answer in list(active.items()):
-        if tokens[row] not in stop_ids:
-            answer.ids.append(tokens[row])
-        if tokens[row] in stop_ids or len(answer.ids) == answer.most:
+        if tokens[row] in model.stop_ids:
             answer.ended = True
+        else:
+            answer.ids.append(tokens[row])
+            answer.ended = len(answer.ids) == answer.most
+            if answer.ended and answer.most < sampling.max_new_tokens:
+                warn_once(f"an answer was cut: the language model takes {model.lm.config.positions} tokens")
+        if answer.ended:
             del active[row]
     return answers
 

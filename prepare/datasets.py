@@ -25,7 +25,7 @@ import config as settings
 from prepare import datasets_qa
 from prepare.manifests import Folder, decode_text, write_manifests
 from tools.common import (UserError, check_folder_writable, join_names, optional_import, read_json,
-                          read_json_object)
+                          read_json_object, shorten)
 
 from_: str = ""  # folder of the source, unpacked
 to: str = "data/manifests"  # folder to write <Name-Task>/<split>.json in
@@ -73,6 +73,8 @@ def described_items(source, form):
         for manifest, answer in form["manifests"].items():
             task, split = manifest.format_map(row).split("/")
             split = form.get("splits", {}).get(split, split)
+            if not re.match("train|val|test", split):
+                raise UserError(f"{row.where}: {split!r}, expected train, val or test")
             if "captions" in answer:
                 captions = [caption.format_map(row) for caption in answer["captions"]]
                 yield from caption_items(task, split, clip, captions, answer["prompt"])
@@ -80,6 +82,8 @@ def described_items(source, form):
             label = answer["label"].format_map(row).strip().lower()
             label = label.replace("_", " ").replace(",", ", ")
             label = form.get("spelling", {}).get(label, label)
+            if label.isdigit():  # as in a header of another release
+                raise UserError(f"{row.where}: label {label!r}, expected a name")
             item = make_item(answer["prompt"], clip, label)
             labelled.append((f"{task}/{split} {clip}", label, (f"{task}/{split}", item)))
     yield from source.consistent(labelled)
@@ -116,9 +120,14 @@ def macs(source):
     yaml = optional_import("yaml", "MACS.yaml", "prepare")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: seconds instead of a minute
     for split, path in source.parts(["MACS.yaml"], "train"):
-        for file in yaml.load(decode_text(path), loader)["files"]:
-            clip = source.clip("audio/" + file["filename"], file["filename"])
-            texts = [annotation["sentence"] for annotation in file["annotations"]]
+        try:
+            content = yaml.load(decode_text(path), loader)
+            rows = [(file["filename"], [annotation["sentence"] for annotation in file["annotations"]])
+                    for file in content["files"]]
+        except (yaml.YAMLError, LookupError, TypeError) as error:  # e.g. of half a file
+            raise UserError(f"{path}: not the YAML of MACS ({shorten(error)})") from error
+        for name, texts in rows:
+            clip = source.clip("audio/" + name, name)
             yield from caption_items("MACS-AudioCaptioning", split, clip, texts)
 
 
@@ -139,7 +148,7 @@ def wavcaps(source):
     if source.left_out:
         raise UserError(f"{join_names(source.left_out)}: without it clips of test splits would be trained on")
     for row in source.rows(["{}_final.json"], *parts):
-        name, ident = parts[row["part"]], str(row["id"]).removesuffix(".wav")
+        name, ident = parts[row["part"]], row["id"].removesuffix(".wav")
         if f"{name.removesuffix('_SL')} {ident}" in blacklist:
             continue
         clip = source.clip(f"{name}_flac/{ident}.flac", f"{name}/{ident}.flac")

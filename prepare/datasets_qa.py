@@ -1,6 +1,5 @@
 """Question sets, for datasets.py: functions that yield a source's questions as (Name-Task/split, item)."""
 import ast
-import json
 import os
 import random
 import re
@@ -8,8 +7,17 @@ import zlib
 from collections import Counter, defaultdict
 
 from prepare.manifests import add_options, stem
+from tools.common import UserError
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.6, "no": 0.1}  # weight of an answer of Clotho-AQA in the vote
+
+
+def parse_list(row, column):
+    """The list that a cell holds as JSON or as Python writes it."""
+    try:
+        return list(ast.literal_eval(str(row[column]) or "[]"))
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise UserError(f"{row.where}, column {column!r}: {row[column]!r:.80}, expected a list") from error
 
 
 def clotho_aqa(source):
@@ -52,13 +60,13 @@ def music_avqa(source):
     files = "json_update/avqa-{}.json", "json/avqa-{}.json", "avqa-{}.json"
     rows, known = [], set()
     for row in source.rows(files, "train", "val", "test"):
-        if not row.get("question_deleted"):
+        if row.get("question_deleted") not in ("1", True):
             ident = row.get("question_id", f"row {len(rows)}")
             rows.append((f"{row['part']} {ident}", str(row), row))
     for row in source.consistent(rows):
-        kind, category = json.loads(row["type"])
+        kind, category = parse_list(row, "type")
         question = row["question_content"].strip()
-        for slot in json.loads(row["templ_values"]):
+        for slot in parse_list(row, "templ_values"):
             question = re.sub(r"<[^<>]+>", slot.replace("_", " "), question, count=1)
         split, video = row["part"], row["video_id"]
         key = f"{split} {video} {question}"
@@ -105,7 +113,7 @@ def muchomusic(source):
         item = {"name": clip, "prompt": add_options(row["question"], options), "choices": options,
                 "output": row["correct_answer"], "dataset": row["dataset"], "genre": row["genre"]}
         for group in ("music_knowledge", "music_reasoning"):
-            item[group] = ast.literal_eval(row[group] or "[]")
+            item[group] = parse_list(row, group)
         yield "MuChoMusic-AQA/test", item
 
 
@@ -121,7 +129,7 @@ def openaqa(source):
     for row in source.rows(["{}"], *(lists or ["openaqa_5.6M.json"])):
         path, name = row["audio_id"].lstrip("/"), os.path.basename(row["audio_id"])
         wanted = [path] if stem(name).isdigit() else [path, name]
-        prompt = f"{row['instruction']} {row.get('input') or ''}".strip()
+        prompt = f"{row['instruction']} {row.get('input', '')}".strip()
         yield "OpenAQA-AQA/train", {"name": source.clip(*wanted), "prompt": prompt, "output": row["output"],
                                     "task": row["task"], "dataset": row["dataset"]}
 
@@ -139,7 +147,7 @@ def reasonaqa(source):
     for row in source.rows(["{}.json"], "train", "val", "test"):
         clips = []
         for key in ("filepath1", "filepath2"):
-            path = (row.get(key) or "").replace("\\", "/")
+            path = row.get(key, "").replace("\\", "/")
             if path.lower().startswith("clothov"):
                 clips.append(source.clip(path))
             elif path:

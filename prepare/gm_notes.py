@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import config as settings
 from prepare.manifests import add_options, save_manifest
-from tools.common import UserError, map_parallel, new_folder, optional_import, read_json
+from tools.common import (UserError, map_parallel, name_disk_errors, new_folder, optional_import,
+                          read_json)
 
 out: str = "data/gm"  # folder to write
 train: int = 4000  # clips: three quarters solo, one quarter duo
@@ -280,7 +281,8 @@ def render_clip(job):
     name = "/".join(path.split("/")[-2:])
     rng = np.random.default_rng(list(name.encode()))  # of the clip alone: any order of work
     sound = sound + rng.uniform(0.001, 0.003) * rng.standard_normal(len(sound))
-    soundfile.write(path, sound, RATE, subtype="PCM_16")
+    with name_disk_errors(path, soundfile.LibsndfileError):
+        soundfile.write(path, sound, RATE, subtype="PCM_16")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tools.common import (UserError, atomic_write, existing_folder, join_names, name_disk_errors,
-                          optional_import, read_json_lines, read_json_rows, shorten)
-from tools.data.audio import count_frames, find_file
+                          optional_import, parse_json_line, read_json_lines, read_json_rows, shorten)
+from tools.data.audio import count_frames, find_file, find_placeholder
 
 # Endings of sounds, and of videos, which have one
 SOUNDS = set("""
@@ -42,18 +42,11 @@ SOUNDS = set("""
 # A quoted cell of a TSV: in one line, or over several without a tab. What closes no cell is a character
 TSV_QUOTED = re.compile(r'''(?<![^\t\r\n])"((?:[^"\r\n]|"")*|(?:[^"\t]|"")*)"(?![^\t\r\n])''')
 NO_CHARACTER = "\ufdd0"  # Unicode keeps it free
+csv.field_size_limit(2 ** 31 - 1)  # a cell may be a book
 
 
-def decode_text(path, encoding=""):
-    """The text of a file in an encoding; "": UTF-8, UTF-16 where a byte order mark says so, else what chardet
-    takes it for, with a note of what that makes of a word."""
-    content = Path(path).read_bytes()
-    utf = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-    try:
-        return content.decode(encoding or utf).removeprefix("\ufeff")
-    except (LookupError, ValueError) as error:
-        if encoding:
-            raise UserError(f"{path}: not a text in the encoding {encoding!r} ({error})") from error
+def guess_encoding(path, content):
+    """What chardet takes a text for, with a note of what that makes of a word."""
     purpose = f"{path}: text that is not UTF-8, without table.py's --encoding,"
     optional_import("chardet.pipeline", purpose, "prepare")  # only chardet 7 has it
     import chardet
@@ -64,9 +57,34 @@ def decode_text(path, encoding=""):
     likeliest = max(guesses, key=lambda guess: guess["confidence"] * prior.get(guess["encoding"], 1))
     guess = likeliest["encoding"] or "UTF-8"
     text = decode_text(path, guess)
+    if re.search("[\x80-\x9f]", text):  # control characters, which nobody writes
+        raise UserError(f"{path}: not UTF-8, and no encoding is likely: table.py's --encoding names it")
     word = re.search(r"[^\s,;|]{0,20}[^\0-\x7f][^\s,;|]{0,20}", text)[0]
     print(f"note: {path} is not UTF-8, read as {guess}: {word.encode(guess)} is {word!r} (table.py takes "
           f"another one as --encoding)")
+    return guess
+
+
+def decode_text(path, encoding=""):
+    """The text of a file in an encoding; "": UTF-8, UTF-16 where a byte order mark says so, else a guess.
+    UserError names the line that is none: a wrong byte among UTF-8, a binary file, UTF-16 without a mark."""
+    content = Path(path).read_bytes()
+    marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    known = encoding or ("utf-16" if marked else "utf-8")
+    try:
+        text = content.decode(known).removeprefix("\ufeff")
+    except (LookupError, ValueError) as error:
+        text = content.decode(errors="replace")
+        wrong = text.count("\ufffd")
+        if known == "utf-8" and b"\0" not in content and wrong >= len(re.findall(r"[^\0-\x7f]", text)) / 2:
+            return decode_text(path, guess_encoding(path, content))
+        line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        raise UserError(f"{path} line {line}: not a text in the encoding {known!r} ({error})") from error
+    control = re.search("[\0\x1b]", text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        raise UserError(f"{path} line {line}: {control[0]!r} in it, expected a text (UTF-16 and ISO-2022-JP "
+                        f"need table.py's --encoding)")
     return text
 
 
@@ -78,13 +96,13 @@ class Row(dict):
         self.where = where
 
     def __missing__(self, column):
-        raise UserError(f"{self.where}: no column {column!r}, it has {', '.join(map(repr, self))}")
+        raise UserError(f"{self.where}: no column {column!r}, it has {join_names(list(map(repr, self)), 20)}")
 
 
 def holds_rows(cells, i, delimiter):
     """Whether cell i goes on with the rows behind it, as one does whose quote is not closed: with lines of as
     many cells, or of those up to the quote, one of them a clip's name."""
-    for line in cells[i].split("\n")[1:]:
+    for line in cells[i].splitlines()[1:]:
         parts = line.split(delimiter)
         if len(parts) in (i + 1, len(cells)) and any(ending(part) in SOUNDS for part in parts):
             return True
@@ -109,7 +127,8 @@ def read_csv(path, encoding=""):
             raise UserError(f"{path}: several columns are named {repeated[0]!r}")
         for number, cells in enumerate(rows, 1):
             if len(cells) != len(columns):
-                raise UserError(f"{path} row {number}: {len(cells)} cells, expected {', '.join(columns)}")
+                raise UserError(f"{path} row {number}: {len(cells)} cells, expected {len(columns)}: "
+                                f"{join_names(columns, 20)}")
             for i, column in enumerate(columns):
                 if holds_rows(cells, i, delimiter):
                     raise UserError(f"{path} row {number}, column {column!r}: its quote takes in other rows")
@@ -126,6 +145,13 @@ def read_parquet(path):
         raise UserError(f"{path}: not readable as Parquet ({shorten(error)})") from error
 
 
+def holds_json_lines(path):
+    """Whether a .json is JSON lines, as pandas and datasets write them under any name."""
+    with open(path, "rb") as f:
+        lines = f.readline(2 ** 20), f.readline(2 ** 20)
+    return None not in map(parse_json_line, lines)
+
+
 def read_table(path, encoding=""):
     """Yield the Rows of a CSV, TSV, JSON, JSONL or Parquet file. JSON holds a list of rows, {"data": a list},
     or {name: row}. encoding: of a CSV or TSV, see decode_text."""
@@ -134,7 +160,7 @@ def read_table(path, encoding=""):
         raise UserError(f"{path} is {problem}")
     if ending(path) == ".parquet":
         rows = read_parquet(path)
-    elif ending(path) == ".jsonl":
+    elif ending(path) in (".jsonl", ".ndjson") or ending(path) == ".json" and holds_json_lines(path):
         rows = (row for _, row in read_json_lines(path))
     elif ending(path) == ".json":
         rows = read_json_rows(path)
@@ -168,18 +194,6 @@ def stem(name):
 def parents(path):
     """The folders of a path in lower case, the innermost first."""
     return unicodedata.normalize("NFC", path).casefold().split("/")[-2::-1]
-
-
-def find_placeholder(path):
-    """What there is instead of a file that was not downloaded, or None."""
-    try:
-        with open(path, "rb") as f:
-            head = f.read(99).lstrip(b"\xef\xbb\xbf\r\n\t ")
-    except PermissionError:  # which whoever reads it reports
-        return None
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: run git lfs pull"
-    return "an HTML page" if head.startswith(b"<") else None
 
 
 class Folder:
@@ -256,12 +270,19 @@ class Folder:
         return found
 
     def rows(self, files, *names):
-        """Yield the rows of the parts' tables, with "part", and "split" where there is no such column."""
+        """Yield the rows of the parts' tables, with "part", and "split" where there is no such column. What
+        JSON has instead of texts becomes one: "" of null, "5" of 5."""
         for part, path in self.parts(files, *names):
+            row = None
             for row in read_table(path):
+                for column, value in row.items():
+                    if type(value) not in (str, bool, list, dict):
+                        row[column] = "" if value is None else str(value)
                 row["part"] = part
                 row.setdefault("split", part)
                 yield row
+            if row is None:
+                self.leave_out(f"{path}, without rows")
 
     def match(self, pattern, example):
         """Rows with "clip" and the named groups of the pattern, of sounds whose path fits. example: what is

@@ -61,6 +61,8 @@ t.json ¦ [{"path": "a.wav", "label": "dog, small"}, {"path": "b.wav", "label": 
 t.json ¦ {"data": [{"path": "a.wav", "label": "dog, small"}, {"path": "b.wav", "label": "café"}]}
 t.json ¦ {"x": {"path": "a.wav", "label": "dog, small"}, "y": {"path": "b.wav", "label": "café"}}
 t.jsonl ¦ {"path": "a.wav", "label": "dog, small"}⏎⏎{"path": "b.wav", "label": "caf\\u00e9"}
+lines.json ¦ {"path": "a.wav", "label": "dog, small"}⏎{"path": "b.wav", "label": "caf\\u00e9"}
+t.ndjson ¦ {"path": "a.wav", "label": "dog, small"}⏎{"path": "b.wav", "label": "caf\\u00e9"}
 """
 
 
@@ -68,7 +70,7 @@ t.jsonl ¦ {"path": "a.wav", "label": "dog, small"}⏎⏎{"path": "b.wav", "labe
 def test_tables(name, content, make_manifest):
     same = {"prompt": "What is heard?", "duration": 0.2}
     for encoding in ("utf-8", "utf-8-sig") if "json" in name else ("utf-8", "utf-16"):
-        for line_end in ("\n", "\r\n"):
+        for line_end in ("\n", "\r\n") if "json" in name else ("\n", "\r\n", "\r"):
             assert make_manifest(name, content.replace("\n", line_end).encode(encoding), *ASK) == 0
             assert make_manifest.items() == [{"name": "a.wav", "output": "dog, small"} | same,
                                              {"name": "b.wav", "output": "café"} | same]
@@ -81,11 +83,18 @@ cp1250 ¦ pies głośno szczeka żółw
 cp1251 ¦ собака лает
 koi8-r ¦ собака лает
 gbk ¦ 狗在叫 猫
+gb18030 ¦ 狗在叫 㐀㐁
+cp932 ¦ ①犬が吠える～
 big5 ¦ 狗在叫 貓
 shift_jis ¦ 犬が吠える 猫
 euc-jp ¦ 犬が吠える 猫
 euc-kr ¦ 개가 짖는다
 """
+
+
+def test_a_long_cell(make_manifest):
+    assert make_manifest("t.csv", f'path,label\na.wav,"{"x," * 10 ** 5}"', *ASK) == 0
+    assert make_manifest.outputs() == ["x," * 10 ** 5]
 
 
 @pytest.mark.parametrize("encoding, words", unfold(ENCODINGS))
@@ -136,11 +145,14 @@ ITEMS = """[
 ]"""
 
 
-def test_columns(make_manifest):
+def test_columns(make_manifest, tmp_path):
     """The prompt from a column, start and duration, kept columns, numbers, lists of clips and of answers."""
     options = ("--name=path", "--prompt=ask", "--output=n", "--audio_start=start", "--keep=group")
     assert make_manifest("t.json", COLUMNS, *options) == 0
     assert make_manifest.items() == json.loads(ITEMS)
+    tagging = f"--to={tmp_path}/Tagging/Mine-AQA/train.json"  # the folder above the task's says nothing
+    assert make_manifest("t.json", COLUMNS, *options, tagging) == 0
+    assert list(Manifest(tagging[5:], f"{tmp_path}/root").items) == json.loads(ITEMS)
     rows = 'first,second,label,s\na.wav,b.wav,x,0.1\n" c.wav",,y,2e-1'
     assert make_manifest("t.csv", rows, *ASK, "--name=first,second", "--duration=s") == 0
     found = [(item["name"], item["duration"]) for item in make_manifest.items()]
@@ -224,6 +236,9 @@ t.csv ¦ label,path⏎"dog,a.wav⏎cat,b.oga⏎cow",a.wav ¦ t.csv row 1.*'label
 t.csv ¦ version https://git-lfs.github.com/spec/v1⏎size 132 ¦ t.csv.*git lfs ¦
 t.jsonl ¦ <!DOCTYPE html>⏎<html></html> ¦ t.jsonl.*HTML ¦
 t.csv ¦ path,label⏎z.wav,dog ¦ t.csv ¦
+t.csv ¦ path,label⏎a.wav,dog\0\0 ¦ t.csv line 2 ¦
+t.xlsx ¦ PK\3\4\0\0⏎ ¦ t.xlsx line 1 ¦
+to/Mine-AQA/train.json ¦ [{"path": "a.wav", "label": "x"}] ¦ train.json ¦
 t.csv ¦ path,label⏎a.wav,dog ¦ kepe ¦ --kepe=x
 t.csv ¦ path,label⏎a.wav,dog ¦ --output ¦ --output=
 t.csv ¦ path,label⏎a.wav,dog ¦ --to ¦ --to=x.json
@@ -247,14 +262,24 @@ for cell in ('{"a": 1}', "null", "[]", '""', '["x", null]', '[["x"]]', "NaN", "I
     MISTAKES.append(("t.json", row, "t.json row 1.*'label'", ""))
 
 
+for line_end in ("\r\n", "\r"):  # the last cell of a line that a quote takes in is a clip
+    MISTAKES.append(("t.csv", line_end.join(("label,path", '"dog,a.wav', "cat,b.wav", 'cow",a.wav')),
+                     "t.csv row 1.*'label'", ""))
+for encoding in ("utf-16-le", "utf-32", "iso2022_jp", "mac-roman"):
+    text = {"iso2022_jp": "犬", "mac-roman": "café à la crème"}.get(encoding, "x")
+    MISTAKES.append(("t.csv", f"path,label\na.wav,{text}".encode(encoding), "t.csv.*--encoding", ""))
+MISTAKES.append(("t.csv", "path,label\na.wav,café\n".encode() * 3 + b"b.wav,dog\x92s", "t.csv line 7", ""))
+
+
 @pytest.mark.parametrize("name, content, named, options", MISTAKES)
 def test_mistakes_are_named_and_nothing_is_written(name, content, named, options, make_manifest, tmp_path):
     """An older manifest stays as it is."""
-    lay_out(tmp_path, {"to/Mine-AQA/train.json": b"older"})
+    older = content.encode() if "train" in name else b"older"
+    lay_out(tmp_path, {"to/Mine-AQA/train.json": older})
     with pytest.raises(UserError, match=named):
         make_manifest(name, content, *ASK, *options.split())
     assert os.listdir(tmp_path / "to/Mine-AQA") == ["train.json"]
-    assert (tmp_path / "to/Mine-AQA/train.json").read_bytes() == b"older"
+    assert (tmp_path / "to/Mine-AQA/train.json").read_bytes() == older
 
 
 def test_cells_of_parquet(make_manifest, parquet):

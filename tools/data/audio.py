@@ -19,11 +19,10 @@ UNKNOWN_LENGTH = 2 ** 36  # frames; libsndfile gives more than this where a head
 ENDLESS = 2 ** 40  # bytes; no file has so many
 SILENT = 1e-4  # peak of a silent channel, -80 dB: lossy codecs leave some noise there
 
-NO_SOUND = {  # how a file begins that holds no sound: what it is
+PLACEHOLDERS = {  # how a file begins that a download left instead of another: what it is
     rb"$": "an empty file",
-    rb"version https://git-lfs": "a Git LFS pointer",
-    rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype )?html": "an HTML page",
-    rb"[^\0-\x08\x0e-\x1f]+$": "text, no sound"}
+    rb"\s*version https://git-lfs": "a Git LFS pointer: run git lfs pull",
+    rb"(\xef\xbb\xbf)?\s*<": "an HTML page"}
 OGG_STREAM = b"OggS\0\2"  # the first page of a stream
 FLAC_STREAM = b'fLaC\0\0\0"'
 NO_DATA = b"data\0\0\0\0"
@@ -71,6 +70,15 @@ def find_file(path):
         if os.path.exists(other):
             return other
     return path
+
+
+def find_placeholder(path):
+    """What there is instead of a file that was not downloaded, or None."""
+    try:
+        head = read_at(path, 0, 99)
+    except PermissionError:  # which whoever reads it reports
+        return None
+    return next((name for beginning, name in PLACEHOLDERS.items() if re.match(beginning, head)), None)
 
 
 def read_at(path, offset, n):
@@ -171,9 +179,9 @@ def open_sounds(path):
                     if len(rest) == 12 and (NEXT_SOUND.match(rest) or NEXT_SOUND.match(rest, 4)):
                         raise soundfile.SoundFileRuntimeError("an MP3 whose rate or channels change")
     except (soundfile.SoundFileError, OSError) as error:
-        causes = [cause for beginning, cause in NO_SOUND.items() if re.match(beginning, head)]
-        reason = [*causes, getattr(error, "error_string", error)][0]  # libsndfile's, without the path
-        raise UserError(f"{path}: not readable as audio ({reason})") from error
+        text = re.match(rb"[^\0-\x08\x0e-\x1f]+$", head) and "text, no sound"
+        cause = find_placeholder(file) or text or getattr(error, "error_string", error)  # without the path
+        raise UserError(f"{path}: not readable as audio ({cause})") from error
 
 
 def read_blocks(f, first, n):

@@ -80,8 +80,8 @@ def multiple_choice(item):
     right = set(map(normalise, references))
     named = option_named(answer, options) if answer else None
     without_mark = split_mark(answer, options)[1] or answer
-    official = any(official_mmau(text, answer, options) for text in references)
-    stripped = any(official_mmau(text, without_mark, options) for text in references)
+    official, stripped = (any(official_mmau(reference, text, options) for reference in references)
+                          for text in (answer, without_mark))
     return {"accuracy": official, "mark stripped": official or stripped,
             "as read": named is not None and normalise(options[named]) in right,
             "chance": sum(normalise(option) in right for option in options) / max(len(options), 1)}
@@ -99,7 +99,7 @@ def muchomusic(item):
     if len(chosen) != 1:
         chosen = [option for option in options if fold(option) in fold(answer)]
     return {"accuracy": bool(chosen) and normalise(chosen[0]) in right, "unanswered": not chosen,
-            "chance": len(right) / max(len(options), 1)}
+            "chance": len(right) / len(options) if options else 0}
 
 
 @per_item

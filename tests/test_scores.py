@@ -122,6 +122,7 @@ def test_closed_sets_labels_and_retrieval():
     figures = rules.closed_set(items, labels)
     assert figures == {"accuracy": [1, 0, 0], "chance": 1 / 3}
     assert items[2]["predicted"] == "Dog"
+    assert rules.closed_set(rows(("Dog, rain", "rain; dog")), labels)["accuracy"] == [1]
     space = {"Dog": [1, 0, 0], "Rain": [0, 1, 0], "Male speech, man speaking": [0, 0, 1],
              "a hound barks": [0.8, 0.6, 0]}
     embed = lambda texts: np.array([space.get(text, [1, 1, 1]) for text in texts], float)

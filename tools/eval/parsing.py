@@ -4,7 +4,7 @@ Plain functions on strings; the scoring rules are built from them.
 """
 import unicodedata
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from string import ascii_lowercase
 
 import regex as re  # \w includes combining marks (Hindi, Thai, Arabic); in the standard library it does not
@@ -92,10 +92,10 @@ def answer_text(item):
 # ------------------------------------------------------------------------------------------------------------
 # Options. A mark is the letter or number in front of an option.
 
-MARK_STYLES = (r"\(\s*({})\.?\s*\)", r"\[\s*({})\s*\]", r"(?<![\p{{Latin}}\d_(])({})\.?\)",  # (A) [A] A)
+MARK_STYLES = (r"\(\s*({})\.?\s*\)", r"\[\s*({})\.?\s*\]", r"(?<![\p{{Latin}}\d_(])({})\.?\)",  # (A) [A] A)
                r"(?<![\p{{Latin}}\d_.'])({})\.(?=\s|[^\x00-\x7f])", r"(?m:^[ \t]*)({})\.(?=[^\s\d])",  # A.
                r"(?<![\p{{Latin}}\d_.'])({}):(?=\s|[^\x00-\x7f])",  # A:
-               r"(?:(?m:^[ \t]*)|(?<![\p{{Latin}}\d_])(?!\d))({})[ \t]+[-–]\s",  # A - dog
+               r"(?:(?m:^[ \t]*)|(?<![\p{{Latin}}\d_])(?!\d))({})[ \t]+[-–—]\s",  # A - dog
                r"(?m:^[ \t]*)(?!\d)({})(?:[ \t]*[|/])?[ \t]+(?=\S)")  # "A dog", but not "1 dog"
 # Marks in other characters: <A> {A} 【A】 （A）, **A.** `A`, A． A、 A：, ① Ⓐ ⒈
 OTHER_MARKS = re.compile(
@@ -135,11 +135,12 @@ def mark_index(mark):
 @lru_cache(1 << 16)
 def options_of(prompt):
     """The texts of the options that a prompt lists, in order, with marks of one style and case; () if there
-    are not two. Options may hold brackets and full stops; the prompt's text after the last one is cut off."""
-    prompt, best = plain_marks(prompt), []
+    are not two. Options may hold brackets and full stops; the prompt's text after the last one is cut off. Of
+    more than 200 marks the first 200 count."""
+    prompt, best = plain_marks(re.sub(r"\\(?=[().\[\]])", "", prompt)), []
     for style in MARK_STYLES:
         for kind in ("[A-Z]", "[a-z]", r"\d{1,2}"):
-            found = list(re.finditer(style.format(kind), prompt))
+            found = list(islice(re.finditer(style.format(kind), prompt), 200))
             for start, mark in enumerate(found):
                 if mark_index(mark[1]) == 0:
                     best = max(best, _option_texts(prompt, found[start:]), key=len)  # the first longest
@@ -164,8 +165,12 @@ def _option_texts(prompt, found):
 
 
 def item_options(item):
-    """The options of an item: its own list, else those in its prompt."""
-    return item.get("choices") or options_of(item["prompt"])
+    """The options of an item: its own list, without their letters where all begin with one; else those in its
+    prompt."""
+    options = item.get("choices") or options_of(item["prompt"])
+    split = [split_mark(option, options) for option in options]
+    in_order = [index for index, text in split if text] == list(range(len(options)))
+    return [text for _, text in split] if in_order else options
 
 
 def split_mark(text, options):

@@ -25,11 +25,13 @@ from tools.eval.parsing import answer_text, item_options, labels_of, normalise, 
 GROUPS = ("task", "category", "sub-category", "sub_category", "granularity", "difficulty", "dataset",
           "Dataset", "genre", "music_knowledge", "music_reasoning", "knowledge", "reasoning")
 OTHER_NAMES = {"reference": "output", "references": "output", "path": "audio", "paths": "audio",
-               "audio_path": "audio", "audio_id": "audio", "audio_start": "start"}
+               "audio_path": "audio", "audio_id": "audio", "audio_start": "start",
+               "model_prediction": "model_output"}
 REFERENCES = ("references", "reference", "output")
 PLAIN = {str, int, float}  # types of a text, and of a number that stands for one; bool does not
 NUMBERED = re.compile(r"(?<![\w.])1\s?[).:\]].*(?<![\w.])2\s?[).:\]]", re.S)  # a prompt with options 1. 2.
-MMAU, MUCHOMUSIC = "MMAU's form", "MuChoMusic's form"
+MMAU = "MMAU's form: references in 'answer', prompts in 'question', answers in 'model_output'"
+MUCHOMUSIC = "MuChoMusic's form: choices in 'answers', answers in 'model_output'"
 INSTRUCTION = "Choose the correct option from the following options:"  # of MMAU
 
 # ------------------------------------------------------------------------------------------------------------
@@ -74,6 +76,17 @@ def option_text(value, item, key, where):
     return indexed or named
 
 
+def read_index(text, item, key, where):
+    """A text, or the option whose index it is, as tables have it ("2", "2.0")."""
+    choices, index = item["choices"], re.fullmatch(r"\s*(\d\d?)(?:\.0)?\s*", text)
+    if index and text.strip() not in choices:
+        if index[1] not in re.findall(r"\w+", " ".join(choices)):
+            return option_text(int(index[1]), item, key, where)
+        if key == "output":  # "2 dogs", or the third option?
+            refuse(where, key, text, "the text of an option")
+    return text
+
+
 def read_answer(value, item, key, where):
     """An answer as text, "" where the system gave none; it may be the only one of a list."""
     if isinstance(value, list) and len(value) < 2:
@@ -102,6 +115,8 @@ def check_item(item, where):
     for key in REFERENCES:
         values = [option_text(value, item, key, where) for value in to_list(item.get(key))]
         texts[key] = [text for text in values if text.strip()]
+    if texts["reference"] and set(texts["reference"]).isdisjoint(texts["output"]):
+        refuse(where, "output", item["output"], "the text under 'reference', or no 'answer' beside both")
     item["references"] = texts["references"] or texts["output"]
     item["output"] = [*texts["output"], *item["references"], ""][0]
     if len(item["references"]) < 2:
@@ -128,21 +143,17 @@ def read_entry(where, entry):
     elif "output" in keys and "answer" not in keys and {"reference", "references"} & keys:
         form = "references in 'reference' or 'references', answers in 'output'"
         changed = {"answer": entry["output"], "output": entry.get("reference")}
-    item = check_item(entry | changed, where)
+    item = check_item(entry | changed, f"{where} ({form})" if changed else where)
     choices, prompt = item.get("choices", ()), item["prompt"]
     if form in (MMAU, MUCHOMUSIC):
-        answer = item.get("model_output", item.get("model_prediction"))
+        answer = item.get("model_output")
         if form == MUCHOMUSIC and isinstance(answer, str):  # as its script reads it
             answer = answer.split("The correct answer is:")[-1]
         item["answer"] = read_answer(answer, item, "model_output", where)
     elif choices and "score" not in item and not NUMBERED.search(prompt):
-        words = re.findall(r"\w+", " ".join(choices))
-        for key in ("output", "answer"):  # an index as text, as tables have it
-            if re.fullmatch(r"\d\d?", item[key]) and item[key] not in choices:
-                if item[key] not in words:
-                    item[key] = option_text(int(item[key]), item, key, where)
-                elif key == "output":  # "2 dogs", or the third option?
-                    refuse(where, key, item[key], "the text of an option")
+        item["references"] = [read_index(text, item, "output", where) for text in references_of(item)]
+        item["output"] = [*item["references"], ""][0]
+        item["answer"] = read_index(item["answer"], item, "answer", where)
     if form == MMAU:
         if not choices:
             refuse(where, "choices", choices, "a list of two or more texts")

@@ -46,19 +46,17 @@ def closed_set(items, labels=None, embed=None):
     names = sorted(set(labels or chain.from_iterable(references)))
     with_comma = {normalise(name) for name in labels or () if "," in name}
     known = {labels_of(name, with_comma): name for name in names}  # spellings of one label are one
-
-    def find(text):
-        return known.get(labels_of(text, with_comma))
-
     answers = [answer_text(item) for item in items]
     if embed is not None:
         cosines = similarities(embed, answers, names)
         answers = [names[row.argmax()] if row.max() > -1 else "" for row in cosines]
-    for item, answer in zip(items, answers):
-        item["predicted"] = find(answer)
-    right = [set(map(find, texts)) - {None} for texts in references]
-    return {"accuracy": [item["predicted"] in found for item, found in zip(items, right)],
-            "chance": statistics.fmean(map(len, right)) / len(known)}
+    accuracy, n_right = [], []
+    for item, answer, texts in zip(items, answers, references):
+        right, answer = {labels_of(text, with_comma) for text in texts}, labels_of(answer, with_comma)
+        item["predicted"] = known.get(answer)
+        accuracy.append(answer in right)
+        n_right.append(len(right & set(known)))
+    return {"accuracy": accuracy, "chance": statistics.fmean(n_right) / len(known)}
 
 
 def exact_match(items):
@@ -113,7 +111,8 @@ def indicators(label_sets, names):
 
 CLASS = r"(?:entail|contradict|neutral)"
 NOT = (r"(?:\b(?:not|never|cannot)\b|"
-       r"\b(?:is|are|was|were|do|does|did|ca|could|wo|would|should|has|have|had|ai)n['’]?t\b)")
+       r"\b(?:is|are|was|were|do|does|did|ca|could|wo|would|should|must|need|has|have|had|ai)n['’]?t\b|"
+       r"\b(?:nicht|kein\w*|non|pas)\b)")
 # What ends the reach of a denial: "not X; but Y", "no rain, so X", "not X (Y)", "not X, Y" (not "not X, Y or
 # Z"), and not "does not, however, X"
 BOUNDARY = (rf"[.;:!\n—–→]|\s-+>?\s|\((?=\W?(?:an?\s+)?{CLASS})|"
@@ -122,20 +121,25 @@ BOUNDARY = (rf"[.;:!\n—–→]|\s-+>?\s|\((?=\W?(?:an?\s+)?{CLASS})|"
             r"whereas|yet)\b|,\s*(?=(?:it|its|this|that|the|they|there|which|an?)\b|"
             rf"(?:\w+\s+)?{CLASS}(?![^.;:!\n]*\bn?or\b)))")
 NEGATOR = (rf"{NOT}(?!\s+only)|\b(?:non|un)-?(?={CLASS})|"
-           r"\b(?:no|neither|nor|nothing|none|without|hardly|barely|doubt|rather than|instead of|fail\w*|"
-           r"lack\w*|insufficient|unable|unlikely|impossible|absence|far from|rul\w+ out|"
+           r"\b(?:no|neither|nor|nothing|none|without|hardly|barely|scarcely|rarely|seldom|doubt|rather than|"
+           r"instead of|opposed to|opposite of|anything but|too (?:little|few)|(?:hard|difficult|stretch) to|"
+           r"exclud\w*|reject\w*|avoid\w*|fail\w*|lack\w*|insufficient|unable|unlikely|impossible|absence|"
+           r"far from|rul\w+ out|"
            r"(?:false|untrue|wrong|incorrect) (?:that|to))\b")
+LINK = r"(?:because|since|as|so|but|and|or|if|when|while|though|although|for|rather|yet)\b"
 CLAIMS = re.compile(
     rf"(?P<boundary>{BOUNDARY})|(?P<negator>{NEGATOR})|(?P<unclear>\b(?:whether|if|sure|certain)\b)|"
-    rf"(?P<named>{CLASS})\w*(?P<denied_after>(?:\s+(?:relation\w*|label))?(?:\s+\w+)?\s*(?:{NOT}|"
-    r"\s(?:is|was|are|can be)\s+(?:ruled out|excluded|unlikely|impossible|absent|wrong|incorrect|false)\b|"
-    r"\s*[:=]\s*(?:no|none|not|false)\b|\s+(?:nothing|would\s+(?:require|need|mean))\b))?")
+    rf"(?P<named>{CLASS})\w*(?P<denied_after>(?:\s+(?:relation\w*|label))?(?:\s+(?!{LINK})\w+)?\s*(?:{NOT}"
+    rf"(?!\s+(?:an?\s+)?{CLASS})|"
+    r"\s(?:(?:can|must|should) be|is|was|are|seems?|appears?|looks?)(?:\s+\w+)?\s+(?:ruled out|excluded|"
+    r"rejected|unlikely|improbable|impossible|absent|wrong|incorrect|false)\b|"
+    r"\s*[:=–-]\s*(?:no|none|not|false)(?=\s*(?:[,.;)|\n]|$))|\s+(?:nothing|would\s+(?:require|need|mean))\b))?")
 
 
 def entailment_named(text):
     """The class that a text affirms, or the third where it denies two; None where that is not decided: two
     affirmed, one denied, a double denial, a question."""
-    text = re.sub(r"[^.!?\n]*\?", " ", text.lower())
+    text = re.sub(r"[^.!?\n]*\?", " ", text.lower().replace("_", " "))
     names = {"entail": "entailment", "neutral": "neutral", "contradict": "contradiction"}
     affirmed, denied = set(), set()
     negations = new = 0  # that reach the next class named, those since the last one
@@ -167,7 +171,7 @@ def entailment(item):
 def cmm(item):
     """CMM: yes or no within the first five characters. Yes items measure perception, no items resistance to
     hallucination."""
-    words = set(map(normalise, references_of(item)))
+    words = {normalise(text).partition(" ")[0] for text in references_of(item)}
     right = any(word in answer_text(item).lower()[:5] for word in words)
     return {"accuracy": right, "perception": right if words == {"yes"} else None,
             "hallucination resistance": right if words == {"no"} else None, "chance": len(words) / 2}

@@ -22,8 +22,13 @@ def clips_of(items):
     clips = []
     for number, item in enumerate(items):
         path = item.get("audio")
-        clips.append((str(path), str(item.get("start") or 0)) if path else number)
+        clips.append((str(path), start_of(item)) if path else number)
     return clips
+
+
+def start_of(item):
+    """As text, 5.0 as "5": tables with an empty cell have no whole numbers."""
+    return str(item.get("start") or 0).removesuffix(".0")
 
 
 def dirichlet_weights(counts, draws=None):
@@ -85,16 +90,11 @@ def mean_average_precision(truth, scores, clips, draws=50):
 
 def question_of(item):
     """What identifies an item of a benchmark: clip (without one, the reference), start and prompt."""
-    return str(item.get("audio") or item["output"]), str(item.get("start") or 0), item["prompt"]
+    return str(item.get("audio") or item["output"]), start_of(item), item["prompt"]
 
 
 def id_of(item):
-    return str(item.get("id"))
-
-
-def has_unique_ids(items):
-    ids = set(map(id_of, items)) - {"None"}
-    return len(ids) == len(items)
+    return str(item.get("id")).removesuffix(".0")
 
 
 def pair_by(key, first, second):
@@ -108,11 +108,12 @@ def pair_by(key, first, second):
 
 def pair_items(first, second):
     """-> [(item of the first, item of the second)], and what they are paired by. Ids count where both files
-    have unique ones, which name the same questions: not lines, for example."""
+    have unique ones, and none stands at two questions that are in both files, as numbers of lines may."""
     by_question, by_id = pair_by(question_of, first, second), pair_by(id_of, first, second)
-    agree = all(question_of(a) == question_of(b) for a, b in by_id) or not by_question
-    unique = has_unique_ids(first) and has_unique_ids(second)
-    if unique and agree and len(by_id) >= len(by_question):
+    unique = all(len(set(map(id_of, items)) - {"None"}) == len(items) for items in (first, second))
+    asked = set(map(question_of, second))
+    changed = [a for a, b in by_id if question_of(a) != question_of(b)]
+    if unique and len(by_id) >= len(by_question) and asked.isdisjoint(map(question_of, changed)):
         return by_id, "id"
     if by_question:
         return by_question, "clip and prompt"

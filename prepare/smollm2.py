@@ -14,7 +14,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
-from tools.common import UserError, new_folder, optional_import
+from tools.common import UserError, name_disk_errors, new_folder, optional_import
 
 out: str = "data/smollm2"  # folder to write
 
@@ -35,6 +35,7 @@ def convert_gguf(path, folder):
     # once is enough: transformers parses the file 3 times, in pure Python, makes the table of names 397 times
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
     logging.disable_progress_bar()  # of three that last a second each, in half a minute
@@ -42,7 +43,8 @@ def convert_gguf(path, folder):
     # dequantize: plain weights, and no quantization_config left in config.json
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16,
                                                  quantization_config=GgufConfig(dequantize=True))
-    model.save_pretrained(folder)
+    with name_disk_errors(folder, SafetensorError):
+        model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
 
 

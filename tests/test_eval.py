@@ -290,7 +290,8 @@ def test_compare_pairs_the_same_items(tmp_path, capsys):
     for first, second, key in [(named, numbered(named[::-1], prompt="And?"), "id"),
                                (numbered(bare), floats[::-1], "id"),
                                (numbered(items), changed[::-1], "id"),
-                               (numbered(items, start=5), numbered(items[::-1], start=5.0), "clip and prompt"),
+                               (numbered(items, start=5), numbered(items[::-1], start=5.0),
+                                "clip and prompt"),
                                (numbered(items), numbered(items[::-1]), "clip and prompt"),
                                (items, numbered(items, audio="x.wav"), "order"),
                                (items, numbered(items, audio="x.wav", output="cat"), None)]:

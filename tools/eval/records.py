@@ -119,8 +119,6 @@ def check_item(item, where):
         refuse(where, "output", item["output"], "the text under 'reference', or no 'answer' beside both")
     item["references"] = texts["references"] or texts["output"]
     item["output"] = [*texts["output"], *item["references"], ""][0]
-    if len(item["references"]) < 2:
-        del item["references"]
     item["answer"] = read_answer(item["answer"], item, "answer", where)
     return item
 
@@ -139,7 +137,8 @@ def read_entry(where, entry):
         changed = {"choices": options, "output": str(options[order.index(0)]), "answer": None}
     elif {"question", "choices", "audio_id"} <= keys and not {"prompt", "output"} & keys:
         form = MMAU
-        changed = {"prompt": entry["question"], "output": entry.get("answer"), "answer": None}
+        changed = {"prompt": entry["question"], "output": entry.get("answer"), "answer": None,
+                   "choices": entry["choices"] or [""]}
     elif "output" in keys and "answer" not in keys and {"reference", "references"} & keys:
         form = "references in 'reference' or 'references', answers in 'output'"
         changed = {"answer": entry["output"], "output": entry.get("reference")}
@@ -155,8 +154,6 @@ def read_entry(where, entry):
         item["output"] = [*item["references"], ""][0]
         item["answer"] = read_index(item["answer"], item, "answer", where)
     if form == MMAU:
-        if not choices:
-            refuse(where, "choices", choices, "a list of two or more texts")
         item["prompt"] = f"{prompt.removesuffix(INSTRUCTION).rstrip()} {INSTRUCTION}"
         for letter, choice in zip(ascii_uppercase, choices):
             item["prompt"] += f"\n({letter}) {choice}"
@@ -276,7 +273,7 @@ def write_official(path, questions, items):
     rows = []
     for question, item in zip(questions, items):
         answer = answer_text(item)
-        added = "name", "audio", "prompt", "output"
+        added = "name", "audio", "prompt", "output", "references"
         row = {key: value for key, value in question.items() if key not in added}
         rows.append(row | dict(answer=question["output"], model_output=answer, model_prediction=answer))
     write_json(path, rows)

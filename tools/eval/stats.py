@@ -68,7 +68,7 @@ def interval(values, clips, bounds=(0, 1)):
     return mean, [float(min(low, mean)), float(max(high, mean))]
 
 
-def mean_average_precision(truth, scores, clips, draws=50):
+def mean_average_precision(truth, scores, clips):
     """(mAP, [low, high]) of truth and scores (n, labels): scikit-learn's average precision, mean over the
     labels that occur. The interval is that of a normal distribution, because a draw takes up to 2 s (10,000
     clips)."""
@@ -77,7 +77,7 @@ def mean_average_precision(truth, scores, clips, draws=50):
     truth, scores = truth[:, occurs], scores[:, occurs]
     index = clip_index(clips)
     drawn = []
-    for weights in dirichlet_weights(np.ones(index.max() + 1), draws):
+    for weights in dirichlet_weights(np.ones(index.max() + 1), 50):
         drawn.append(average_precision(truth, scores, sample_weight=weights[index]))
     value = float(average_precision(truth, scores))
     margin = 1.96 * float(np.std(drawn))
@@ -117,17 +117,15 @@ def pair_items(first, second):
         return by_id, "id"
     if by_question:
         return by_question, "clip and prompt"
-    outputs = [[item["output"] for item in items] for items in (first, second)]
-    return list(zip(first, second)) if outputs[0] == outputs[1] else [], "order"
+    same = [item["output"] for item in first] == [item["output"] for item in second]
+    return list(zip(first, second)) if same else [], "order"
 
 
-def scored_items(items):
-    return [item for item in items if isinstance(item.get("score"), (int, float))]
-
-
-def compare_systems(first, second, names=("a", "b")):
+def compare_systems(first, second, names):
     """Print the difference of the mean scores with its interval over clips, and the items that changed."""
-    pairs, key = pair_items(scored_items(first), scored_items(second))
+    scored = [[item for item in items if isinstance(item.get("score"), (int, float))]
+              for items in (first, second)]
+    pairs, key = pair_items(*scored)
     if not pairs:
         raise UserError(f"{names[0]} and {names[1]} share no scored item (same id, or same clip and prompt); "
                         f"--task=Name-Task scores them first")

@@ -23,9 +23,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from prepare import datasets_qa
-from prepare.manifests import Folder, decode_text, write_manifests
-from tools.common import (UserError, check_folder_writable, join_names, optional_import, read_json,
-                          read_json_object, shorten)
+from prepare.manifests import Folder, write_manifests
+from tools.common import (UserError, check_folder_writable, decode_text, join_names, optional_import,
+                          read_json, read_json_object, shorten)
 
 from_: str = ""  # folder of the source, unpacked
 to: str = "data/manifests"  # folder to write <Name-Task>/<split>.json in

@@ -16,7 +16,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings  # torch is imported where it is used: the first command starts seconds sooner
-from tools.common import atomic_write, read_json, read_json_lines
+from tools.common import atomic_write, read_json
 
 # glibc gives large blocks back to the system at every free; on a CPU, keeping them saves a tenth of a step
 os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2 ** 25), MALLOC_TRIM_THRESHOLD_=str(2 ** 32))
@@ -49,10 +49,10 @@ def draw_picture(run, clip, prompt):
     from model import AudioFlamingo
     from tools.html_page import draw_attention, draw_log_mel, new_figure, plain_label, png_bytes
     from tools.sample.attention_map import attention_timeline
+    from tools.train.plot import plot_entries, read_log
     model = AudioFlamingo.from_pretrained(run)
     windows = torch.from_numpy(load_audio(clip, **model.audio_config))
     answer = model.generate([prompt], windows, torch.tensor([len(windows)]), 32)[0]
-    entries = [entry for _, entry in read_json_lines(f"{run}/log.jsonl") if "loss" in entry]
     figure = new_figure(11, 4.2)
     mosaic = figure.subplot_mosaic([["mel", "loss"], ["attention", "loss"]], height_ratios=[3, 1],
                                    width_ratios=[2, 1])
@@ -60,7 +60,7 @@ def draw_picture(run, clip, prompt):
     seconds = draw_log_mel(mel, windows, model.audio_config["sample_rate"])
     timeline = attention_timeline(model, prompt, answer.strip() or "?", windows)
     draw_attention(attention, timeline["weights"][0], seconds)
-    loss.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries])
+    plot_entries(loss, read_log(run)[0], "loss")
     loss.set(xlabel="step", ylabel="loss", title="training", yscale="log")
     figure.suptitle(plain_label(f"“{prompt}” → “{answer.strip()}”"))
     with atomic_write(f"{run}/demo.png", "wb") as f:

@@ -176,10 +176,11 @@ def caption_item(clip):
         return make_item(clip, "Describe the sound.", f"first {first}, then {second}",
                          positives=[f"first {first}", f"then {second}"],
                          negatives=[f"first {second}, then {first}"])
-    family, instrument, register, count = (clip[k] for k in ("family", "instrument", "register", "count"))
-    plural = "" if count == "one" else "s"
-    text = f"{count} {register} note{plural} of {with_article(instrument)}, {with_article(family)} instrument"
-    positives = [family, instrument, f"{register} pitch", f"{count} in number"]
+    notes = "note" if clip["count"] == "one" else "notes"
+    family, instrument = with_article(clip["family"]), with_article(clip["instrument"])
+    text = f"{clip['count']} {clip['register']} {notes} of {instrument}, {family} instrument"
+    positives = [clip["family"], clip["instrument"]]
+    positives += [f"{clip['register']} pitch", f"{clip['count']} in number"]
     if clip["trend"]:
         positives.append(f"getting {clip['trend']}")
         text += f", getting {clip['trend']}"

@@ -21,11 +21,10 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from string import ascii_uppercase
-from pathlib import Path
 
 from tqdm import tqdm
 
-from tools.common import (UserError, atomic_write, existing_folder, join_names, name_disk_errors,
+from tools.common import (UserError, atomic_write, decode_text, existing_folder, join_names, name_disk_errors,
                           optional_import, parse_json_line, read_json_lines, read_json_rows, shorten)
 from tools.data.audio import count_frames, find_file, find_placeholder
 
@@ -43,49 +42,6 @@ SOUNDS = set("""
 TSV_QUOTED = re.compile(r'''(?<![^\t\r\n])"((?:[^"\r\n]|"")*|(?:[^"\t]|"")*)"(?![^\t\r\n])''')
 NO_CHARACTER = "\ufdd0"  # Unicode keeps it free
 csv.field_size_limit(2 ** 31 - 1)  # a cell may be a book
-
-
-def guess_encoding(path, content):
-    """What chardet takes a text for, with a note of what that makes of a word."""
-    purpose = f"{path}: text that is not UTF-8, without table.py's --encoding,"
-    optional_import("chardet.pipeline", purpose, "prepare")  # only chardet 7 has it
-    import chardet
-    sample = re.sub(rb"[\0-\x7f]{100,}", b"\n", content)  # long ASCII says nothing
-    guesses = chardet.detect_all(sample, encoding_era=chardet.EncodingEra.MODERN_WEB, ignore_threshold=True)
-    # in a few words of Western Europe it sees others as often, which are written less
-    prior = {"Windows-1252": 1.4}
-    likeliest = max(guesses, key=lambda guess: guess["confidence"] * prior.get(guess["encoding"], 1))
-    guess = likeliest["encoding"] or "UTF-8"
-    text = decode_text(path, guess)
-    if re.search("[\x80-\x9f]", text):  # control characters, which nobody writes
-        raise UserError(f"{path}: not UTF-8, and no encoding is likely: table.py's --encoding names it")
-    word = re.search(r"[^\s,;|]{0,20}[^\0-\x7f][^\s,;|]{0,20}", text)[0]
-    print(f"note: {path} is not UTF-8, read as {guess}: {word.encode(guess)} is {word!r} (table.py takes "
-          f"another one as --encoding)")
-    return guess
-
-
-def decode_text(path, encoding=""):
-    """The text of a file in an encoding; "": UTF-8, UTF-16 where a byte order mark says so, else a guess.
-    UserError names the line that is none: a wrong byte among UTF-8, a binary file, UTF-16 without a mark."""
-    content = Path(path).read_bytes()
-    marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-    known = encoding or ("utf-16" if marked else "utf-8")
-    try:
-        text = content.decode(known).removeprefix("\ufeff")
-    except (LookupError, ValueError) as error:
-        text = content.decode(errors="replace")
-        wrong = text.count("\ufffd")
-        if known == "utf-8" and b"\0" not in content and wrong >= len(re.findall(r"[^\0-\x7f]", text)) / 2:
-            return decode_text(path, guess_encoding(path, content))
-        line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
-        raise UserError(f"{path} line {line}: not a text in the encoding {known!r} ({error})") from error
-    control = re.search("[\0\x1b]", text)
-    if control:
-        line = text.count("\n", 0, control.start()) + 1
-        raise UserError(f"{path} line {line}: {control[0]!r} in it, expected a text (UTF-16 and ISO-2022-JP "
-                        f"need table.py's --encoding)")
-    return text
 
 
 class Row(dict):
@@ -360,8 +316,7 @@ class ManifestWriter:
         self.items = tempfile.TemporaryFile("w+", dir=existing_folder(os.path.dirname(file)))
 
     def add(self, item):
-        text = json.dumps(item, indent=1).replace("\n", "\n  ")
-        self.items.write(f'{"," * (self.total > 0)}\n  "{self.total}": {text}')
+        self.items.write(f'{"," * (self.total > 0)}\n  "{self.total}": {json.dumps(item)}')
         self.total += 1
 
     def save(self):

@@ -100,7 +100,6 @@ def cell_clips(row, column, folder, undo):
 def table_items(c, path, folder, undo):
     """The items of a manifest, from a table whose every cell is checked."""
     rows, names = list(read_table(path, c.encoding)), c.name.split(",")
-    task = os.path.basename(os.path.dirname(c.to))
     columns = Row(dict.fromkeys(itertools.chain(*rows), True), path)
     kept = [column for column in c.keep.split(",") if column and columns[column]]
     literal_prompt = " " in c.prompt and c.prompt not in columns
@@ -112,7 +111,7 @@ def table_items(c, path, folder, undo):
         for column in [column for column in names if row[column]] or names[:1]:
             clips += cell_clips(row, column, folder, undo)
         answers = cell_texts(row, c.output)
-        if len(answers) > 1 and not re.search("Classification|Tagging", task):
+        if len(answers) > 1 and not re.search("(Classification|Tagging)[^/]*/[^/]*$", c.to):
             item["references"] = answers
         item["name"] = clips if len(clips) > 1 else clips[0]
         item["prompt"] = c.prompt if literal_prompt else cell_text(row, c.prompt)

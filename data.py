@@ -384,8 +384,7 @@ def make_loader(clips, batches, tokenizer, config, persistent_workers):
     """DataLoader over a list of batches, each a list of indices of clips."""
     audio_config = clips.audio_config
     window_samples = round(audio_config["window_length"] * audio_config["sample_rate"])
-    multiple = 64 if config.compile else 1
-    collate = Collate(tokenizer, config.max_tokens, window_samples, multiple)
+    collate = Collate(tokenizer, config.max_tokens, window_samples, 64 if config.compile else 1)
     workers = config.num_workers
     return DataLoader(
         clips,

@@ -203,6 +203,8 @@ def run(main, script, reads=None, files=False):
     """Call main(settings), which may return an exit code. A user's mistake, or a file that cannot be read or
     written, is printed as one line, with exit code 2; a programmer's mistake keeps its traceback."""
     code, ranks = 2, int(os.environ.get("WORLD_SIZE", "1"))
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8, names that are not
     try:
         code = main(load(sys.argv[1:], script, reads, files)) or 0
     except KeyboardInterrupt:

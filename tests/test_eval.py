@@ -243,7 +243,8 @@ def test_every_value_is_scored_right_or_refused_in_one_line(score):
                 expected.append({"n": None}.get(outcome, outcome == "1"))
         assert [item["score"] for item in score(to_lines(items))[1]] == expected, key
     for line in ("{", "[1]", '{"output": "x", "answer": "x"}', '{"prompt": "q", "output": "x"}',
-                 '{"prompt": "q", "reference": "dog", "output": "cat", "answer": "cat"}'):
+                 '{"prompt": "q", "reference": "dog", "output": "cat", "answer": "cat"}',
+                 '{"prompt": "① dog ② cat", "output": 1, "answer": "dog"}'):
         with pytest.raises(UserError, match="answers.jsonl line 2"):
             score(to_lines([ITEM]) + line)
 
@@ -251,6 +252,7 @@ def test_every_value_is_scored_right_or_refused_in_one_line(score):
 # Ours, with indices, with references as a list and as a text, sample.py's of earlier, MMAU's, MuChoMusic's
 FORMS = ('{"prompt": "Which?", "choices": <options>, "output": <name>, "answer": <answer>}',
          '{"prompt": "Which? (A) dog (B) cat (C) cow", "output": <right>, "answer": <index>}',
+         '{"prompt": "Which? (A) dog (B) cat (C) cow", "output": "<right>.0", "answer": <answer>}',
          '{"prompt": "Which?", "choices": <options>, "references": [<name>], "answer": [<answer>]}',
          '{"prompt": "Which?", "choices": <cell>, "references": <list>, "answer": <answer>}',
          '{"prompt": "Which?", "choices": <options>, "reference": "<right>", "output": <answer>}',

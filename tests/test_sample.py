@@ -156,7 +156,9 @@ def test_sigkill(release, ask, expected, tiny_data, tmp_path):
     questions = [{"path": f"{tiny_data}/0.wav", "prompt": f"Question {i}?"} for i in range(150)]
     files = "--input", write_lines(tmp_path / "q.jsonl", questions), "--output", tmp_path / "a.jsonl"
     command = [sys.executable, "sample.py", f"--init_from={release}", *OPTIONS, *map(str, files)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}  # a terminal that cannot print the answers
+    output = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=env)
     part = tmp_path / "a.jsonl.part"
     while not part.exists() or part.read_text().count("\n") < 20:
         assert process.poll() is None

@@ -47,7 +47,7 @@ def normalise(text):
     """Folded, no punctuation, no articles, single spaces. Signs that carry meaning stay (c#, -3, c++, 50%),
     and a text that is not empty never becomes empty: "A", "the", "?" and an emoji are labels too."""
     text = fold(text).translate(SPELLINGS).replace("&", " and ")
-    text = re.sub(r"(?<=\d)(?:\s+(?=%)|,(?=\d{3}\b))", "", text)  # 50 %, 1,000
+    text = re.sub(r"(?<=\d)(?:\s+(?=%)|,(?=\d{3}\b)|(?<!\.\d+)\.0+(?!\d|\.\d))", "", text)  # 50 %, 1,000, 2.0
     words = WORDS.findall(text) or re.findall(r"\p{S}", text)
     return ARTICLE.sub("", " ".join(words)) or " ".join(text.split())
 

@@ -29,7 +29,9 @@ OTHER_NAMES = {"reference": "output", "references": "output", "path": "audio", "
                "model_prediction": "model_output"}
 REFERENCES = ("references", "reference", "output")
 PLAIN = {str, int, float}  # types of a text, and of a number that stands for one; bool does not
-NUMBERED = re.compile(r"(?<![\w.])1\s?[).:\]].*(?<![\w.])2\s?[).:\]]", re.S)  # a prompt with options 1. 2.
+# A prompt with options 1. 2.
+NUMBERED = re.compile(r"(?<![\w.])1\s?[).:\]．、：）].*(?<![\w.])2\s?[).:\]．、：）]|[①⑴⒈❶]|1\ufe0f?\u20e3",
+                      re.S)
 MMAU = "MMAU's form: references in 'answer', prompts in 'question', answers in 'model_output'"
 MUCHOMUSIC = "MuChoMusic's form: choices in 'answers', answers in 'model_output'"
 INSTRUCTION = "Choose the correct option from the following options:"  # of MMAU
@@ -68,6 +70,8 @@ def option_text(value, item, key, where):
     options, text, plain = list(item_options(item)), str(value), type(value) in PLAIN
     if isinstance(value, str) or plain and not options:
         return text
+    if text not in options:  # a column of numbers with an empty cell has 2.0 for 2
+        text = text.removesuffix(".0")
     indexed = options[int(value)] if plain and value in range(len(options)) else None
     named = text if text in options or plain and key not in REFERENCES else None
     ambiguous = text in options and indexed not in (None, text) or NUMBERED.search(item["prompt"])
@@ -78,7 +82,7 @@ def option_text(value, item, key, where):
 
 def read_index(text, item, key, where):
     """A text, or the option whose index it is, as tables have it ("2", "2.0")."""
-    choices, index = item["choices"], re.fullmatch(r"\s*(\d\d?)(?:\.0)?\s*", text)
+    choices, index = item_options(item), re.fullmatch(r"\s*(\d\d?)(?:\.0)?\s*", text)
     if index and text.strip() not in choices:
         if index[1] not in re.findall(r"\w+", " ".join(choices)):
             return option_text(int(index[1]), item, key, where)
@@ -149,10 +153,11 @@ def read_entry(where, entry):
         if form == MUCHOMUSIC and isinstance(answer, str):  # as its script reads it
             answer = answer.split("The correct answer is:")[-1]
         item["answer"] = read_answer(answer, item, "model_output", where)
-    elif choices and "score" not in item and not NUMBERED.search(prompt):
+    elif item_options(item) and "score" not in item and not NUMBERED.search(prompt):
         item["references"] = [read_index(text, item, "output", where) for text in references_of(item)]
         item["output"] = [*item["references"], ""][0]
-        item["answer"] = read_index(item["answer"], item, "answer", where)
+        if choices:
+            item["answer"] = read_index(item["answer"], item, "answer", where)
     if form == MMAU:
         item["prompt"] = f"{prompt.removesuffix(INSTRUCTION).rstrip()} {INSTRUCTION}"
         for letter, choice in zip(ascii_uppercase, choices):

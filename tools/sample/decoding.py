@@ -112,9 +112,8 @@ def encode_questions(model, items, answer_prefix=""):
 
 def pad_to(x, dim, size):
     """x with zeros after it, up to `size` along a dimension."""
-    later_dims = [0, 0] * (x.ndim - 1 - dim)
-    more = size - x.shape[dim]
-    return F.pad(x, [*later_dims, 0, more])  # from the last dimension on
+    later_dims = [0, 0] * (x.ndim - 1 - dim)  # F.pad takes the last dimension first
+    return F.pad(x, [*later_dims, 0, size - x.shape[dim]])
 
 
 class DecodingBatch:
@@ -265,14 +264,13 @@ def append_tokens(active, tokens, model, sampling):
     """Append a token to each active answer, and remove those that end -> all of them."""
     answers = list(active.values())
     for row, answer in list(active.items()):
-        if tokens[row] in model.stop_ids:
-            answer.ended = True
-        else:
+        if tokens[row] not in model.stop_ids:
             answer.ids.append(tokens[row])
-            answer.ended = len(answer.ids) == answer.most
-            if answer.ended and answer.most < sampling.max_new_tokens:
-                warn_once(f"an answer was cut: the language model takes {model.lm.config.positions} tokens")
-        if answer.ended:
+        full = len(answer.ids) == answer.most
+        if full and answer.most < sampling.max_new_tokens:
+            warn_once(f"an answer was cut: the language model takes {model.lm.config.positions} tokens")
+        if full or tokens[row] in model.stop_ids:
+            answer.ended = True
             del active[row]
     return answers
 

@@ -37,7 +37,7 @@ def load_audio(path, start=0.0, **audio_config):
     to whole windows; 16 bits, as in the published system. FileNotFoundError or UserError name the file and
     what is wrong with it.
     """
-    return read_clip(path, start, **audio_config)[0]
+    return read_clip(str(path), start, **audio_config)[0]
 
 
 def read_clip(path, start=0.0, duration=None, **audio_config):

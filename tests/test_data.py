@@ -30,7 +30,7 @@ AUDIO_CONFIG = {
 
 
 def load_audio(path, start=0.0, **changed):
-    return data.load_audio(str(path), start, **(AUDIO_CONFIG | changed))
+    return data.load_audio(path, start, **(AUDIO_CONFIG | changed))
 
 
 def tone(seconds, rate, channels=1, hz=440):
@@ -97,6 +97,9 @@ WHOLE = SOUNDS | {  # 3 s of 440 Hz
     "aiff.gsm": SOUNDS["AIFF"],
     "w64.RAW": SOUNDS["W64"],
     "tag.flac": TAG + FLAC,
+    "tag.ogg": TAG + SOUNDS["OGG"],
+    "tag behind.wav": WAV + TAG,
+    "tag behind.mp3": MP3 + TAG,
     "zeros.mp3": bytes(3000) + MP3,
     "loud.mp3": LOUD,
     "garbage.flac": FLAC + rng.bytes(9000),
@@ -148,6 +151,7 @@ def test_windows(tmp_path, seconds, overlap, most, n):
     soundfile.write(tmp_path / "a.wav", tone(seconds, 16000), 16000)
     windows = load_audio(tmp_path / "a.wav", window_overlap=float(overlap), max_num_window=most)
     assert windows.shape == (n, 160000)
+    assert len(data.read_samples(str(tmp_path / "a.wav"), 0.0, 1e-9, **AUDIO_CONFIG)[0]) == 1
     if n > 1 and overlap:
         assert np.array_equal(windows[0, -overlap * 16000:], windows[1, :overlap * 16000])
 

@@ -130,9 +130,10 @@ def split_sounds(path, size, modified):
     while True:
         end = sound_end(path, begins[-1])
         following = NEXT_SOUND.match(read_at(path, end, 140))
-        if not following:
+        begin = end + following.end() if following else size
+        if not NEXT_SOUND.match(read_head(path, begin)[1]):  # the end, or a tag there
             return list(zip(begins, [*begins[1:], size]))
-        begins.append(end + following.end())
+        begins.append(begin)
 
 
 def open_part(path, begin, end, head):
@@ -168,7 +169,7 @@ def open_sounds(path):
         stat = os.stat(file)
         for begin, end in split_sounds(file, stat.st_size, stat.st_mtime_ns):
             start, head = read_head(file, begin)
-            if head[:4] == b"fLaC":  # behind a tag libsndfile cannot seek
+            if head[:4] in (b"fLaC", b"OggS"):  # not read behind a tag by libsndfile
                 begin = start
             f, frames = open_part(file, begin, end, head)
             f.path = file
@@ -253,7 +254,7 @@ def read_audio(path, start, seconds, sample_rate):
     for f, frames in open_sounds(path):
         rate = f.samplerate
         first = int(offset * rate)
-        n = min(f.frames - first, max(not pieces, math.ceil(round(seconds * rate, 6))))
+        n = min(f.frames - first, max(int(not pieces), math.ceil(round(seconds * rate, 6))))
         if n > 0:
             x = read_first_channel(f, first, n)
             seconds -= len(x) / rate

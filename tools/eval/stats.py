@@ -19,11 +19,8 @@ PRIOR = 0.75  # of a clip at each bound; with Jeffreys' 0.5, coverage near the b
 
 def clips_of(items):
     """The clip of every item, its file and start; an item without a file is a clip of its own."""
-    clips = []
-    for number, item in enumerate(items):
-        path = item.get("audio")
-        clips.append((str(path), start_of(item)) if path else number)
-    return clips
+    return [(str(item["audio"]), start_of(item)) if item.get("audio") else number
+            for number, item in enumerate(items)]
 
 
 def start_of(item):
@@ -127,7 +124,7 @@ def compare_systems(first, second, names):
               for items in (first, second)]
     pairs, key = pair_items(*scored)
     if not pairs:
-        raise UserError(f"{names[0]} and {names[1]} share no scored item (same id, or same clip and prompt); "
+        raise UserError(f"{' and '.join(names)} share no scored item (same id, or same clip and prompt); "
                         f"--task=Name-Task scores them first")
     clips = clips_of([a for a, _ in pairs])
     before, after = np.array([[item["score"] for item in pair] for pair in pairs], float).T

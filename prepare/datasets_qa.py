@@ -107,8 +107,7 @@ def muchomusic(source):
         if row["dataset"] == "musiccaps":
             ident = ident.rpartition("_")[0]  # what follows the last one is no part of the video's id
         clip = source.clip(f"{ident}.2min.mp3", tracks.get(ident, f"{ident}.wav"), f"{ident}.wav")
-        columns = "correct_answer", "distractor_1_answer", "distractor_2_answer", "distractor_3_answer"
-        options = [row[column] for column in columns]
+        options = [row["correct_answer"], *(row[f"distractor_{i}_answer"] for i in (1, 2, 3))]
         random.Random(zlib.crc32((ident + row["question"]).encode())).shuffle(options)
         item = {"name": clip, "prompt": add_options(row["question"], options), "choices": options,
                 "output": row["correct_answer"], "dataset": row["dataset"], "genre": row["genre"]}

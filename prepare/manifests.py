@@ -25,7 +25,7 @@ from string import ascii_uppercase
 from tqdm import tqdm
 
 from tools.common import (UserError, atomic_write, decode_text, existing_folder, join_names, name_disk_errors,
-                          optional_import, parse_json_line, read_json_lines, read_json_rows, shorten)
+                          optional_import, read_json_lines, read_json_rows, shorten)
 from tools.data.audio import count_frames, find_file, find_placeholder
 
 # Endings of sounds, and of videos, which have one
@@ -101,13 +101,6 @@ def read_parquet(path):
         raise UserError(f"{path}: not readable as Parquet ({shorten(error)})") from error
 
 
-def holds_json_lines(path):
-    """Whether a .json is JSON lines, as pandas and datasets write them under any name."""
-    with open(path, "rb") as f:
-        lines = f.readline(2 ** 20), f.readline(2 ** 20)
-    return None not in map(parse_json_line, lines)
-
-
 def read_table(path, encoding=""):
     """Yield the Rows of a CSV, TSV, JSON, JSONL or Parquet file. JSON holds a list of rows, {"data": a list},
     or {name: row}. encoding: of a CSV or TSV, see decode_text."""
@@ -116,7 +109,7 @@ def read_table(path, encoding=""):
         raise UserError(f"{path} is {problem}")
     if ending(path) == ".parquet":
         rows = read_parquet(path)
-    elif ending(path) in (".jsonl", ".ndjson") or ending(path) == ".json" and holds_json_lines(path):
+    elif ending(path) in (".jsonl", ".ndjson"):
         rows = (row for _, row in read_json_lines(path))
     elif ending(path) == ".json":
         rows = read_json_rows(path)
@@ -316,20 +309,20 @@ class ManifestWriter:
         self.items = tempfile.TemporaryFile("w+", dir=existing_folder(os.path.dirname(file)))
 
     def add(self, item):
-        self.items.write(f'{"," * (self.total > 0)}\n  "{self.total}": {json.dumps(item)}')
+        self.items.write(f'{"," * (self.total > 0)}\n "{self.total}": {json.dumps(item)}')
         self.total += 1
 
     def save(self):
         """Write <...>/<Name-Task>/<split>.json, whole or not at all."""
         task, split = self.file.removesuffix(".json").split("/")[-2:]
         head = json.dumps({"split": split, "split_path": self.split_path, "flamingo_task": task,
-                           "total_num": self.total, "data": {}}, indent=1).removesuffix("}\n}")
+                           "total_num": self.total, "data": {}}).removesuffix("}}")
         os.makedirs(os.path.dirname(self.file), exist_ok=True)
         with self.items, atomic_write(self.file) as f:
             self.items.seek(0)
             f.write(head)
             shutil.copyfileobj(self.items, f)
-            f.write("\n }\n}" if self.total else "}\n}")
+            f.write("\n}}")
 
 
 def save_manifest(file, split_path, items):

@@ -203,7 +203,12 @@ def read_json_object(path):
 
 def read_json_rows(path):
     """Yield the rows of a JSON list, {"data": a list} or {name: row} as they are read: of millions, few are
-    in memory."""
+    in memory. Also of JSON lines, which pandas and datasets write under this ending."""
+    with open(path, "rb") as f:
+        lines = f.readline(2 ** 20), f.readline(2 ** 20)
+    if None not in map(parse_json_line, lines):
+        yield from (row for _, row in read_json_lines(path))
+        return
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read(2 ** 12).lstrip()

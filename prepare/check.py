@@ -205,7 +205,7 @@ def main(c):
         print(f"wrote {path}")
     if page:
         write_check_page(page, findings, audio_config)
-    return 1 if any(found.problems for found in findings) else 0
+    return int(any(found.problems for found in findings))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def main(c):
     for path, manifest, made in zip(paths, manifests, copies):
         save_manifest(path, audio, converted_items(manifest, made))
         print(f"{manifest.name}: {len(made)} of {len(manifest)} items: {path}")
-    return 1 if sum(map(len, copies)) < sum(map(len, manifests)) else 0
+    return int(sum(map(len, copies)) < sum(map(len, manifests)))
 
 
 if __name__ == "__main__":

@@ -147,10 +147,9 @@ def reasonaqa(source):
         clips = []
         for key in ("filepath1", "filepath2"):
             path = row.get(key, "").replace("\\", "/")
-            if path.lower().startswith("clothov"):
-                clips.append(source.clip(path))
-            elif path:
-                clips.append(source.clip(path, os.path.basename(path)))
+            wanted = [path] if path.lower().startswith("clothov") else [path, os.path.basename(path)]
+            if path:
+                clips.append(source.clip(*wanted))
         if not clips or not row["answer"]:
             continue
         task = row.get("subtype", "").removesuffix(".json")

@@ -166,13 +166,13 @@ class Folder:
         and the wanted format, else a lossless one."""
         if len(files) < 2:
             return files
-        ranks = []
+        ranks = {}
         for file in files:
             pointer = find_placeholder(os.path.join(self.path, file)) is not None
             others = len({*parents(wanted)} - {*parents(file)})
             lossy = ending(file) not in LOSSLESS
-            ranks.append((ending(file) in VIDEOS, others, pointer, ending(file) != ending(wanted), lossy))
-        return [file for file, rank in zip(files, ranks) if rank == min(ranks)]
+            ranks[file] = ending(file) in VIDEOS, others, pointer, ending(file) != ending(wanted), lossy
+        return [file for file in files if ranks[file] == min(ranks.values())]
 
     def find_nearest(self, path):
         """The file of a "name" or "folder/name"; None: there is none, or several.
@@ -274,6 +274,10 @@ def measure_clip(path):
 # Manifests
 
 
+def as_list(cell):
+    return cell if isinstance(cell, list) else [cell]
+
+
 def add_options(question, options):
     """-> "Question? (A) xxx. (B) yyy." of the options xxx and yyy."""
     for letter, option in zip(ascii_uppercase, options):
@@ -288,7 +292,7 @@ def measure_item(item, folder):
     if not item["prompt"].strip() or not answered:
         return "without a question or an answer"
     start, total = item.get("audio_start", 0), 0
-    for name in item["name"] if isinstance(item["name"], list) else [item["name"]]:
+    for name in as_list(item["name"]):
         if ".." in name.split("/"):
             return "outside of the folder"
         seconds = measure_clip(os.path.join(folder, name))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
-from prepare.manifests import Row, read_table, write_manifests
+from prepare.manifests import Row, as_list, read_table, write_manifests
 from tools.common import UserError, atomic_write, check_writable
 from tools.data.audio import find_file
 
@@ -39,12 +39,6 @@ audio_start: str = ""  # column of the second at which a clip begins; empty: 0
 duration: str = ""  # column of its seconds from there on; empty: measured
 keep: str = ""  # columns to keep, by which eval.py groups scores: category,dataset
 encoding: str = ""  # of a CSV or TSV; empty: UTF-8, UTF-16 with a byte order mark, else guessed, with a note
-
-SPLITS = r"(train|val|valid|validation|dev|test.*)\.json"
-
-
-def as_list(cell):
-    return cell if isinstance(cell, list) else [cell]
 
 
 def cell_texts(row, column):
@@ -126,7 +120,7 @@ def table_items(c, path, folder, undo):
 def main(c):
     if len(c.files) != 1 or "" in (c.name, c.prompt, c.output, c.to):
         raise UserError("expected a table, --name, --prompt, --output and --to; --help describes them")
-    if not re.fullmatch(SPLITS, os.path.basename(c.to)):
+    if not re.search(r"(^|/)(train|val|valid|validation|dev|test[^/]*)\.json$", c.to):
         raise UserError(f"--to={c.to}: expected <Name-Task>/ and train, val, dev or test .json")
     to, data_root = settings.resolve_path(c.to), settings.resolve_path(c.data_root)
     path = find_file(c.files[0])

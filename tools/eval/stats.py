@@ -114,8 +114,9 @@ def pair_items(first, second):
         return by_id, "id"
     if by_question:
         return by_question, "clip and prompt"
-    same = [item["output"] for item in first] == [item["output"] for item in second]
-    return list(zip(first, second)) if same else [], "order"
+    if [item["output"] for item in first] != [item["output"] for item in second]:
+        return [], "order"
+    return list(zip(first, second)), "order"
 
 
 def compare_systems(first, second, names):

@@ -109,8 +109,9 @@ def encode_text(tokenizer, texts):
 def encode_prompts(tokenizer, prompts, n_clips=None):
     """Prompts -> lists of ids: [BOS] <audio>*n prompt <sep>. n_clips: of each prompt; None: one."""
     audio = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])
-    begin = tokenizer(SPECIAL_TOKENS[0])["input_ids"]
-    begin = begin[:begin.index(audio)]  # BOS, if the tokenizer adds one
+    # Never without split_special_tokens: a tokenizer keeps that as its state, which all threads share
+    begin = tokenizer("a", split_special_tokens=True)["input_ids"]
+    begin = begin[:begin.index(encode_text(tokenizer, ["a"])[0][0])]  # BOS, if the tokenizer adds one
     texts = encode_text(tokenizer, prompts)
     n_clips = n_clips or [1] * len(prompts)
     return [begin + [audio] * n + ids + [tokenizer.sep_token_id] for ids, n in zip(texts, n_clips)]

@@ -75,49 +75,49 @@ def find_file(path):
 def find_placeholder(path):
     """What there is instead of a file that was not downloaded, or None."""
     try:
-        head = read_at(path, 0, 99)
+        with open(path, "rb") as f:
+            head = f.read(99)
     except PermissionError:  # which whoever reads it reports
         return None
     return next((name for beginning, name in PLACEHOLDERS.items() if re.match(beginning, head)), None)
 
 
-def read_at(path, offset, n):
-    with open(path, "rb") as f:
-        f.seek(offset)
-        return f.read(n)
+def read_at(file, offset, n):
+    return os.pread(file.fileno(), n, offset)
 
 
-def read_head(path, begin):
+def read_head(file, begin):
     """-> where a sound begins after its ID3 tag (cover art), the bytes there."""
-    tag = read_at(path, begin, 10)
+    tag = read_at(file, begin, 10)
     if tag[:3] == b"ID3":  # its size: four times seven bits
         begin += 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0)))
-    return begin, read_at(path, begin, 4096)
+    return begin, read_at(file, begin, 4096)
 
 
-def find_bytes(path, wanted, begin, most):
+def find_bytes(file, wanted, begin, most):
     """Where some bytes are in the next `most` bytes of a file, else ENDLESS."""
-    for offset in range(begin, min(begin + most, os.path.getsize(path)), 2 ** 20):
-        index = read_at(path, offset, 2 ** 20 + len(wanted)).find(wanted)
+    size = os.fstat(file.fileno()).st_size
+    for offset in range(begin, min(begin + most, size), 2 ** 20):
+        index = read_at(file, offset, 2 ** 20 + len(wanted)).find(wanted)
         if index >= 0:
             return offset + index
     return ENDLESS
 
 
-def sound_end(path, begin):
+def sound_end(file, begin):
     """Where the sound at `begin` ends by its headers; ENDLESS where they do not tell."""
-    begin, head = read_head(path, begin)
+    begin, head = read_head(file, begin)
     if head[:4] == b"RIFF":
         return begin + 8 + int.from_bytes(head[4:8], "little")
     if head[:4] == b"fLaC":  # its length in bytes is nowhere; hours are not searched
-        return find_bytes(path, FLAC_STREAM, begin + 4, 2 ** 25)
+        return find_bytes(file, FLAC_STREAM, begin + 4, 2 ** 25)
     page = head
     while page[:6] == OGG_STREAM:  # streams that run side by side begin one after another
         lengths = page[27:27 + sum(page[26:27])]
         begin += 27 + len(lengths) + sum(lengths)
-        page = read_at(path, begin, 282)
+        page = read_at(file, begin, 282)
     if head[:6] == OGG_STREAM:
-        return find_bytes(path, OGG_STREAM, begin, ENDLESS)
+        return find_bytes(file, OGG_STREAM, begin, ENDLESS)
     length = XING.search(head)
     return begin + max(1, int.from_bytes(length[1], "big")) if length else ENDLESS
 
@@ -127,25 +127,27 @@ def split_sounds(path, size, modified):
     """-> (begin, end) of each sound in a file. Searching an hour of Ogg takes 50 ms: once for all its
     items."""
     begins = [0]
-    while True:
-        end = sound_end(path, begins[-1])
-        following = NEXT_SOUND.match(read_at(path, end, 140))
-        begin = end + following.end() if following else size
-        if not NEXT_SOUND.match(read_head(path, begin)[1]):  # the end, or a tag there
-            return list(zip(begins, [*begins[1:], size]))
-        begins.append(begin)
+    with open(path, "rb") as file:
+        while True:
+            end = sound_end(file, begins[-1])
+            following = NEXT_SOUND.match(read_at(file, end, 140))
+            begin = end + following.end() if following else size
+            if not NEXT_SOUND.match(read_head(file, begin)[1]):  # the end, or a tag there
+                return list(zip(begins, [*begins[1:], size]))
+            begins.append(begin)
 
 
-def open_part(path, begin, end, head):
-    """-> AudioFile of a part of a file, which begins with `head`; its frames by the header, or estimated for
-    an MP3 without one."""
+def open_part(file, begin, end, head):
+    """-> AudioFile of a part of an open file, which begins with `head`; its frames by the header, or
+    estimated for an MP3 without one."""
+    path = file.name
     riff_end = begin + 8 + int.from_bytes(head[4:8], "little")
     unfinished = head[:4] == b"RIFF" and NO_DATA in head and abs(riff_end - end) > 1
     source = path
     named_raw = path.lower().endswith(".raw")  # which soundfile refuses
-    if unfinished or named_raw or end - begin < os.path.getsize(path):
+    if unfinished or named_raw or end - begin < os.fstat(file.fileno()).st_size:
         # unfinished: its recorder did not come back to fill in the sizes; -1 means up to the end
-        content = read_at(path, begin, end - begin).replace(NO_DATA, b"data" + b"\xff" * 4, unfinished)
+        content = read_at(file, begin, end - begin).replace(NO_DATA, b"data" + b"\xff" * 4, unfinished)
         source = io.BytesIO(content)
     f = AudioFile(source)
     frames = f.frames
@@ -158,30 +160,36 @@ def open_part(path, begin, end, head):
     return f, frames
 
 
+def check_mp3_end(file, end):
+    """An MP3 is decoded up to a frame of another rate or number of channels, which may begin another one."""
+    rest = read_at(file, end - 4, 12)
+    if len(rest) == 12 and (NEXT_SOUND.match(rest) or NEXT_SOUND.match(rest, 4)):
+        raise soundfile.SoundFileRuntimeError("an MP3 whose rate or channels change")
+
+
 def open_sounds(path):
     """Yield (AudioFile, frames) of each sound in a file, as open_part does. FileNotFoundError or UserError
     name the file and what is wrong with it."""
-    file = find_file(path)
-    if not os.path.isfile(file):
+    found = find_file(path)
+    if not os.path.isfile(found):
         raise FileNotFoundError(f"{path}: no such audio file")
     head = b"\0"
     try:
-        stat = os.stat(file)
-        for begin, end in split_sounds(file, stat.st_size, stat.st_mtime_ns):
-            start, head = read_head(file, begin)
-            if head[:4] in (b"fLaC", b"OggS"):  # not read behind a tag by libsndfile
-                begin = start
-            f, frames = open_part(file, begin, end, head)
-            f.path = file
-            with f:
-                yield f, frames
-                if isinstance(f.name, EndlessFile) and not len(f.read(1)):
-                    rest = read_at(file, io.FileIO.tell(f.name) - 4, 12)
-                    if len(rest) == 12 and (NEXT_SOUND.match(rest) or NEXT_SOUND.match(rest, 4)):
-                        raise soundfile.SoundFileRuntimeError("an MP3 whose rate or channels change")
+        with open(found, "rb") as file:  # once: network file systems open few files a second
+            stat = os.fstat(file.fileno())
+            for begin, end in split_sounds(found, stat.st_size, stat.st_mtime_ns):
+                start, head = read_head(file, begin)
+                if head[:4] in (b"fLaC", b"OggS"):  # not read behind a tag by libsndfile
+                    begin = start
+                f, frames = open_part(file, begin, end, head)
+                f.path = found
+                with f:
+                    yield f, frames
+                    if isinstance(f.name, EndlessFile) and not len(f.read(1)):
+                        check_mp3_end(file, io.FileIO.tell(f.name))
     except (soundfile.SoundFileError, OSError) as error:
         text = re.match(rb"[^\0-\x08\x0e-\x1f]+$", head) and "text, no sound"
-        cause = find_placeholder(file) or text or getattr(error, "error_string", error)  # without the path
+        cause = find_placeholder(found) or text or getattr(error, "error_string", error)  # without the path
         raise UserError(f"{path}: not readable as audio ({cause})") from error
 
 

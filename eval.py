@@ -22,8 +22,8 @@ import config as settings
 from checkpoint import fingerprint
 from data import Clips, Manifest
 from sample import load_weights, read_model
-from tools.common import (RANK_TIMEOUT, UserError, check_folder_writable, check_writable, commit,
-                          name_disk_errors)
+from tools.common import (RANK_TIMEOUT, UserError, check_folder_writable, check_not_read, check_writable,
+                          commit, name_disk_errors)
 from tools.eval import records
 from tools.eval.captions import captioning
 from tools.eval.clap_text import pick_text_encoder
@@ -265,29 +265,29 @@ def results_folder(c, source):
     return settings.resolve_path(c.results or folder)
 
 
-def check_files(c, folder, outputs=(), file=""):
-    """Fail before the long work where results cannot be written, or would replace the file that is read."""
+def check_files(c, folder):
+    """Fail before the long work where results cannot be written."""
     if folder:
         check_folder_writable(folder)
     if c.scores:
         c.scores = settings.resolve_path(c.scores)
         check_writable(c.scores)
         records.read_scores(c.scores)
-    for output in outputs:
-        for path in (output, output + ".tmp"):  # the temporary file, too
-            if os.path.exists(path) and os.path.samefile(path, file):
-                raise UserError(f"{file}: results would replace it: give other --results or --scores")
 
 
 def results_file(folder, name, ending=".jsonl"):
     return os.path.join(folder, name.replace("/", "--") + ending)
 
 
+def report_file(folder):
+    return os.path.join(folder, "report.html")
+
+
 def save_scores(c, folder, rows, items, sound_of):
     if c.scores:
         records.add_scores(c.scores, rows)
     if c.report and folder:
-        write_report(os.path.join(folder, "report.html"), rows, items, sound_of)
+        write_report(report_file(folder), rows, items, sound_of)
 
 
 def main(c):
@@ -335,12 +335,14 @@ def score_file(c):
         raise UserError("usage: eval.py score answers.jsonl --task=Name-Task")
     items = records.read_answers(c.files[0])
     folder = c.results and settings.resolve_path(c.results)
-    outputs = [results_file(folder, c.task), results_file(folder, "report", ".html")] if folder else []
-    check_files(c, folder, outputs, c.files[0])
+    check_files(c, folder)
+    if folder:
+        for output in (results_file(folder, c.task), report_file(folder)):
+            check_not_read(output, c.files)
     row = score_split(c.task, items, c, c.clap_checkpoint)
     if folder:
         os.makedirs(folder, exist_ok=True)
-        records.write_items(outputs[0], items)
+        records.write_items(results_file(folder, c.task), items)
     save_scores(c, folder, {c.task: row}, {c.task: items}, lambda name, item: "")
 
 

@@ -18,7 +18,7 @@ import config as settings
 from checkpoint import export_release, fingerprint, materialize, open_checkpoint
 from tools.checkpoint.devices import pick_compute, pick_device
 from tools.checkpoint.run_dir import newest_run
-from tools.common import UserError, atomic_write, check_folder_writable, check_writable
+from tools.common import UserError, atomic_write, check_folder_writable, check_not_read, check_writable
 from tools.sample.asking import (answer_key, append_line, load_clips, load_item, read_part, read_questions,
                                  sampling_of, to_json_line, truncation_note)
 from tools.sample.attention_map import attention_timeline, write_timeline
@@ -192,9 +192,9 @@ def check_arguments(c):
     sampling_of(c)
     check_text(c.prompt)
     questions = read_questions(c.input) if c.input else []
-    inputs = itertools.chain([c.input or ""], c.audio, *(paths for _, paths in questions))
-    if c.output and os.path.realpath(c.output) in map(os.path.realpath, filter(os.path.exists, inputs)):
-        raise UserError(f"{c.output}: would be overwritten, it is read here: name another --output")
+    if c.output:
+        clips = itertools.chain(c.audio, *(paths for _, paths in questions))
+        check_not_read(c.output, [c.input or "", *clips])
     return questions
 
 

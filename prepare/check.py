@@ -23,8 +23,8 @@ from data import AUDIO_SETTINGS, SAMPLE_RATE, Clips, Manifest, open_manifests
 from prepare.manifests import save_manifest
 from tools.checkpoint.clap import clap_state
 from tools.checkpoint.htsat import sample_rate_of_mel
-from tools.common import (UserError, atomic_write, check_folder_writable, check_writable, map_parallel,
-                          optional_import)
+from tools.common import (UserError, atomic_write, check_folder_writable, check_not_read, check_writable,
+                          map_parallel, optional_import)
 from tools.data.audio import SILENT, count_frames, missing_seconds, read_audio
 from tools.html_page import clip_html, html_page, html_table
 
@@ -68,10 +68,10 @@ def output_paths(folder, manifests):
     """Where new manifests are written: not over the old ones, and not over each other."""
     check_folder_writable(folder)
     paths = [os.path.join(folder, manifest.name + ".json") for manifest in manifests]
-    for path, manifest in zip(paths, manifests):
-        if os.path.realpath(path) == os.path.realpath(manifest.file) or paths.count(path) > 1:
-            raise UserError(f"{path}: would overwrite {manifest.file}, or two manifests have this name; name "
-                            f"another folder")
+    for path in paths:
+        check_not_read(path, [manifest.file for manifest in manifests])
+        if paths.count(path) > 1:
+            raise UserError(f"{path}: two manifests have this name")
     return paths
 
 

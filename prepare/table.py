@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings
 from prepare.manifests import Row, as_list, read_table, write_manifests
-from tools.common import UserError, atomic_write, check_writable
+from tools.common import UserError, atomic_write, check_not_read, check_writable
 from tools.data.audio import find_file
 
 name: str = ""  # column of the clip's file, or several: first,second
@@ -124,9 +124,8 @@ def main(c):
         raise UserError(f"--to={c.to}: expected <Name-Task>/ and train, val, dev or test .json")
     to, data_root = settings.resolve_path(c.to), settings.resolve_path(c.data_root)
     path = find_file(c.files[0])
-    if os.path.realpath(path) == os.path.realpath(to):
-        raise UserError(f"--to={c.to}: would overwrite the table")
     check_writable(to)
+    check_not_read(to, [path])
     with ExitStack() as undo:  # what was written, where something is wrong with the table
         items = [(to, item) for item in table_items(c, path, os.path.join(data_root, c.split_path), undo)]
         code = write_manifests(items, c.split_path, data_root, path)

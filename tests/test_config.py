@@ -1,5 +1,6 @@
 """Settings: what a newcomer types is understood, or refused in one line that names it."""
 import glob
+import os
 import re
 from dataclasses import fields
 
@@ -7,7 +8,7 @@ import pytest
 
 import config
 from tests.helpers import ROOT, run
-from tools.common import UserError
+from tools.common import UserError, check_not_read
 from tools.sample.decoding import Sampling
 
 NUMBERS = sorted(config.MINIMUM)
@@ -130,3 +131,16 @@ def test_a_users_mistake_is_one_line_a_programmers_a_traceback(main, code, outpu
     result = run("-c", script, ok=False)
     assert result.returncode == code and re.search(output, result.stderr.strip()), result.stderr
     assert ("Traceback" in result.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize("output", ["in", "link", "hard link", "a/../in", "temporary"])
+def test_a_file_that_is_read_is_never_written(tmp_path, output):
+    (tmp_path / "a").mkdir()
+    for name in ("in", "temporary.tmp"):
+        (tmp_path / name).write_text("content")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    os.link(tmp_path / "in", tmp_path / "hard link")
+    inputs = [f"{tmp_path}/{name}" for name in ("missing", "in", "temporary.tmp")]
+    check_not_read(f"{tmp_path}/out", inputs)
+    with pytest.raises(UserError, match=output):
+        check_not_read(f"{tmp_path}/{output}", inputs)

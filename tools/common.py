@@ -17,8 +17,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import islice
-
 
 # How long a rank waits for another one: for its disk, its share of a validation, its scoring. A dead one is
 # noticed at once.
@@ -84,6 +82,15 @@ def check_writable(file):
     if os.path.isdir(file) or not os.path.basename(file):
         raise UserError(f"{file}: a folder, expected the name of a file to write")
     check_folder_writable(os.path.dirname(file) or ".")
+
+
+def check_not_read(output, inputs):
+    """Fail fast: UserError where a file to write is one of those that are read, by any path; so is its
+    temporary (atomic_write)."""
+    for path in filter(os.path.exists, (output, output + ".tmp")):
+        for file in filter(os.path.exists, inputs):
+            if os.path.samefile(path, file):
+                raise UserError(f"{output}: would replace {file}, which is read here: name another one")
 
 
 @contextmanager
@@ -214,7 +221,9 @@ def read_json_rows(path):
             text = f.read(2 ** 12).lstrip()
             data = re.match(r'\{[^[{]*"data"\s*:\s*(?=\[)', text)
             elements = read_json_elements(f, text[data.end():] if data else text, nested=bool(data))
-            yield from islice(elements, 1, None, 2) if text.startswith("{") and not data else elements
+            if text.startswith("{") and not data:
+                elements = itertools.islice(elements, 1, None, 2)  # without the names
+            yield from elements
     except ValueError as error:
         raise UserError(f"{path}: not readable JSON ({error})") from error
 

@@ -23,7 +23,7 @@ from checkpoint import fingerprint
 from data import Clips, Manifest
 from sample import load_weights, read_model
 from tools.common import (RANK_TIMEOUT, UserError, check_folder_writable, check_not_read, check_writable,
-                          commit, name_disk_errors)
+                          commit)
 from tools.eval import records
 from tools.eval.captions import captioning
 from tools.eval.clap_text import pick_text_encoder
@@ -33,7 +33,7 @@ from tools.eval.report import result_lines, results_row, write_report
 from tools.eval.rules import closed_set, cmm, entailment, exact_match, multi_label, nsynth, per_item
 from tools.eval.stats import compare_systems
 from tools.html_page import clip_html
-from tools.sample.asking import answer_key, truncation_note
+from tools.sample.asking import answer_key, append_line, truncation_note
 from tools.sample.decoding import Sampling, answer_items, encode_questions
 
 split: str = ""  # Name-Task/split, or several separated by commas
@@ -202,23 +202,22 @@ def answer_split(model, manifest, cache, identity, c, rank, world):
                         num_workers=min(c.num_workers, len(share)))
     pending = []  # (key, truncated seconds) in the order of asking
     path = f"{cache}{rank}.jsonl"
-    with name_disk_errors(path), open(path, "a") as f:
 
-        def questions():
-            bar = tqdm(loader, manifest.name, len(share), unit="clip", disable=rank > 0 or None)
-            for i, clip in zip(share, bar):
-                try:
-                    item = check_question(model, clip)
-                except UserError as error:  # it counts as wrong, and is reported
-                    records.append_answer(f, keys[i], answer="", error=str(error))
-                    continue
-                pending.append((keys[i], round(clip["truncated_seconds"], 2)))
-                yield item
+    def questions():
+        bar = tqdm(loader, manifest.name, len(share), unit="clip", disable=rank > 0 or None)
+        for i, clip in zip(share, bar):
+            try:
+                item = check_question(model, clip)
+            except UserError as error:  # it counts as wrong, and is reported
+                append_line(path, {"key": keys[i], "answer": "", "error": str(error)})
+                continue
+            pending.append((keys[i], round(clip["truncated_seconds"], 2)))
+            yield item
 
-        sampling = Sampling(max_new_tokens=c.max_new_tokens)
-        for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
-            key, truncated = pending[index]
-            records.append_answer(f, key, answer=text, truncated_seconds=truncated)
+    sampling = Sampling(max_new_tokens=c.max_new_tokens)
+    for index, text in answer_items(model, questions(), c.eval_batch_size, sampling):
+        key, truncated = pending[index]
+        append_line(path, {"key": key, "answer": text, "truncated_seconds": truncated})
     wait_for_ranks()
     if rank:
         return []

@@ -93,6 +93,7 @@ def decode(c):
     device = pick_device(c.device)
     float32 = small_model(device, torch.float32)
     bf16 = small_model(device, torch.bfloat16)
+    int8 = quantize(small_model(device, torch.bfloat16)) if device.type == "cpu" else None
     first_token = {
         "float32": lambda: next(stream(float32, 12)),
         "bf16": lambda: next(stream(bf16, 12))}
@@ -107,8 +108,7 @@ def decode(c):
             "bf16_ms": stream(bf16, W).__next__}
         if W == 12:
             runs["batch8_ms"] = stream(bf16, W, B=8).__next__
-        if device.type == "cpu":
-            int8 = quantize(small_model(device, torch.bfloat16))
+        if int8:
             runs["int8_ms"] = stream(int8, W).__next__
         seconds = time_in_turns(runs, device, rounds=16)  # warm-up: the audio and the prompt, and a token
         for name, median in seconds.items():

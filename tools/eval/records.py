@@ -281,8 +281,8 @@ def write_official(path, questions, items):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The cache of answers: <stem>.cache<rank>.jsonl, only ever appended to, so that a kill leaves whole lines and
-# at most a torn one. An answer's key is a hash of all that it depends on.
+# The cache of answers: <stem>.cache<rank>.jsonl, only ever appended to (append_line of tools/sample), so that a
+# kill leaves whole lines and at most a torn one. An answer's key is a hash of all that it depends on.
 
 
 def read_cache(cache):
@@ -293,12 +293,6 @@ def read_cache(cache):
             entries = [parse_json_line(line) for line in f]
         cached |= {entry.pop("key"): entry for entry in entries if entry}
     return cached
-
-
-def append_answer(f, key, **answer):
-    """After a newline: the last line of a killed run may be torn."""
-    f.write("\n" + json.dumps({"key": key} | answer, ensure_ascii=False))
-    f.flush()
 
 
 def item_of(manifest, i, cached):

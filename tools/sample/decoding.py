@@ -214,7 +214,7 @@ class Answer:
     """The answer to an item, while it is generated."""
     index: int  # of the item
     most: int  # tokens
-    generator: torch.Generator  # noise of sampled tokens
+    generator: torch.Generator | None  # noise of sampled tokens; None: greedy
     ids: list = field(default_factory=list)  # tokens so far
     ended: bool = False
 
@@ -243,7 +243,8 @@ def decode_stream(model, items, slots, sampling, audio_kv=None, sync_every=None)
                     fresh = DecodingBatch(model, [item for _, item in numbered], sampling, audio_kv)
                     batch = batch.insert_rows(free_slots[:len(numbered)], fresh) if active else fresh
                     for row, (index, item), most in zip(free_slots, numbered, fresh.most):
-                        active[row] = Answer(index, most, item_generator(item, sampling.seed))
+                        generator = item_generator(item, sampling.seed) if sampling.temperature else None
+                        active[row] = Answer(index, most, generator)
             if not active:
                 return
             for tokens in batch.choose_tokens(sampling, active, sync_every):

@@ -281,8 +281,8 @@ def write_official(path, questions, items):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The cache of answers: <stem>.cache<rank>.jsonl, only ever appended to (append_line of tools/sample), so that a
-# kill leaves whole lines and at most a torn one. An answer's key is a hash of all that it depends on.
+# The cache of answers: <stem>.cache<rank>.jsonl, only appended to (append_line of tools/sample). A killed run
+# leaves whole lines and at most a torn one. The key of an answer is a hash of all that it depends on.
 
 
 def read_cache(cache):
